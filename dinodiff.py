@@ -1,0 +1,474 @@
+"""DiNO-Diffusion: latent diffusion conditioned on the global tokens of a frozen DiNO ViT.
+
+Papers: DiNO-Diffusion (arXiv 2407.11594); DDPM (Ho 2020); DDIM (Song 2021); latent diffusion
+(Rombach 2022); v-prediction (Salimans & Ho 2022); classifier-free guidance (Ho & Salimans 2022);
+zero terminal SNR (Lin 2024); min-SNR weights (Hang 2023). a_t below is `alphas_cumprod[t]`.
+
+    forward      xt  = sqrt(a_t) x0 + sqrt(1 - a_t) eps                                  (1)
+    target       v   = sqrt(a_t) eps - sqrt(1 - a_t) x0                                  (2)
+    back         x0  = sqrt(a_t) xt - sqrt(1 - a_t) v,  eps = sqrt(a_t) v + sqrt(1 - a_t) xt   (3)
+    DDIM         xs  = sqrt(a_s) x0 + sqrt(1 - a_s - sigma^2) eps + sigma noise          (4)
+    guidance     f   = f(null) + guidance_scale (f(context) - f(null)), 1.0 = off        (5)
+    context      c_k = W (token_k - mean_k) / std_k + position_k                         (6)
+
+Shapes: image (B, 3, H, W) in [-1, 1]; latent x0 (B, C, h, w), about N(0, 1) per channel; global
+tokens (B, G, D); context (B, K, context_dim); t (B,) int64 in 0..T-1.
+
+    model = DinoDiffusion.from_checkpoint(load_checkpoint("runs/cxr/model.pt"))
+    images = model.sample(model.embed(sources), seeds=[0, 1, 2])
+
+Ours, because the paper does not say: the prediction type, the schedule, the standardisation of the
+tokens, the number of context tokens, guidance, sampler and steps.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dino import VISION_TRANSFORMERS, ViTConfig, VisionTransformer, conditioning_tokens
+from prompts import kmeans
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
+
+
+# ---------------------------------------------------------------------------- noise schedule
+
+class NoiseSchedule:
+    """How much of x0 is left at each timestep, and how predictions translate.
+
+    kind: "scaled_linear" (Stable Diffusion), "linear" (DDPM) or "cosine" (Nichol & Dhariwal 2021).
+    prediction: "v" or "eps". zero_terminal_snr rescales so that the last step is pure noise.
+    Raises ValueError for unknown words, and where eps would be divided by sqrt(a_T) near zero.
+    """
+
+    def __init__(self, num_train_timesteps=1000, kind="scaled_linear", prediction="v",
+                 zero_terminal_snr=True):
+        T = num_train_timesteps
+        if kind == "scaled_linear":
+            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
+        elif kind == "linear":
+            betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+        elif kind == "cosine":
+            u = torch.arange(T + 1, dtype=torch.float64) / T
+            signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(f"schedule '{kind}' is unknown: use scaled_linear, linear or cosine")
+        if prediction not in ("v", "eps"):
+            raise ValueError(f"prediction '{prediction}' is unknown: use v or eps")
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if zero_terminal_snr:  # Lin 2024, algorithm 1: shift the last root to 0, keep the first
+            root = alphas_cumprod.sqrt()
+            alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        if prediction == "eps" and alphas_cumprod[-1] < 1e-5:
+            raise ValueError(
+                f"eps-prediction with a last alphas_cumprod of {alphas_cumprod[-1]:.1e} divides by "
+                "its root at the first sampling step: use prediction 'v', or zero_terminal_snr "
+                "off with kind 'scaled_linear' or 'linear'")
+        self.num_train_timesteps = T
+        self.kind, self.prediction, self.zero_terminal_snr = kind, prediction, zero_terminal_snr
+        self.alphas_cumprod = alphas_cumprod.float()  # (T,)
+
+    def _roots(self, t, like):
+        """sqrt(a_t) and sqrt(1 - a_t) of each sample, shaped to multiply `like`."""
+        self.alphas_cumprod = self.alphas_cumprod.to(like.device)
+        a = self.alphas_cumprod[t].view(-1, *[1] * (like.dim() - 1))
+        return a.sqrt(), (1 - a).sqrt()
+
+    def add_noise(self, x0, noise, t):
+        """Equation (1): x0, noise (B, ...), t (B,) int64 -> xt (B, ...)."""
+        signal, spread = self._roots(t, x0)
+        return signal * x0 + spread * noise
+
+    def target(self, x0, noise, t):
+        """What the network should say at t: equation (2), or the noise itself."""
+        signal, spread = self._roots(t, x0)
+        return signal * noise - spread * x0 if self.prediction == "v" else noise
+
+    def to_x0_eps(self, prediction, xt, t):
+        """Equation (3): the network's output and xt -> (x0, eps). Never clipped (latents)."""
+        signal, spread = self._roots(t, xt)
+        if self.prediction == "v":
+            return signal * xt - spread * prediction, signal * prediction + spread * xt
+        return (xt - spread * prediction) / signal, prediction
+
+    def min_snr_weight(self, t, gamma=5.0):
+        """Loss weight (B,) of Hang 2023: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
+        self.alphas_cumprod = self.alphas_cumprod.to(t.device)
+        a = self.alphas_cumprod[t]
+        snr = a / (1 - a)
+        return snr.clamp(max=gamma) / (snr + 1 if self.prediction == "v" else snr)
+
+    def sampling_timesteps(self, steps):
+        """`steps` trailing timesteps, T-1 first, evenly spaced: list of int (Lin 2024, table 2)."""
+        T = self.num_train_timesteps
+        if not 1 <= steps <= T:
+            raise ValueError(f"{steps} sampling steps: need 1 to {T}, the number trained with")
+        return [round(T * (steps - i) / steps) - 1 for i in range(steps)]
+
+
+# ---------------------------------------------------------------------------- samplers
+
+def seeded_noise(generators, shape, like):
+    """Noise (B, *shape): row i from generator i, so an image does not depend on its batch."""
+    if generators is None:
+        return torch.randn(shape, device=like.device, dtype=like.dtype)
+    rows = [torch.randn(shape[1:], generator=g) for g in generators]
+    return torch.stack(rows).to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def ddim_sample(model, x, schedule, steps=50, eta=0.0, generators=None, timesteps=None):
+    """Song 2021, equation 12 (our (4)): x (B, ...) noise -> x0 (B, ...).
+
+    model(x, t) returns the schedule's prediction. eta 0 is deterministic, 1 has DDPM's variance.
+    `timesteps` (descending list) overrides `steps`; the step after the last one is x0 itself.
+    generators: one CPU generator an image for eta > 0, or None for the global one.
+    """
+    timesteps = schedule.sampling_timesteps(steps) if timesteps is None else timesteps
+    a = schedule.alphas_cumprod.double().tolist()
+    for t, s in zip(timesteps, timesteps[1:] + [None]):
+        batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+        x0, eps = schedule.to_x0_eps(model(x, batch_t), x, batch_t)
+        a_t, a_s = a[t], 1.0 if s is None else a[s]  # the list's next entry, never t - T // steps
+        sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+        x = math.sqrt(a_s) * x0 + math.sqrt(max(1 - a_s - sigma ** 2, 0.0)) * eps
+        if sigma > 0:
+            x = x + sigma * seeded_noise(generators, x.shape, x)
+    return x
+
+
+@torch.no_grad()
+def ddpm_sample(model, x, schedule, steps=None, generators=None, timesteps=None):
+    """Ho 2020, equations 6-7, with the posterior's variance: x (B, ...) noise -> x0 (B, ...).
+
+    steps defaults to all T. With fewer, neighbours in the list take the place of t and t-1.
+    """
+    if timesteps is None:
+        timesteps = schedule.sampling_timesteps(steps or schedule.num_train_timesteps)
+    a = schedule.alphas_cumprod.double().tolist()
+    for t, s in zip(timesteps, timesteps[1:] + [None]):
+        batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+        x0, _ = schedule.to_x0_eps(model(x, batch_t), x, batch_t)
+        a_t, a_s = a[t], 1.0 if s is None else a[s]
+        alpha = a_t / a_s
+        x = (math.sqrt(a_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
+        if s is not None:
+            variance = (1 - a_s) / (1 - a_t) * (1 - alpha)
+            x = x + math.sqrt(variance) * seeded_noise(generators, x.shape, x)
+    return x
+
+
+def guided(unet, context, null_context, guidance_scale):
+    """Equation (5) as a model(x, t): both halves in one pass; 1.0 is the conditional run itself."""
+    if guidance_scale == 1.0:
+        return lambda x, t: unet(x, t, context)
+    both = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
+
+    def model(x, t):
+        null, conditional = unet(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return null + guidance_scale * (conditional - null)
+    return model
+
+
+# ---------------------------------------------------------------------------- the manifold
+
+def lerp(a, b, weight):
+    """Straight line between standardised tokens a and b (..., G, D); weight 0 is a, 1 is b."""
+    return a + weight * (b - a)
+
+
+def slerp(a, b, weight):
+    """Great circle between a and b (..., G, D), each seen as one vector; lengths are mixed too.
+
+    Source: Shoemake 1985. Falls back to lerp where the two are almost parallel.
+    """
+    u, w = a.flatten(-2), b.flatten(-2)
+    length_a, length_b = u.norm(dim=-1, keepdim=True), w.norm(dim=-1, keepdim=True)
+    u, w = u / length_a.clamp(min=1e-8), w / length_b.clamp(min=1e-8)
+    angle = (u * w).sum(-1, keepdim=True).clamp(-1, 1).acos()
+    mixed = (((1 - weight) * angle).sin() * u + (weight * angle).sin() * w) / angle.sin()
+    mixed = mixed * (length_a + weight * (length_b - length_a))
+    nearly_parallel = (angle < 1e-3) | (angle > math.pi - 1e-3)
+    return torch.where(nearly_parallel, lerp(a, b, weight).flatten(-2), mixed).view_as(a)
+
+
+def perturb(tokens, amount, generators=None):
+    """Standardised tokens (B, G, D) plus noise of `amount` training-set standard deviations."""
+    return tokens + amount * seeded_noise(generators, tokens.shape, tokens)
+
+
+def prototypes(tokens, k, seed=0):
+    """K-means centres of standardised training tokens (N, G, D): (k, G, D), typical images."""
+    centers, _ = kmeans(tokens.flatten(1), k, seed)
+    return centers.view(k, *tokens.shape[1:])
+
+
+class EmbeddingSampler(nn.Module):
+    """Tokens without a source image: a Gaussian mixture over the training set's tokens.
+
+    The flattened standardised tokens (N, G*D) are brought to at most 64 principal components; each
+    K-means cluster there becomes one Gaussian, its covariance shrunk towards the pooled one:
+    few images cannot fix 64 x 64 numbers. What the left-out components held is not sampled.
+    """
+
+    def __init__(self, components, rank, tokens, dim):
+        super().__init__()
+        self.tokens, self.dim = tokens, dim
+        self.register_buffer("center", torch.zeros(tokens * dim))
+        self.register_buffer("basis", torch.zeros(rank, tokens * dim))
+        self.register_buffer("weights", torch.zeros(components))
+        self.register_buffer("means", torch.zeros(components, rank))
+        self.register_buffer("factors", torch.zeros(components, rank, rank))  # Cholesky factors
+
+    @classmethod
+    def fit(cls, tokens, components=8, max_rank=64, shrinkage=0.3, seed=0):
+        """tokens (N, G, D) standardised, N >= 2 -> a fitted sampler."""
+        n, G, D = tokens.shape
+        x = tokens.flatten(1).double()
+        center = x.mean(0)
+        rank = min(max_rank, n - 1, G * D)
+        _, _, basis = torch.svd_lowrank(x - center, q=min(rank + 8, n, G * D), niter=4)
+        basis = basis[:, :rank].T
+        scores = (x - center) @ basis.T  # (N, G*D) -> (N, rank)
+        distinct = scores.float().unique(dim=0).shape[0]
+        k = max(1, min(components, n // (2 * rank), distinct))  # two images a dimension at least
+        means, assignment = kmeans(scores.float(), k, seed)
+        means = means.double()
+        within = scores - means[assignment]
+        pooled = within.T @ within / n + 1e-6 * torch.eye(rank, dtype=x.dtype)
+        sampler = cls(k, rank, G, D)
+        for j in range(k):
+            own = within[assignment == j]
+            covariance = (1 - shrinkage) * own.T @ own / len(own) + shrinkage * pooled
+            sampler.factors[j] = torch.linalg.cholesky(covariance).float()
+            sampler.weights[j] = len(own) / n
+        sampler.center.copy_(center), sampler.basis.copy_(basis), sampler.means.copy_(means)
+        return sampler
+
+    def sample(self, generators):
+        """One (G, D) set of tokens for each CPU generator: (B, G, D) float32."""
+        rows = []
+        for g in generators:
+            j = torch.multinomial(self.weights.cpu(), 1, generator=g).item()
+            noise = torch.randn(self.means.shape[1], generator=g).to(self.means.device)
+            rows.append((self.means[j] + self.factors[j] @ noise) @ self.basis + self.center)
+        return torch.stack(rows).view(-1, self.tokens, self.dim)
+
+
+# ---------------------------------------------------------------------------- the condition
+
+class TokenProjection(nn.Module):
+    """Standardised global tokens (B, G, D) -> context (B, K, context_dim), equation (6).
+
+    A single context token would make every cross-attention weight 1, and queries and keys would
+    get no gradient; so one global token is spread over `spread` context tokens. With several,
+    K = G. Positions start at standard deviation 0.5: standardising removes what told the tokens
+    apart, and much smaller positions learn far more slowly. The null context is learned.
+    """
+
+    def __init__(self, num_tokens, token_dim, context_dim, spread=4):
+        super().__init__()
+        self.spread = spread if num_tokens == 1 else 1
+        K = num_tokens * self.spread
+        self.proj = nn.Linear(token_dim, context_dim * self.spread)
+        self.positions = nn.Parameter(0.5 * torch.randn(K, context_dim))
+        self.null_context = nn.Parameter(torch.zeros(K, context_dim))
+
+    def forward(self, tokens):
+        B, G, _ = tokens.shape
+        context = self.proj(tokens).view(B, G * self.spread, -1)  # (B, G, S*C) -> (B, G*S, C)
+        return context + self.positions
+
+    def null(self, batch):
+        """The context of "no condition": (batch, K, context_dim)."""
+        return self.null_context.expand(batch, -1, -1)
+
+
+# ---------------------------------------------------------------------------- the bundle
+
+@dataclass(frozen=True)
+class DinoDiffusionConfig:
+    image_size: int = 64                 # pixels, square
+    vae: VAEConfig = VAEConfig()
+    unet: UNetConfig = UNetConfig()
+    vit: ViTConfig = VISION_TRANSFORMERS["tiny"]
+    condition: str = "dino"              # dino, or none (the unconditional control)
+    tokens: str = "global"               # which tokens condition: see dino.conditioning_tokens
+    token_shape: tuple = (1, 384)        # (G, D) of those tokens
+    schedule: str = "scaled_linear"      # scaled_linear, linear, cosine
+    prediction: str = "v"                # v, eps
+    zero_terminal_snr: bool = True
+    drop_condition: float = 0.1          # share of training samples that see the null context
+    min_snr_gamma: float = 0.0           # 0 = off; 5 is the paper's. It harms short runs
+
+    def __post_init__(self):
+        step = self.vae.factor * 2 ** (len(self.unet.channel_multipliers) - 1)
+        if self.image_size % step:
+            need = math.ceil(self.image_size / step) * step
+            raise ValueError(
+                f"image side {self.image_size} is not a multiple of {step} (VAE {self.vae.factor} "
+                f"x U-Net {step // self.vae.factor}): pass --size {need}")
+
+
+class DinoDiffusion(nn.Module):
+    """VAE, U-Net, embedder, schedule and projection, with the statistics that join them.
+
+    Two parts are trained here (`trained`: U-Net and projection); VAE and embedder stay frozen.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vae, self.embedder = AutoencoderKL(config.vae), VisionTransformer(config.vit)
+        self.vae.requires_grad_(False).eval()
+        self.embedder.requires_grad_(False).eval()
+        self.unet = UNet(config.unet)
+        self.projection = TokenProjection(*config.token_shape, config.unet.context_dim)
+        self.schedule = NoiseSchedule(1000, config.schedule, config.prediction,
+                                      config.zero_terminal_snr)
+        C = config.vae.latent_channels
+        self.register_buffer("shift", torch.zeros(C, 1, 1))          # x0 = (z - shift) * scale
+        self.register_buffer("scale", torch.ones(C, 1, 1))
+        self.register_buffer("token_mean", torch.zeros(config.token_shape))
+        self.register_buffer("token_std", torch.ones(config.token_shape))
+        self.embedding_sampler = None                                 # set after training
+
+    @property
+    def trained(self):
+        return nn.ModuleDict({"unet": self.unet, "projection": self.projection})
+
+    # ---- pictures to numbers and back
+
+    def standardise(self, tokens):
+        """Raw tokens (B, G, D) -> mean 0 and deviation 1 over the training set, each entry."""
+        return (tokens - self.token_mean) / self.token_std
+
+    @torch.no_grad()
+    def embed(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> standardised tokens (B, G, D)."""
+        return self.standardise(conditioning_tokens(self.embedder, images, self.config.tokens))
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> x0 (B, C, h, w): the mean latent, standardised."""
+        return (self.vae.encode(images).mean - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x0):
+        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]."""
+        return self.vae.decode(x0 / self.scale + self.shift).clamp(-1, 1)
+
+    def context(self, tokens, batch):
+        """Standardised tokens (B, G, D), or None for no condition -> (batch, K, context_dim)."""
+        return self.projection.null(batch) if tokens is None else self.projection(tokens)
+
+    # ---- training
+
+    def loss(self, mean, std, tokens, generator, logs=False):
+        """One training step's loss: mean (prediction - target)^2 over uniform t.
+
+        mean, std (B, C, h, w): the VAE's posterior, drawn anew each step. tokens (B, G, D)
+        standardised. Returns (loss, dict with the loss of four ranges of t if `logs`).
+        """
+        B = mean.shape[0]
+        draw = dict(generator=generator, device=mean.device)
+        z = mean + std * torch.randn(mean.shape, **draw)
+        x0 = (z - self.shift) * self.scale
+        noise = torch.randn(x0.shape, **draw)
+        t = torch.randint(self.schedule.num_train_timesteps, (B,), **draw)
+        dropped = torch.rand(B, **draw) < self.config.drop_condition
+        if self.config.condition == "none":
+            context = self.projection.null(B)
+        else:
+            context = torch.where(dropped[:, None, None], self.projection.null(B),
+                                  self.projection(tokens))
+        prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, context)
+        error = F.mse_loss(prediction.float(), self.schedule.target(x0, noise, t), reduction="none")
+        error = error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
+        quarter = t * 4 // self.schedule.num_train_timesteps
+        parts = {f"t{q}": error[quarter == q].mean().detach() for q in range(4)} if logs else {}
+        if self.config.min_snr_gamma:
+            error = error * self.schedule.min_snr_weight(t, self.config.min_snr_gamma)
+        return error.mean(), parts
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def sample(self, tokens, seeds, steps=50, guidance_scale=1.0, eta=0.0, sampler="ddim",
+               batch=64, start=None, strength=1.0):
+        """New images (N, 3, H, W) in [-1, 1], one for each seed, on the model's device.
+
+        tokens (N, G, D) standardised, or None for no condition. start (N, 3, H, W) with
+        strength < 1 begins from that image with noise of the timestep at that share of the way
+        (img2img). Image i depends on its seed and condition alone, not on `batch`.
+        Raises ValueError for steps outside 1..T, a strength outside (0, 1], an unknown sampler.
+        """
+        if sampler not in ("ddim", "ddpm"):
+            raise ValueError(f"sampler '{sampler}' is unknown: use ddim or ddpm")
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength {strength}: need more than 0 and at most 1 (all noise)")
+        timesteps = self.schedule.sampling_timesteps(steps)
+        if strength < 1:
+            timesteps = timesteps[min(round(steps * (1 - strength)), steps - 1):]
+        side = self.config.image_size // self.config.vae.factor
+        images = []
+        for i in range(0, len(seeds), batch):
+            generators = [torch.Generator().manual_seed(s) for s in seeds[i:i + batch]]
+            n = len(generators)
+            shape = (n, self.config.vae.latent_channels, side, side)
+            x = seeded_noise(generators, shape, self.shift)
+            if strength < 1:
+                t = torch.full((n,), timesteps[0], device=x.device)
+                x = self.schedule.add_noise(self.encode(start[i:i + batch].to(x.device)), x, t)
+            part = None if tokens is None else tokens[i:i + batch].to(x.device)
+            model = guided(self.unet, self.context(part, n), self.context(None, n),
+                           1.0 if part is None else guidance_scale)
+            if sampler == "ddim":
+                x = ddim_sample(model, x, self.schedule, steps, eta, generators, timesteps)
+            else:
+                x = ddpm_sample(model, x, self.schedule, steps, generators, timesteps)
+            images.append(self.decode(x))
+        return torch.cat(images)
+
+    # ---- plain dictionaries (files are data.py's business)
+
+    def to_checkpoint(self):
+        """Plain dict of tensors and values that `from_checkpoint` and torch.save take."""
+        gmm = self.embedding_sampler
+        return {
+            "config": asdict(self.config),
+            "embedder": {"config": asdict(self.config.vit), "model": self.embedder.state_dict()},
+            "vae": self.vae.state_dict(),
+            "unet": self.unet.state_dict(),
+            "projection": self.projection.state_dict(),
+            "statistics": {n: getattr(self, n)
+                           for n in ("shift", "scale", "token_mean", "token_std")},
+            "embedding_sampler": None if gmm is None else gmm.state_dict(),
+        }
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """The inverse, in eval mode. Raises ValueError if the parts do not fit each other."""
+        try:
+            raw = dict(checkpoint["config"])
+            for name, kind in (("vae", VAEConfig), ("unet", UNetConfig), ("vit", ViTConfig)):
+                raw[name] = kind(**raw[name])
+            model = cls(DinoDiffusionConfig(**raw))
+            model.embedder.load_state_dict(checkpoint["embedder"]["model"])
+            for part in ("vae", "unet", "projection"):
+                getattr(model, part).load_state_dict(checkpoint[part])
+            for name, value in checkpoint["statistics"].items():
+                getattr(model, name).copy_(value)
+            gmm = checkpoint["embedding_sampler"]
+            if gmm is not None:
+                model.embedding_sampler = EmbeddingSampler(*gmm["means"].shape,
+                                                           *model.config.token_shape)
+                model.embedding_sampler.load_state_dict(gmm)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"this is not a DiNO-Diffusion model that this version reads ({error}): "
+                "need a model.pt written by train.py; train again, or pass --checkpoint") from error
+        return model.eval()

@@ -1,0 +1,292 @@
+"""dinodiff.py: closed forms, steps, guidance, the manifold, the bundle. Offline, CPU, seconds."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dino import ViTConfig
+from dinodiff import (DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler, NoiseSchedule,
+                      TokenProjection, ddim_sample, ddpm_sample, guided, lerp, perturb, prototypes,
+                      seeded_noise, slerp)
+from unet import UNetConfig
+from vae import VAEConfig
+
+MU, SIGMA = 1.5, 0.4  # the Gaussian data set of the closed-form tests
+
+
+def gaussian_model(schedule):
+    """The exact prediction for data N(MU, SIGMA^2): E[eps | xt] is linear in xt."""
+    def model(x, t):
+        a = schedule.alphas_cumprod.double()[t].view(-1, 1)
+        eps = (1 - a).sqrt() * (x - a.sqrt() * MU) / (a * SIGMA ** 2 + 1 - a)
+        x0 = MU + a.sqrt() * SIGMA ** 2 * (x - a.sqrt() * MU) / (a * SIGMA ** 2 + 1 - a)
+        return eps if schedule.prediction == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0
+    return model
+
+
+def start_noise(n=5_000):
+    """n draws with mean exactly 0 and deviation exactly 1, so that only the sampler can err."""
+    x = torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (x - x.mean()) / x.std()
+
+
+@pytest.mark.parametrize("prediction,zero_snr", [("v", True), ("v", False), ("eps", False)])
+def test_ddpm_gives_back_a_gaussian(prediction, zero_snr):
+    """1,000 DDPM steps with the exact model return mean and deviation to 0.02 (sampling error of
+    5,000 draws is 0.004; the rest is discretisation)."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=zero_snr)
+    x = ddpm_sample(gaussian_model(schedule), start_noise(), schedule)
+    assert abs(x.mean() - MU) < 0.02
+    assert abs(x.std() - SIGMA) < 0.02
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps,tolerance", [(50, 0.05), (250, 0.02)])
+@pytest.mark.parametrize("prediction,zero_snr", [("v", True), ("eps", False)])
+def test_ddim_gives_back_a_gaussian(prediction, zero_snr, steps, tolerance, eta):
+    """DDIM's error in the deviation is that of its step size. Without zero SNR the start N(0, 1)
+    lacks the mean sqrt(a_T) MU = 0.10, of which DDIM keeps a part: 0.07 allows for it."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=zero_snr)
+    x = ddim_sample(gaussian_model(schedule), start_noise(), schedule, steps, eta)
+    assert abs(x.std() - SIGMA) < tolerance
+    assert abs(x.mean() - MU) < (0.02 if zero_snr else 0.07)
+
+
+def test_ddim_one_step_jumps_to_x0():
+    """With one step and zero SNR the answer is the model's x0 at T-1: the data's mean."""
+    schedule = NoiseSchedule()
+    x = ddim_sample(gaussian_model(schedule), start_noise(), schedule, steps=1)
+    assert torch.allclose(x, torch.full_like(x, MU), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 13, 30, 50, 1000])
+def test_ddim_visits_the_trailing_steps(steps):
+    """The model sees exactly the list: `steps` of them, T-1 first, falling, evenly spaced."""
+    schedule, seen = NoiseSchedule(), []
+
+    def model(x, t):
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+    ddim_sample(model, torch.zeros(2, 1), schedule, steps)
+    assert seen == schedule.sampling_timesteps(steps)
+    assert len(seen) == steps and seen[0] == 999 and min(seen) >= 0
+    gaps = [a - b for a, b in zip(seen, seen[1:])]
+    assert all(abs(gap - 1000 / steps) <= 1 for gap in gaps)
+    if steps == 13:
+        assert seen == [999, 922, 845, 768, 691, 614, 537, 461, 384, 307, 230, 153, 76]
+
+
+def test_schedules_match_their_definitions():
+    """Known ends: scaled linear 0.0047 (root 0.068), linear 4.0e-5, cosine 2.4e-9; zero SNR 0."""
+    last = {kind: NoiseSchedule(kind=kind, zero_terminal_snr=False).alphas_cumprod[-1].item()
+            for kind in ("scaled_linear", "linear", "cosine")}
+    assert math.isclose(last["scaled_linear"], 0.0047, rel_tol=0.02)
+    assert math.isclose(last["linear"], 4.04e-5, rel_tol=0.01)
+    assert last["cosine"] < 1e-8
+    before = NoiseSchedule(zero_terminal_snr=False).alphas_cumprod
+    after = NoiseSchedule(zero_terminal_snr=True).alphas_cumprod
+    assert after[-1] == 0 and torch.isclose(after[0], before[0])
+    assert (after[1:] < after[:-1]).all()
+
+
+def test_eps_refuses_schedules_that_end_in_noise():
+    """eps would be divided by sqrt(a_T) = 0: the error says what to use."""
+    for wrong in (dict(zero_terminal_snr=True), dict(kind="cosine", zero_terminal_snr=False)):
+        with pytest.raises(ValueError, match="use prediction 'v'"):
+            NoiseSchedule(prediction="eps", **wrong)
+    NoiseSchedule(prediction="eps", zero_terminal_snr=False)
+    NoiseSchedule(prediction="eps", kind="linear", zero_terminal_snr=False)
+
+
+@pytest.mark.parametrize("prediction,zero_snr", [("v", True), ("eps", False)])
+def test_target_and_back(prediction, zero_snr):
+    """to_x0_eps inverts add_noise + target at every t (float32: 2e-3 where eps is divided by 0.068)."""
+    schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=zero_snr)
+    t = torch.arange(0, 1000, 37)
+    x0, noise = torch.randn(2, len(t), 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    xt = schedule.add_noise(x0, noise, t)
+    back, eps = schedule.to_x0_eps(schedule.target(x0, noise, t), xt, t)
+    assert torch.allclose(back, x0, atol=2e-3) and torch.allclose(eps, noise, atol=2e-3)
+
+
+def test_min_snr_weights():
+    """min(SNR, 5) / SNR for eps and / (SNR + 1) for v, at a t of small and one of large noise."""
+    a = NoiseSchedule(zero_terminal_snr=False).alphas_cumprod.double()
+    snr = (a / (1 - a))[[10, 900]]
+    t = torch.tensor([10, 900])
+    eps = NoiseSchedule(prediction="eps", zero_terminal_snr=False).min_snr_weight(t)
+    v = NoiseSchedule(prediction="v", zero_terminal_snr=False).min_snr_weight(t)
+    assert torch.allclose(eps.double(), torch.stack([5 / snr[0], torch.ones(())]), rtol=1e-4)
+    assert torch.allclose(v.double(), torch.stack([5 / (snr[0] + 1), snr[1] / (snr[1] + 1)]), rtol=1e-4)
+
+
+def test_guidance_one_is_the_conditional_run_and_scales_linearly():
+    """Scale 1 never calls the null half; scale s is null + s (conditional - null), all channels."""
+    calls = []
+
+    def unet(x, t, context):
+        calls.append(len(x))
+        return x * context.mean(dim=(1, 2))[:, None, None, None]
+    x, t = torch.randn(2, 4, 3, 3), torch.zeros(2, dtype=torch.long)
+    context, null = torch.full((2, 5, 6), 2.0), torch.full((2, 5, 6), 0.5)
+    assert torch.equal(guided(unet, context, null, 1.0)(x, t), unet(x, t, context))
+    assert torch.allclose(guided(unet, context, null, 3.0)(x, t), x * (0.5 + 3 * 1.5))
+    assert torch.allclose(guided(unet, context, null, 0.0)(x, t), x * 0.5)
+    assert calls == [2, 2, 4, 4]
+
+
+def test_slerp_keeps_angle_and_length():
+    """Ends are met, the middle of two unit vectors has length 1 and equal angles; antiparallel
+    and equal vectors stay finite."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 5, 8, generator=g)
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-5)
+    assert torch.allclose(slerp(a, b, 1.0), b, atol=1e-5)
+    unit = [x / x.flatten(1).norm(dim=1)[:, None, None] for x in (a, b)]
+    middle = slerp(*unit, 0.5).flatten(1)
+    assert torch.allclose(middle.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert torch.allclose((middle * unit[0].flatten(1)).sum(1), (middle * unit[1].flatten(1)).sum(1),
+                          atol=1e-5)
+    assert torch.allclose(slerp(a, a, 0.3), a, atol=1e-5) and slerp(a, -a, 0.3).isfinite().all()
+    assert torch.allclose(lerp(a, b, 0.25), 0.75 * a + 0.25 * b, atol=1e-6)
+
+
+def test_perturb_and_noise_depend_on_their_own_generator_only():
+    """Row i of the noise is the same whatever stands beside it."""
+    tokens = torch.zeros(3, 2, 4)
+    one = lambda seed: torch.Generator().manual_seed(seed)
+    three = perturb(tokens, 0.5, [one(1), one(2), one(3)])
+    assert torch.equal(three[1:2], perturb(tokens[:1], 0.5, [one(2)]))
+    assert 0.2 < three.std() < 0.8
+    assert torch.equal(seeded_noise([one(7)], (1, 3), tokens), torch.randn(1, 3, generator=one(7)))
+
+
+def test_prototypes_are_the_centres_of_clusters():
+    """Three far apart clusters of tokens: the three prototypes are their means."""
+    g = torch.Generator().manual_seed(0)
+    truth = 10 * torch.randn(3, 2, 4, generator=g)
+    tokens = truth.repeat(20, 1, 1) + 0.01 * torch.randn(60, 2, 4, generator=g)
+    found = prototypes(tokens, 3)
+    distance = torch.cdist(found.flatten(1), truth.flatten(1))
+    assert distance.min(0).values.max() < 0.02 and distance.min(1).values.max() < 0.02
+
+
+def test_embedding_sampler_has_the_moments_of_its_data():
+    """4,000 tokens in a 6-dimensional subspace of 24: mean, covariance and subspace come back
+    (tolerance: the sampling error of 4,000 draws and 30 % shrinkage between clusters)."""
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(24, 6, generator=g)).Q
+    scores = torch.randn(4000, 6, generator=g) * torch.tensor([3.0, 2.0, 1.5, 1.0, 0.7, 0.5])
+    tokens = (scores @ basis.T + 0.3).view(4000, 4, 6)
+    sampler = EmbeddingSampler.fit(tokens, max_rank=6)
+    drawn = sampler.sample([torch.Generator().manual_seed(s) for s in range(4000)]).flatten(1)
+    assert (drawn.mean(0) - tokens.flatten(1).mean(0)).abs().max() < 0.15
+    difference = torch.cov(drawn.T) - torch.cov(tokens.flatten(1).T)
+    assert difference.norm() / torch.cov(tokens.flatten(1).T).norm() < 0.1
+    centred = drawn - sampler.center
+    assert (centred - centred @ basis @ basis.T).norm() / centred.norm() < 1e-3
+    again = sampler.sample([torch.Generator().manual_seed(3)])
+    assert torch.equal(again.flatten(1), drawn[3:4])
+
+
+def test_one_token_is_spread_over_several_context_tokens():
+    """With one context token queries and keys would get no gradient; so one token becomes four."""
+    one, five = TokenProjection(1, 8, 6), TokenProjection(5, 8, 6)
+    assert one(torch.randn(2, 1, 8)).shape == (2, 4, 6) == one.null(2).shape
+    assert five(torch.randn(2, 5, 8)).shape == (2, 5, 6)
+    assert 0.3 < five.positions.std() < 0.7
+
+
+CONFIG = DinoDiffusionConfig(
+    image_size=32, vae=VAEConfig(base_channels=8, channel_multipliers=(1, 2), layers_per_block=1),
+    unet=UNetConfig(base_channels=32, channel_multipliers=(1, 2), layers_per_block=1,
+                    attention_levels=(False, True), context_dim=12, num_heads=2),
+    vit=ViTConfig(8, 16, 4, 2, 32, normalise="per_image"), token_shape=(5, 16))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = DinoDiffusion(CONFIG).eval()
+    for p in model.unet.parameters():  # zero-initialised outputs would hide everything
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def pictures(n, seed=0):
+    return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_image_of_a_seed_does_not_depend_on_the_batch(model):
+    """Seeds 4..8 sampled together, alone, and in another order: the same images (1e-4: sums of
+    convolutions are ordered differently for other batch sizes)."""
+    tokens = model.embed(pictures(5))
+    for settings in (dict(), dict(sampler="ddpm"), dict(eta=1.0, guidance_scale=2.0)):
+        together = model.sample(tokens, [4, 5, 6, 7, 8], steps=4, **settings)
+        split = model.sample(tokens, [4, 5, 6, 7, 8], steps=4, batch=2, **settings)
+        alone = model.sample(tokens[3:4], [7], steps=4, **settings)
+        assert torch.allclose(together, split, atol=1e-4)
+        assert torch.allclose(together[3:4], alone, atol=1e-4)
+        assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_strength_keeps_more_or_less_of_the_start(model):
+    """img2img at a low strength stays near the decoded start, at a high one it does not."""
+    x = pictures(2)
+    tokens, plain = model.embed(x), model.decode(model.encode(x))
+    far = [(model.sample(tokens, [0, 1], steps=50, start=x, strength=s) - plain).abs().mean()
+           for s in (0.02, 0.9)]
+    assert far[0] < far[1]
+    with pytest.raises(ValueError, match="strength"):
+        model.sample(tokens, [0, 1], strength=0.0)
+
+
+def test_checkpoint_round_trip(model, tmp_path):
+    """A bundle written and read with weights_only=True gives the same tokens and samples."""
+    model.token_mean.copy_(torch.randn(5, 16))
+    model.embedding_sampler = EmbeddingSampler.fit(torch.randn(40, 5, 16))
+    torch.save(model.to_checkpoint(), tmp_path / "model.pt")
+    other = DinoDiffusion.from_checkpoint(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert other.config == CONFIG
+    tokens = model.embed(pictures(2))
+    assert torch.equal(tokens, other.embed(pictures(2)))
+    assert torch.equal(model.sample(tokens, [0, 1], steps=3), other.sample(tokens, [0, 1], steps=3))
+    draw = [torch.Generator().manual_seed(0)]
+    assert torch.equal(other.embedding_sampler.sample(draw).isfinite().all(), torch.tensor(True))
+    with pytest.raises(ValueError, match="not a DiNO-Diffusion model"):
+        DinoDiffusion.from_checkpoint({"config": {"image_size": 32}})
+
+
+def test_every_trained_parameter_gets_a_gradient(model):
+    """U-Net, projection, positions and null context learn; VAE and embedder are frozen."""
+    x = pictures(16)
+    posterior = model.vae.encode(x)
+    loss, parts = model.loss(posterior.mean, posterior.std, model.embed(x),
+                             torch.Generator().manual_seed(0), logs=True)
+    loss.backward()
+    trained = dict(model.trained.named_parameters())
+    missing = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not missing
+    assert set(parts) == {"t0", "t1", "t2", "t3"}
+    assert all(not p.requires_grad for p in [*model.vae.parameters(), *model.embedder.parameters()])
+    model.zero_grad()
+
+
+def test_unconditional_model_ignores_tokens():
+    """--condition none: the loss is the same whatever the tokens are."""
+    torch.manual_seed(0)
+    model = DinoDiffusion(replace(CONFIG, condition="none"))
+    mean = torch.randn(4, 4, 16, 16)
+    losses = [model.loss(mean, 0 * mean, tokens, torch.Generator().manual_seed(1))[0]
+              for tokens in (torch.zeros(4, 5, 16), torch.randn(4, 5, 16))]
+    assert torch.equal(*losses)
+
+
+def test_image_side_error_has_three_parts():
+    """A side that the two nets cannot halve is refused with the next one that works."""
+    with pytest.raises(ValueError, match=r"image side 250 is not a multiple of 64 \(VAE 8 x U-Net 8\)"
+                                         r": pass --size 256"):
+        DinoDiffusionConfig(image_size=250, vit=CONFIG.vit)

@@ -1,0 +1,610 @@
+"""Train DiNO-Diffusion: embedder, VAE and conditional U-Net, by one loop.
+
+    python train.py --data cxr                                     # a laptop: ten minutes, no downloads
+    python train.py --data FOLDER --preset base --out runs/mine    # your X-rays on a GPU
+
+Stages, each a loss of a few lines around `fit`:
+    1 embedder  DINO self-distillation            (skipped when --embedder names trained weights)
+    2 vae       L1 + KL                           (skipped when --vae names trained weights)
+    3 cache     latents (mean and std) and tokens of every training image -> memory-mapped .npy
+    4 unet      mean squared error of v (or eps)  on the cache alone
+
+A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (what
+sample.py reads), state.pt (what --resume reads), cache/. All randomness derives from
+(seed, stage, step), so a resumed run equals one that was never stopped.
+"""
+import argparse
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch.utils.data import DataLoader, Dataset
+
+import data
+from data import StatusLine, UserError, run_script, user_errors
+from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
+                  load_dino)
+from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
+
+PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
+    "tiny": dict(size=64, embedder="tiny", vae="train", unet="train", batch=32, lr=1e-3,
+                 embedder_steps=300, vae_steps=600, unet_steps=1000),
+    "small": dict(size=128, embedder="dino_vits16", vae="train", unet="train", batch=128, lr=5e-4,
+                  embedder_steps=4000, vae_steps=6000, unet_steps=20000),
+    "base": dict(size=256, embedder="dino_vitb8", vae="sd-vae-ft-mse", unet="train", batch=128,
+                 lr=2e-4, embedder_steps=4000, vae_steps=10000, unet_steps=100000),
+    "sd15": dict(size=512, embedder="dino_vitb8", vae="sd15", unet="sd15", batch=16, lr=1e-5,
+                 embedder_steps=4000, vae_steps=10000, unet_steps=100000),
+}
+VAES = {  # base_channels, channel_multipliers, layers_per_block: factors 4, 4, 8, 8
+    "tiny": VAEConfig(3, 4, 16, (1, 2, 4), 1), "small": VAEConfig(3, 4, 64, (1, 2, 4), 1),
+    "base": VAEConfig(3, 4, 64, (1, 2, 4, 4), 2), "sd15": VAEConfig(),
+}
+UNETS = {  # base_channels, channel_multipliers, layers, attention_levels, context_dim, num_heads
+    "tiny": UNetConfig(4, 4, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
+    "small": UNetConfig(4, 4, 128, (1, 2, 3), 2, (False, True, True), 384, 8),
+    "base": UNetConfig(4, 4, 192, (1, 2, 3, 4), 2, (True, True, True, False), 768, 8),
+    "sd15": UNetConfig(),
+}
+STAGES = ("embedder", "vae", "unet")
+FREE_TO_CHANGE = {"device", "workers", "out"}  # between a run and its resume
+
+
+# ---------------------------------------------------------------------------- the loop
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came, and the run was saved: args[0] is the signal's number."""
+
+
+def step_seed(*parts):
+    """A 63-bit seed that depends on every part, e.g. (seed, stage, step)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def batch_rows(step, batch, n, seed):
+    """Rows of the data for one step: epochs of reshuffled 0..n-1, cut into batches."""
+    rows, position = [], step * batch
+    while len(rows) < batch:
+        epoch, offset = divmod(position + len(rows), n)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(step_seed(seed, epoch)))
+        rows += order[offset:offset + batch - len(rows)].tolist()
+    return rows
+
+
+def as_is(batch):
+    return batch
+
+
+def loader(dataset, batch, seed, start, steps, workers=0):
+    """Batches of steps start..steps-1. `dataset.__getitems__(rows)` returns a ready batch."""
+    plan = (batch_rows(step, batch, len(dataset), seed) for step in range(start, steps))
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=as_is)
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def to_device(batch, device):
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    return tuple(part.to(device, non_blocking=True) for part in batch)
+
+
+def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run=None, ema=None,
+        dtype=torch.float32, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, clip=1.0,
+        ema_decay=0.999, accumulate=1, workers=0):
+    """The one training loop, as a generator: yields the number of steps done, after each step.
+
+    loss_fn(batch on the device, step, generator) -> (scalar loss, dict of values to log). The
+    generator is seeded by (seed, stage, step). ema: dict of name -> tensor, updated in place with
+    min(ema_decay, (1 + n) / (10 + n)): parameters only, and no memory of the random start.
+    With a `run`, rows go to its log and the state is saved every few minutes, at the end and on
+    Ctrl-C; a saved state of this stage is taken up where it stopped.
+    Raises UserError when a loss is not finite, Stopped after a signal.
+    """
+    params = trainable(model)
+    warmup = min(warmup, max(1, steps // 5))
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay,
+                                  fused=device.type == "cuda")
+    start = run.restore(stage, model, optimizer, ema) if run else 0
+    status = StatusLine(steps, stage, start)
+    look_every = min(10, max(1, steps // 500))  # looking at a loss waits for the GPU
+    losses, began, saved = [], time.time(), time.time()
+    batches = loader(dataset, batch, step_seed(seed, stage, "order"), start, steps, workers)
+    model.train()
+    for step, rows in enumerate(batches, start):
+        rate = learning_rate(step, steps, lr, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows, total = to_device(rows, device), 0.0
+        for k in range(accumulate):
+            part = rows if accumulate == 1 else (
+                rows[k::accumulate] if isinstance(rows, torch.Tensor)
+                else tuple(r[k::accumulate] for r in rows))
+            generator = torch.Generator(device).manual_seed(step_seed(seed, stage, step, k))
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss, logs = loss_fn(part, step, generator)
+            (loss / accumulate).backward()
+            total = total + loss.detach() / accumulate
+        torch.nn.utils.clip_grad_norm_(params.values(), clip, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()],
+                                 1 - decay)
+        losses.append(total)
+        yield step + 1
+        done = step + 1
+        if done % look_every and done != steps:
+            continue
+        values = torch.stack(losses).tolist()
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{stage}: the loss is {value} at step {done - len(values) + i + 1} (learning "
+                    f"rate {rate:.2g}): need a finite one; last good state: "
+                    f"{run.folder / 'state.pt' if run else 'none'}; try a lower --lr")
+        losses, value = [], sum(values) / len(values)
+        status.update(done, loss=value, images=batch * len(values))
+        if run:
+            run.log(stage=stage, step=done, loss=value, lr=rate, seconds=time.time() - began,
+                    **{name: float(v) for name, v in logs.items()})
+            if run.stop_signal or done == steps or time.time() - saved > run.save_seconds:
+                run.save(stage, done, model, optimizer, ema)
+                saved = time.time()
+            if run.stop_signal and done < steps:
+                raise Stopped(run.stop_signal)
+    status.close()
+    model.eval()
+
+
+@torch.no_grad()
+def load_ema(model, ema):
+    for name, p in trainable(model).items():
+        p.copy_(ema[name])
+
+
+@contextmanager
+def swapped(model, ema):
+    """Inside, the model holds the EMA weights."""
+    kept = {name: p.detach().clone() for name, p in trainable(model).items()}
+    load_ema(model, ema)
+    try:
+        yield
+    finally:
+        load_ema(model, kept)
+
+
+# ---------------------------------------------------------------------------- the run's folder
+
+class Run:
+    """A folder that holds what was asked, what happened, and everything that a resume needs."""
+
+    def __init__(self, folder, config, resume=False, save_seconds=120):
+        self.folder, self.config, self.save_seconds = Path(folder), config, save_seconds
+        self.finished, self.state, self.stop_signal = {}, None, 0
+        try:
+            (self.folder / "cache").mkdir(parents=True, exist_ok=True)
+            data.write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder} ({error.strerror}): need a folder that can "
+                            "be written; pass --out DIR") from error
+        if resume and (self.folder / "state.pt").exists():
+            saved = data.load_checkpoint(self.folder / "state.pt")
+            self.finished, self.state = saved["finished"], saved["state"]
+        self.state_step = self.state["step"] if self.state else 0
+        kept = [r for r in self.rows() if r["stage"] in self.finished or (
+            self.state and r["stage"] == self.state["stage"] and r["step"] <= self.state_step)]
+        data.write_text_atomic(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+
+    def rows(self):
+        path = self.folder / "log.jsonl"
+        return data.read_jsonl(path) if path.exists() else []
+
+    def log(self, **row):
+        data.append_jsonl(self.folder / "log.jsonl", row)
+
+    def catch_signals(self):
+        """Ctrl-C and SIGTERM only set a mark; `fit` saves and stops at the next look."""
+        def mark(number, frame):
+            self.stop_signal = number
+            print("\nstopping: saving the state first ...", flush=True)
+        signal.signal(signal.SIGINT, mark)
+        signal.signal(signal.SIGTERM, mark)
+
+    def save(self, stage, step, model, optimizer, ema):
+        self.state = {"stage": stage, "step": step, "model": model.state_dict(),
+                      "optimizer": optimizer.state_dict(), "ema": ema}
+        self.write()
+
+    def write(self):
+        data.save_atomic(self.folder / "state.pt", {
+            "version": data.CHECKPOINT_VERSION, "finished": self.finished, "state": self.state})
+
+    def finish(self, stage, weights):
+        """A stage is done: keep its weights, drop the rest of its state."""
+        self.finished[stage], self.state = weights, None
+        self.write()
+
+    def restore(self, stage, model, optimizer, ema):
+        """Load what was saved of this stage; returns the number of steps already done."""
+        if not self.state or self.state["stage"] != stage:
+            return 0
+        model.load_state_dict(self.state["model"])
+        optimizer.load_state_dict(self.state["optimizer"])
+        for name in ema or {}:
+            ema[name].copy_(self.state["ema"][name])
+        step, self.state = self.state["step"], None  # drop the copy: it may be gigabytes
+        print(f"{stage}: goes on after step {step}")
+        return step
+
+
+# ---------------------------------------------------------------------------- data for the loop
+
+class Pictures(Dataset):
+    """The training images, by row: (B, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, images, indices):
+        self.images, self.indices = images, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitems__(self, rows):
+        return self.images.batch(self.indices[rows])
+
+
+class Latents(Dataset):
+    """The cache: rows of (mean, std, raw tokens), read from memory-mapped files."""
+
+    def __init__(self, folder):
+        self.latents = np.load(folder / "latents.npy", mmap_mode="r", allow_pickle=False)
+        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitems__(self, rows):
+        latents = torch.from_numpy(self.latents[rows].astype(np.float32))
+        return latents[:, 0], latents[:, 1], torch.from_numpy(self.tokens[rows])
+
+
+def fingerprint(*state_dicts):
+    """A short hash of weights: a cache made by other weights must not be used."""
+    digest = hashlib.sha256()
+    for state in state_dicts:
+        for name, tensor in sorted(state.items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def build_cache(model, images, indices, folder, batch, workers):
+    """Latents (N, 2, C, h, w) float16 and raw tokens (N, G, D) float32, in a stream, resumable.
+
+    float16 rounds a latent by 0.05 %; tokens stay float32, for they differ from image to image
+    by a few per cent of their length only. Both nets run in float32, as they will in sampling.
+    """
+    config, n, device = model.config, len(indices), model.shift.device
+    side = config.image_size // config.vae.factor
+    shape = (n, 2, config.vae.latent_channels, side, side)
+    files = {"latents": (shape, np.float16), "tokens": ((n, *config.token_shape), np.float32)}
+    mark = fingerprint(model.vae.state_dict(), model.embedder.state_dict(),
+                       {"indices": torch.as_tensor(indices)}) + config.tokens
+    progress, done = folder / "progress.json", 0
+    if progress.exists():
+        seen = json.loads(progress.read_text())
+        done = seen["rows"] if seen["made_by"] == mark else 0
+    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+" if done else "w+",
+                                              dtype, None if done else shape)
+              for name, (shape, dtype) in files.items()}
+    if not done:
+        rows = [f"{row},{images.files[i]}" for row, i in enumerate(indices.tolist())]
+        data.write_text_atomic(folder / "index.csv", "\n".join(["row,file"] + rows) + "\n")
+    if done == n:
+        return
+    status = StatusLine(n, "cache", done)
+    pictures = Pictures(images, indices)
+    plan = [list(range(i, min(i + batch, n))) for i in range(done, n, batch)]
+    for k, x in enumerate(DataLoader(pictures, batch_sampler=plan, num_workers=workers,
+                                     collate_fn=as_is)):
+        x, rows = x.to(device), plan[k]
+        posterior = model.vae.encode(x)
+        both = torch.stack([posterior.mean, posterior.std], dim=1)  # 2 x (B, C, h, w)
+        arrays["latents"][rows] = both.cpu().numpy()
+        arrays["tokens"][rows] = conditioning_tokens(model.embedder, x,
+                                                     config.tokens).cpu().numpy()
+        if k % 50 == 49 or rows[-1] == n - 1:
+            for array in arrays.values():
+                array.flush()
+            data.write_text_atomic(progress, json.dumps({"rows": rows[-1] + 1, "made_by": mark}))
+        status.update(rows[-1] + 1, images=len(rows))
+    status.close()
+
+
+# ---------------------------------------------------------------------------- the stages
+
+def build_model(args, images):
+    """The bundle, with published weights where flags name them; everything that can be refused is
+    refused here, before anything is written."""
+    side = min(args.size, 128)  # what a ViT trained here sees
+    if args.embedder in ("tiny", "random"):
+        tiny = VISION_TRANSFORMERS["tiny"]
+        torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
+        vit = VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
+    else:
+        vit = load_dino(args.embedder)
+    vae = VAES[args.preset] if args.vae == "train" else AutoencoderKL.from_pretrained(args.vae)
+    unet = UNETS[args.preset] if args.unet == "train" else UNet.from_pretrained(args.unet)
+    torch.manual_seed(step_seed(args.seed, "weights") % 2 ** 31)
+    tokens = conditioning_tokens(vit, images.batch([0]), args.tokens)
+    model = DinoDiffusion(DinoDiffusionConfig(
+        image_size=args.size, vae=getattr(vae, "config", vae), unet=getattr(unet, "config", unet),
+        vit=vit.config, condition=args.condition, tokens=args.tokens,
+        token_shape=tuple(tokens.shape[1:]), schedule=args.schedule, prediction=args.prediction,
+        zero_terminal_snr=args.zero_snr, min_snr_gamma=args.min_snr))
+    for mine, given in ((model.embedder, vit), (model.vae, vae), (model.unet, unet)):
+        if isinstance(given, torch.nn.Module):
+            mine.load_state_dict(given.state_dict())
+    return model
+
+
+def train_embedder(args, run, model, pictures, dtype):
+    """DINO on the training images; the teacher becomes model.embedder."""
+    device = model.shift.device
+    if "embedder" not in run.finished:
+        torch.manual_seed(step_seed(args.seed, "dino") % 2 ** 31)
+        dino = DINO(model.config.vit).to(device)
+        steps = args.embedder_steps
+        for step in fit("embedder", dino, lambda x, step, g: dino.loss(x, step / steps, g), pictures,
+                        steps=steps, batch=args.batch, lr=1e-3, device=device, seed=args.seed,
+                        run=run, dtype=dtype, betas=(0.9, 0.999), weight_decay=0.04, warmup=30,
+                        clip=3.0, workers=args.workers):
+            dino.update_teacher(step / steps)
+        run.finish("embedder", dino.teacher_vit().state_dict())
+    model.embedder.load_state_dict(run.finished["embedder"])
+
+
+def train_vae(args, run, model, pictures, dtype):
+    """L1 + KL, and with --perceptual a distance in the embedder's feature space: model.vae."""
+    def loss_fn(x, step, generator):
+        return vae_loss(model.vae, x, generator, perceptual_weight=args.perceptual, perceptual=(
+            lambda image: conditioning_tokens(model.embedder, image, "patch"))
+            if args.perceptual else None)
+
+    if "vae" not in run.finished:
+        model.vae.requires_grad_(True)
+        for _ in fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps, batch=args.batch,
+                     lr=args.vae_lr, device=model.shift.device, seed=args.seed, run=run,
+                     dtype=dtype, weight_decay=0.0, warmup=20, workers=args.workers):
+            pass
+        run.finish("vae", model.vae.state_dict())
+    model.vae.load_state_dict(run.finished["vae"])
+    model.vae.requires_grad_(False).eval()
+
+
+def measure_statistics(args, model, cache):
+    """Mean and deviation over the training set: of each latent channel, of each token entry."""
+    chunks = [range(i, min(i + 256, len(cache))) for i in range(0, len(cache), 256)]
+    if args.vae == "sd15":
+        model.scale.fill_(0.18215)  # what its U-Net was trained with
+    else:
+        shift, scale = latent_statistics(cache.__getitems__(list(c))[:2] for c in chunks)
+        model.shift.copy_(shift.view_as(model.shift))
+        model.scale.copy_(scale.view_as(model.scale))
+    tokens = [torch.from_numpy(np.float64(cache.tokens[c.start:c.stop])) for c in chunks]
+    mean = sum(t.sum(0) for t in tokens) / len(cache)
+    std = (sum((t - mean).square().sum(0) for t in tokens) / len(cache)).sqrt()
+    model.token_mean.copy_(mean)
+    model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
+
+
+def preview(model, images, sources, step, folder):
+    """grid_STEP.png: real held-out images, their VAE reconstructions, samples made from them."""
+    device = model.shift.device
+    real = images.batch(sources).to(device)
+    tokens = None if model.config.condition == "none" else model.embed(real)
+    samples = model.sample(tokens, seeds=list(range(len(sources))), steps=25)
+    data.save_grid(folder / f"grid_{step:06d}.png",
+                   [real.cpu(), model.decode(model.encode(real)).cpu(), samples.cpu()],
+                   captions=["real, held out", "VAE reconstruction", f"sample, step {step}"])
+
+
+def train_unet(args, run, model, images, sources, dtype):
+    """The diffusion model itself, on cached latents and tokens; the model ends with EMA weights."""
+    cache, steps, trained = Latents(run.folder / "cache"), args.unet_steps, model.trained
+    measure_statistics(args, model, cache)
+    ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
+    if args.compile:
+        model.unet.compile()
+
+    def loss_fn(batch, step, generator):
+        mean, std, tokens = batch
+        return model.loss(mean, std, model.standardise(tokens), generator)
+
+    if "unet" not in run.finished:
+        for step in fit("unet", trained, loss_fn, cache, steps=steps, batch=args.batch, lr=args.lr,
+                        device=model.shift.device, seed=args.seed, run=run, ema=ema, dtype=dtype,
+                        ema_decay=args.ema, accumulate=args.accumulate):
+            if step % max(1, steps // args.grids) == 0:
+                trained.eval()
+                with swapped(trained, ema):
+                    preview(model, images, sources, step, run.folder)
+                    write_model(run, model)
+                draw_curves(run)
+                trained.train()
+        run.finish("unet", ema)
+    load_ema(trained, run.finished["unet"])
+
+
+def write_model(run, model):
+    data.save_atomic(run.folder / "model.pt",
+                     {"version": data.CHECKPOINT_VERSION, **model.to_checkpoint(),
+                      "training": run.config})
+
+
+def draw_curves(run):
+    rows = run.rows()
+    series = {stage: ([r["step"] for r in rows if r["stage"] == stage],
+                      [r["loss"] for r in rows if r["stage"] == stage]) for stage in STAGES}
+    data.line_chart(run.folder / "curves.png", {k: v for k, v in series.items() if v[0]},
+                    title="training loss", xlabel="step", ylabel="loss", log_y=True)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def parse(argv=None):
+    """Flags -> Namespace. With --resume, flags that are not given come from the run's config."""
+    p = argparse.ArgumentParser(
+        description="Train DiNO-Diffusion. The default runs on a laptop without downloads.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    a = p.add_argument_group("data").add_argument
+    a("--data", default="cxr", help="cxr, phantoms, a folder of images, or a MedMNIST .npz")
+    a("--size", type=data.positive_int, help="image side in pixels (default: the preset's)")
+    a("--holdout", default="0.15", help="share of groups that training never sees, or a file")
+    a("--group-column", help="labels.csv column whose groups stay together (default: patient)")
+    a("--count", type=data.positive_int, default=2400, help="how many phantoms to generate")
+    a = p.add_argument_group("model").add_argument
+    a("--preset", choices=PRESETS, default="tiny", help="64, 128, 256 or 512 px")
+    a("--embedder", help="tiny, random, a path, or one of: " + ", ".join(
+        n for n in VISION_TRANSFORMERS if n != "tiny"))
+    a("--vae", help="train, a path, or a published name (default: the preset's)")
+    a("--unet", help="train, a path, or sd15 (default: the preset's)")
+    a("--tokens", choices=TOKEN_KINDS, default="global", help="which tokens condition; patch "
+      "kinds are for the ablation: the model may copy")
+    a("--condition", choices=("dino", "none"), default="dino", help="none: unconditional control")
+    a("--schedule", choices=("scaled_linear", "linear", "cosine"), default="scaled_linear",
+      help="noise schedule")
+    a("--prediction", choices=("v", "eps"), help="what the U-Net predicts (default v; sd15 eps)")
+    a("--zero-snr", action=argparse.BooleanOptionalAction,
+      help="end the schedule in pure noise (default: on for v, off for eps)")
+    a = p.add_argument_group("training").add_argument
+    a("--steps", type=data.positive_int, help="caps every stage")
+    for stage in STAGES:
+        a(f"--{stage}-steps", type=data.positive_int, help="overrides the preset and --steps")
+    a("--batch", type=data.positive_int, help="images a step (default: the preset's)")
+    a("--accumulate", type=data.positive_int, default=1, help="parts a batch is cut into")
+    a("--lr", type=data.positive_float, help="peak learning rate of the U-Net")
+    a("--vae-lr", type=data.positive_float, default=3e-3, help="peak learning rate of the VAE")
+    a("--ema", type=data.fraction, default=0.999, help="decay of the averaged weights")
+    a("--min-snr", type=data.not_negative, default=0.0, help="min-SNR gamma, 0 = off (paper: 5)")
+    a("--perceptual", type=data.not_negative, default=0.0, help="weight in the VAE's loss")
+    a("--seed", type=int, default=0, help="of everything random")
+    a = p.add_argument_group("machine and files").add_argument
+    a("--device", default="auto", help="auto, cuda, mps or cpu")
+    a("--dtype", choices=("auto", "float32", "bf16"), default="auto", help="autocast")
+    a("--compile", action="store_true", help="torch.compile the U-Net (minutes of warm-up)")
+    a("--workers", type=data.not_negative_int, default=0, help="processes that read images")
+    a("--grids", type=data.positive_int, default=5, help="sample grids drawn in a run")
+    a("--out", help="the run's folder (default: runs/NAME)")
+    a("--resume", action="store_true", help="go on where the run stopped")
+    a("--dry-run", action="store_true", help="print the settings as JSON and exit")
+    args = p.parse_args(argv)
+    out = Path(args.out or f"runs/{Path(args.data).stem}")
+    saved = out / "config.json"
+    if saved.exists() and not args.dry_run:
+        if not args.resume:
+            raise UserError(f"{out} already holds a run: need a new folder, or --resume to go on; "
+                            "pass --out DIR or --resume")
+        with user_errors():
+            before = {k: v for k, v in json.loads(saved.read_text()).items()
+                      if k in vars(args) and k not in ("resume", "dry_run")}
+        args = p.parse_args(argv, argparse.Namespace(**before))
+    args.out = str(out)
+    preset = PRESETS[args.preset]
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            value = min(value, args.steps or value) if name.endswith("_steps") else value
+            setattr(args, name, value)
+    if args.prediction is None:
+        args.prediction = "eps" if args.preset == "sd15" else "v"
+    if args.zero_snr is None:
+        args.zero_snr = args.prediction == "v"
+    if saved.exists() and not args.dry_run:
+        changed = [k for k, v in before.items() if v != vars(args)[k] and k not in FREE_TO_CHANGE]
+        if changed:
+            raise UserError(f"--{changed[0].replace('_', '-')} {vars(args)[changed[0]]} differs "
+                            f"from the run's {before[changed[0]]}: a resumed run keeps its "
+                            "settings; leave the flag out, or start anew with --out DIR")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    config = {**vars(args), "torch": str(torch.__version__),
+              "torchvision": str(torchvision.__version__)}
+    if args.dry_run:
+        print(json.dumps({**config, "vae_config": asdict(VAES[args.preset]),
+                          "unet_config": asdict(UNETS[args.preset])}, indent=2))
+        return 0
+    began, device = time.time(), data.pick_device(args.device)
+    images = data.open_dataset(args.data, args.size, seed=args.seed, count=args.count)
+    print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
+    train, test = data.split_holdout(images, args.holdout, args.seed, args.group_column)
+    with user_errors():
+        model = build_model(args, images).to(device)
+    run = Run(args.out, config, args.resume)
+    run.catch_signals()
+    data.write_split(run.folder / "split.csv", images, train, test, args.group_column)
+    print(f"{len(train)} images to train on, {len(test)} held out; {args.size} px; {device}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads; run: {run.folder}")
+    print(f"U-Net and projection: {sum(p.numel() for p in model.trained.parameters()) / 1e6:.1f} M "
+          f"parameters; context {tuple(model.projection.null_context.shape)} from {args.tokens} "
+          f"tokens {model.config.token_shape} of embedder {args.embedder}")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if args.tokens.startswith("patch"):
+        print("note: patch tokens hold the layout of the source; the model may copy it")
+    half, pictures = data.autocast_dtype(device, args.dtype), Pictures(images, train)
+    sources = (test if len(test) else train)[:8]
+    try:
+        if args.embedder == "tiny":
+            train_embedder(args, run, model, pictures, half)
+        if args.vae == "train":
+            train_vae(args, run, model, pictures, half)
+        build_cache(model, images, train, run.folder / "cache", args.batch, args.workers)
+        if device.type == "cpu" and args.dtype == "auto":
+            half = torch.float32  # bf16 brings the U-Net nothing on a CPU (measured)
+        train_unet(args, run, model, images, sources, half)
+    except Stopped as stopped:
+        print(f"saved. Go on with: python train.py --resume --out {run.folder}")
+        return 128 + stopped.args[0]
+    if args.condition == "dino" and len(train) > 1:
+        tokens = torch.from_numpy(np.array(Latents(run.folder / "cache").tokens[:50_000]))
+        model.embedding_sampler = EmbeddingSampler.fit(model.cpu().standardise(tokens),
+                                                       seed=args.seed)
+    write_model(run, model)
+    draw_curves(run)
+    (run.folder / "held_out").mkdir(exist_ok=True)
+    for i in sources.tolist():
+        example = run.folder / "held_out" / f"{Path(images.files[i]).stem}.png"
+        data.save_png(example, images[i])
+    if device.type == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+    print(f"done in {(time.time() - began) / 60:.1f} minutes: {run.folder}/model.pt\n"
+          f"next: python sample.py --checkpoint {run.folder} --from-image {example} --count 4")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -517,10 +517,11 @@ def fidelity(args):
     side = args.size or real[0].shape[-1]
     for dataset, rows in sets:
         for i in rows.tolist():
-            if dataset[i].shape[-1] != side:
-                raise UserError(f"{dataset.files[i]} has {dataset[i].shape[-1]} pixels a side, the "
-                                f"first real image {side}", "one side is needed, for resizing "
-                                "changes every figure", f"pass --size {side}")
+            own = dataset[i].shape[-1]
+            if own != side:
+                raise UserError(f"{dataset.files[i]} has {own} pixels a side, the first real image "
+                                f"{side}", "one side is needed, for resizing changes every figure",
+                                f"pass --size {min(side, own)}")
     device, extractor = pick_device(args.device), RandomFeatures()
     if args.features == "dino":
         with user_errors():
@@ -547,7 +548,7 @@ def fidelity(args):
     print_table([["brightness", *grey]] + [[k, grey["real"][k], grey["synthetic"][k]]
                                            for k in grey["real"]])
     shift = (grey["synthetic"]["mean"] - grey["real"]["mean"]) / max(grey["real"]["between"], 1e-9)
-    print(f"synthetic images are {shift:+.2f} standard deviations of the real ones brighter")
+    print(f"mean brightness, synthetic - real: {shift:+.2f} deviations between real images")
     out = Path(args.out or Path(args.synthetic) / "fidelity.json")
     write_text_atomic(out, json.dumps({
         "features": args.features, "size": side, "real": len(a), "synthetic": len(b), "equal": n,

@@ -160,7 +160,7 @@ def kmeans(x, k, seed=0, n_init=10, max_iter=300, chunk=None):
     x_squared = x.square().sum(1)
     tol = 1e-4 * x_squared.mean() / x.shape[1]
     # Few enough numbers for a CPU's cache (twice as fast), or 0.3 GB on a GPU.
-    chunk = chunk or max(1, 2 ** (20 if x.device.type == "cpu" else 26) // (x.shape[1] + k))
+    chunk = chunk or max(1, 2 ** (19 if x.device.type == "cpu" else 26) // (x.shape[1] + k))
     generator = torch.Generator().manual_seed(seed)
     best_inertia = math.inf
     for _ in range(n_init):

@@ -41,14 +41,16 @@ def find_sources(paths):
 def plan_samples(args, model, run_folder):
     """What to make -> (rows of samples.csv without file names, tokens (N, G, D) or None,
     start images (N, 3, H, W) or None, list of (source images, rows) for the grid)."""
-    size, device, rows, tokens, start, strips = model.config.image_size, model.shift.device, [], [], [], []
+    size, device = model.config.image_size, model.shift.device
+    rows, tokens, start, strips = [], [], [], []
     seeds = iter(range(args.seed, args.seed + 10 ** 9))
 
     def add(strategy, count, seed=None, **details):
         """Append `count` rows that share a condition; returns their row numbers."""
         first = len(rows)
         for _ in range(count):
-            rows.append({"strategy": strategy, "seed": next(seeds) if seed is None else seed, **details})
+            own_seed = next(seeds) if seed is None else seed
+            rows.append({"strategy": strategy, "seed": own_seed, **details})
         return list(range(first, len(rows)))
 
     if args.from_image:
@@ -69,7 +71,7 @@ def plan_samples(args, model, run_folder):
     elif args.interpolate:
         paths = find_sources(args.interpolate)
         if len(paths) != 2:
-            raise UserError(f"--interpolate got {len(paths)} images: need two: pass --interpolate A B")
+            raise UserError(f"--interpolate got {len(paths)} images: need two: pass two files")
         images = torch.stack([data.load_image(p, size) for p in paths])
         a, b = model.embed(images.to(device)).cpu()
         mix = lerp if args.mix == "lerp" else slerp
@@ -87,9 +89,10 @@ def plan_samples(args, model, run_folder):
         cache = run_folder / "cache" / "tokens.npy"
         if not cache.is_file():
             raise UserError(f"no {cache}: prototypes are centres of the training tokens: need the "
-                            "run's cache folder beside model.pt; run on the machine that trained it")
+                            "run's cache folder beside model.pt; copy it there")
         training = torch.from_numpy(np.load(cache, allow_pickle=False)[:50_000])
-        centers = prototypes(model.standardise(training.to(device)), args.prototypes, args.seed).cpu()
+        training = model.standardise(training.to(device))
+        centers = prototypes(training, args.prototypes, args.seed).cpu()
         for k, center in enumerate(centers):
             own = add("prototype", args.count, sources=f"prototype {k} of {args.prototypes}",
                       weights="1")
@@ -99,8 +102,8 @@ def plan_samples(args, model, run_folder):
         own = add("random", args.count)
         if model.config.condition == "dino":
             if model.embedding_sampler is None:
-                raise UserError("this model has no embedding sampler (its training was not finished): "
-                                "need a finished run; go on with train.py --resume, or --from-image")
+                raise UserError("this model has no embedding sampler, its training was not finished: "
+                                "need a finished run; use train.py --resume, or --from-image")
             draws = [torch.Generator().manual_seed(2 ** 41 + row["seed"]) for row in rows]
             tokens.append(model.embedding_sampler.sample(draws).cpu())
         strips += [(torch.empty(0, 3, size, size), own[i:i + 8]) for i in range(0, len(own), 8)]
@@ -147,7 +150,7 @@ def parse(argv=None):
     a("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm with --steps 1000 is Ho's")
     a("--guidance", type=data.not_negative, default=1.0, help="1 = off; above 1 pushes away from "
       "the unconditional model")
-    a("--eta", type=data.fraction, default=0.0, help="DDIM: 0 deterministic, 1 as much noise as DDPM")
+    a("--eta", type=data.fraction, default=0.0, help="DDIM: 0 deterministic, 1 as DDPM")
     a("--seed", type=data.not_negative_int, default=0, help="of the first image; the next has +1")
     a("--batch", type=data.positive_int, default=32, help="images at a time")
     a = p.add_argument_group("machine and files").add_argument
@@ -167,7 +170,7 @@ def main(argv=None):
     with user_errors():
         model.schedule.sampling_timesteps(args.steps)
         rows, tokens, start, strips = plan_samples(args, model, path.parent)
-    out = Path(args.out) if args.out else data.next_folder(path.parent / "samples", rows[0]["strategy"])
+    out = Path(args.out or data.next_folder(path.parent / "samples", rows[0]["strategy"]))
     data.make_folder(out)
     status, images = StatusLine(len(rows), "sample"), []
     for i in range(0, len(rows), args.batch):

@@ -1,6 +1,6 @@
 """Train DiNO-Diffusion: embedder, VAE and conditional U-Net, by one loop.
 
-    python train.py --data cxr                                     # a laptop: ten minutes, no downloads
+    python train.py --data cxr                                     # a laptop, ten minutes
     python train.py --data FOLDER --preset base --out runs/mine    # your X-rays on a GPU
 
 Stages, each a loss of a few lines around `fit`:
@@ -86,9 +86,8 @@ def as_is(batch):
     return batch
 
 
-def loader(dataset, batch, seed, start, steps, workers=0):
-    """Batches of steps start..steps-1. `dataset.__getitems__(rows)` returns a ready batch."""
-    plan = (batch_rows(step, batch, len(dataset), seed) for step in range(start, steps))
+def loader(dataset, plan, workers=0):
+    """One ready batch (a tuple of tensors, `dataset.__getitems__`) for each list of rows."""
     return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=as_is)
 
 
@@ -101,12 +100,6 @@ def learning_rate(step, steps, peak, warmup):
 
 def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def to_device(batch, device):
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    return tuple(part.to(device, non_blocking=True) for part in batch)
 
 
 def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run=None, ema=None,
@@ -129,17 +122,16 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
     status = StatusLine(steps, stage, start)
     look_every = min(10, max(1, steps // 500))  # looking at a loss waits for the GPU
     losses, began, saved = [], time.time(), time.time()
-    batches = loader(dataset, batch, step_seed(seed, stage, "order"), start, steps, workers)
+    order = step_seed(seed, stage, "order")
+    plan = (batch_rows(step, batch, len(dataset), order) for step in range(start, steps))
     model.train()
-    for step, rows in enumerate(batches, start):
+    for step, rows in enumerate(loader(dataset, plan, workers), start):
         rate = learning_rate(step, steps, lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows, total = to_device(rows, device), 0.0
+        total = 0.0
         for k in range(accumulate):
-            part = rows if accumulate == 1 else (
-                rows[k::accumulate] if isinstance(rows, torch.Tensor)
-                else tuple(r[k::accumulate] for r in rows))
+            part = [r[k::accumulate].to(device, non_blocking=True) for r in rows]
             generator = torch.Generator(device).manual_seed(step_seed(seed, stage, step, k))
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss, logs = loss_fn(part, step, generator)
@@ -215,7 +207,8 @@ class Run:
         self.state_step = self.state["step"] if self.state else 0
         kept = [r for r in self.rows() if r["stage"] in self.finished or (
             self.state and r["stage"] == self.state["stage"] and r["step"] <= self.state_step)]
-        data.write_text_atomic(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+        data.write_text_atomic(self.folder / "log.jsonl",
+                               "".join(json.dumps(row) + "\n" for row in kept))
 
     def rows(self):
         path = self.folder / "log.jsonl"
@@ -262,7 +255,7 @@ class Run:
 # ---------------------------------------------------------------------------- data for the loop
 
 class Pictures(Dataset):
-    """The training images, by row: (B, 3, H, W) in [-1, 1]."""
+    """The training images, by row: a tuple of one tensor (B, 3, H, W) in [-1, 1]."""
 
     def __init__(self, images, indices):
         self.images, self.indices = images, indices
@@ -271,7 +264,7 @@ class Pictures(Dataset):
         return len(self.indices)
 
     def __getitems__(self, rows):
-        return self.images.batch(self.indices[rows])
+        return (self.images.batch(self.indices[rows]),)
 
 
 class Latents(Dataset):
@@ -289,12 +282,11 @@ class Latents(Dataset):
         return latents[:, 0], latents[:, 1], torch.from_numpy(self.tokens[rows])
 
 
-def fingerprint(*state_dicts):
-    """A short hash of weights: a cache made by other weights must not be used."""
+def fingerprint(tensors):
+    """A short hash: a cache made by other weights or for other images must not be used."""
     digest = hashlib.sha256()
-    for state in state_dicts:
-        for name, tensor in sorted(state.items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -309,8 +301,8 @@ def build_cache(model, images, indices, folder, batch, workers):
     side = config.image_size // config.vae.factor
     shape = (n, 2, config.vae.latent_channels, side, side)
     files = {"latents": (shape, np.float16), "tokens": ((n, *config.token_shape), np.float32)}
-    mark = fingerprint(model.vae.state_dict(), model.embedder.state_dict(),
-                       {"indices": torch.as_tensor(indices)}) + config.tokens
+    mark = config.tokens + fingerprint([indices, *model.vae.parameters(),
+                                        *model.embedder.parameters()])
     progress, done = folder / "progress.json", 0
     if progress.exists():
         seen = json.loads(progress.read_text())
@@ -324,10 +316,8 @@ def build_cache(model, images, indices, folder, batch, workers):
     if done == n:
         return
     status = StatusLine(n, "cache", done)
-    pictures = Pictures(images, indices)
     plan = [list(range(i, min(i + batch, n))) for i in range(done, n, batch)]
-    for k, x in enumerate(DataLoader(pictures, batch_sampler=plan, num_workers=workers,
-                                     collate_fn=as_is)):
+    for k, (x,) in enumerate(loader(Pictures(images, indices), plan, workers)):
         x, rows = x.to(device), plan[k]
         posterior = model.vae.encode(x)
         both = torch.stack([posterior.mean, posterior.std], dim=1)  # 2 x (B, C, h, w)
@@ -376,8 +366,8 @@ def train_embedder(args, run, model, pictures, dtype):
         torch.manual_seed(step_seed(args.seed, "dino") % 2 ** 31)
         dino = DINO(model.config.vit).to(device)
         steps = args.embedder_steps
-        for step in fit("embedder", dino, lambda x, step, g: dino.loss(x, step / steps, g), pictures,
-                        steps=steps, batch=args.batch, lr=1e-3, device=device, seed=args.seed,
+        for step in fit("embedder", dino, lambda rows, step, g: dino.loss(*rows, step / steps, g),
+                        pictures, steps=steps, batch=args.batch, lr=1e-3, device=device, seed=args.seed,
                         run=run, dtype=dtype, betas=(0.9, 0.999), weight_decay=0.04, warmup=30,
                         clip=3.0, workers=args.workers):
             dino.update_teacher(step / steps)
@@ -387,8 +377,8 @@ def train_embedder(args, run, model, pictures, dtype):
 
 def train_vae(args, run, model, pictures, dtype):
     """L1 + KL, and with --perceptual a distance in the embedder's feature space: model.vae."""
-    def loss_fn(x, step, generator):
-        return vae_loss(model.vae, x, generator, perceptual_weight=args.perceptual, perceptual=(
+    def loss_fn(rows, step, generator):
+        return vae_loss(model.vae, *rows, generator, perceptual_weight=args.perceptual, perceptual=(
             lambda image: conditioning_tokens(model.embedder, image, "patch"))
             if args.perceptual else None)
 

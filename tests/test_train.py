@@ -119,7 +119,7 @@ def test_ema_warms_up():
     torch.nn.init.zeros_(model.weight)
     ema = {"weight": torch.ones(1, 1)}
     left = 1.0
-    for step in train.fit("test", model, lambda x, s, g: (0.0 * model(x).sum(), {}),
+    for step in train.fit("test", model, lambda rows, s, g: (0.0 * model(*rows).sum(), {}),
                           Rows(), steps=20, batch=1, lr=1e-9,
                           device=torch.device("cpu"), ema=ema, ema_decay=0.9):
         left *= min(0.9, step / (9 + step))
@@ -132,15 +132,15 @@ class Rows:
         return 10
 
     def __getitems__(self, rows):
-        return torch.ones(len(rows), 1)
+        return (torch.ones(len(rows), 1),)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     """The error names step, learning rate and what to do."""
     model = torch.nn.Linear(1, 1)
 
-    def loss_fn(x, step, generator):
-        return model(x).sum() * (float("nan") if step == 2 else 1.0), {}
+    def loss_fn(rows, step, generator):
+        return model(*rows).sum() * (float("nan") if step == 2 else 1.0), {}
     with pytest.raises(UserError, match="at step 3 .*learning rate.*lower --lr"):
         for _ in train.fit("test", model, loss_fn, Rows(), steps=5, batch=1, lr=1e-3,
                            device=torch.device("cpu")):

@@ -12,7 +12,7 @@ import torch
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))
 
-from make_diffusers import UNET_CASES, fill_parameters, inputs, names_and_shapes  # noqa: E402
+from make_diffusers import UNET_CASES, fill_parameters, inputs, layout  # noqa: E402
 from unet import Attention, UNet, UNetConfig, keep_attention, timestep_embedding  # noqa: E402
 
 TINY = UNetConfig(base_channels=64, channel_multipliers=(1, 2), layers_per_block=1,
@@ -34,7 +34,7 @@ def test_parity_with_diffusers(case):
     unet = fill_parameters(UNet(config), seed=1)
     xt, context = inputs(2, (2, 4, h, w), (2, 5, context_dim))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]]).bool()
-    # 1e-4: float32 sums in another order differ by about 1e-6 here; the reference adds -10,000 to
+    # 1e-4: float32 sums in another order differ by about 1e-6; the reference adds -10,000 to
     # masked scores, whose weight is 0 in float32 as well
     np.testing.assert_allclose(unet(xt, T, context), stored[f"{case}_out"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(unet(xt, T, context, mask), stored[f"{case}_masked"], rtol=0,
@@ -42,11 +42,11 @@ def test_parity_with_diffusers(case):
 
 
 def test_default_is_stable_diffusions():
-    """The default config has Stable Diffusion 1.5's parameter names, shapes and count."""
+    """The default config has Stable Diffusion 1.5's parameter names, shapes, norms and count."""
     with torch.device("meta"):
         unet = UNet()
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    assert names_and_shapes(unet) == np.load(REFERENCE / "diffusers_unet.npz")["names_and_shapes"]
+    assert layout(unet) == np.load(REFERENCE / "diffusers_unet.npz")["layout"]
 
 
 def test_timestep_embedding():

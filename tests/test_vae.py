@@ -13,7 +13,7 @@ REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))
 
 import vae as vae_file  # noqa: E402
-from make_diffusers import VAE_CASES, fill_parameters, inputs, names_and_shapes  # noqa: E402
+from make_diffusers import VAE_CASES, fill_parameters, inputs, layout  # noqa: E402
 from vae import (AutoencoderKL, LatentGaussian, VAEConfig, latent_statistics,  # noqa: E402
                  read_safetensors, vae_loss)
 
@@ -48,18 +48,18 @@ def test_parity_with_diffusers(case):
     latent = vae.encode(inputs(2, (2, 3, H, W))[0])
     f = vae.config.factor
     decoded = vae.decode(inputs(3, (2, 4, H // f, W // f))[0])
-    # 1e-4: float32 sums in another order differ by about 1e-6 here; a wrong eps or padding by more
+    # 1e-4: float32 sums in another order differ by about 1e-6; a wrong padding by about 1
     for ours, name in ((latent.mean, "mean"), (latent.logvar, "logvar"), (decoded, "decoded")):
         np.testing.assert_allclose(ours, stored[f"{case}_{name}"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(latent.kl(), stored[f"{case}_kl"], rtol=1e-5)
 
 
 def test_default_is_stable_diffusions():
-    """The default config has the official parameter names, shapes and count."""
+    """The default config has the official parameter names, shapes, norms and count."""
     with torch.device("meta"):
         vae = AutoencoderKL()
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
-    assert names_and_shapes(vae) == np.load(REFERENCE / "diffusers_vae.npz")["names_and_shapes"]
+    assert layout(vae) == np.load(REFERENCE / "diffusers_vae.npz")["layout"]
 
 
 def test_any_number_of_levels():
@@ -270,7 +270,8 @@ def test_refuses_malformed_safetensors(tmp_path):
            "not json": good[:8] + b"x" + good[9:],
            "a list": struct.pack("<Q", 2) + b"[]", "dtype": with_header(dtype="F99"),
            "shape": with_header(shape=[3]), "negative": with_header(shape=[-1, -2]),
-           "overlap": with_header(data_offsets=[8, 16]), "gap": with_header(data_offsets=[20, 28]),
+           "overlap": with_header(shape=[4], data_offsets=[8, 24]),
+           "gap": with_header(bytes(32), data_offsets=[24, 32]),
            "beyond": with_header(shape=[200], data_offsets=[16, 816]),
            "backwards": with_header(data_offsets=[16, 8]), "text": with_header(data_offsets="ab"),
            "no range": with_header(data_offsets=None)}

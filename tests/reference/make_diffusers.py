@@ -5,7 +5,7 @@ Made with diffusers 0.42.1, torch 2.15.0, numpy 2.4.6, Python 3.11, CPU, float32
     python tests/reference/make_diffusers.py
 
 No weights are stored: `fill_parameters` gives the same ones to any net whose parameters have the
-same names and shapes. The official shapes are stored as a hash of all names and shapes.
+same names and shapes. The official architecture is stored as a hash (see `layout`).
 """
 
 import hashlib
@@ -40,10 +40,15 @@ def inputs(seed, *shapes):
     return [torch.from_numpy(random.standard_normal(shape)).float() for shape in shapes]
 
 
-def names_and_shapes(net):
-    """sha256 over all parameter names and shapes, one a line, sorted."""
-    lines = sorted(f"{name} {tuple(p.shape)}" for name, p in net.state_dict().items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def layout(net):
+    """sha256 over all parameter names and shapes, and all norms' groups and eps, sorted lines.
+
+    eps is in it because outputs of order 1 do not tell 1e-5 from 1e-6.
+    """
+    lines = [f"{name} {tuple(p.shape)}" for name, p in net.state_dict().items()]
+    lines += [f"{name} {getattr(m, 'num_groups', 0)} {m.eps}" for name, m in net.named_modules()
+              if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm))]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def diffusers_vae(base, multipliers, layers, latent_channels=4):
@@ -73,7 +78,7 @@ def main():
         vae = diffusers_vae(128, (1, 2, 4, 4), 2)
         unet = diffusers_unet(320, (1, 2, 4, 4), 2, (True, True, True, False), 768, 8)
 
-    arrays = {"names_and_shapes": names_and_shapes(vae)}
+    arrays = {"layout": layout(vae)}
     for case, (base, multipliers, layers, (H, W)) in VAE_CASES.items():
         net = fill_parameters(diffusers_vae(base, multipliers, layers), seed=1)
         x, = inputs(2, (2, 3, H, W))
@@ -84,7 +89,7 @@ def main():
                    f"{case}_kl": posterior.kl(), f"{case}_decoded": net.decode(z).sample}
     np.savez_compressed(folder / "diffusers_vae.npz", **arrays)
 
-    arrays = {"names_and_shapes": names_and_shapes(unet)}
+    arrays = {"layout": layout(unet)}
     for case, (*architecture, context_dim, heads, (h, w)) in UNET_CASES.items():
         net = fill_parameters(diffusers_unet(*architecture, context_dim, heads), seed=1)
         xt, context = inputs(2, (2, 4, h, w), (2, 5, context_dim))

@@ -1,22 +1,20 @@
 """Vision Transformer of DINO v1 and v2, and DINO self-distillation, from scratch.
 
 Papers: ViT (Dosovitskiy 2021), DINO (Caron 2021), DINOv2 (Oquab 2023), registers (Darcet 2023).
-Images are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels; `preprocess` makes of
-them what a network was trained on. Tokens are (B, G, D), CLS first.
+Images are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels; tokens are (B, G, D),
+CLS first. `python dino.py --image x.png` draws where the CLS token looks.
 
-    vit = load_dino("dinov2_vits14")                  # frozen; or a file of weights, or "random"
+    vit = load_dino("dinov2_vits14")                  # frozen; or a file of weights
     tokens = conditioning_tokens(vit, x, "global")    # (B, G, D)
 
 Deliberate differences from the published code: no stochastic depth; fresh networks start from
 sin-cos positions; all crops are cut at once on the device, without flips (the heart would change
-sides); prototypes are normalised where they are used. The defaults train in minutes on a CPU.
+sides); prototypes are normalised where they are used and learn from the first step on.
 """
 
 import argparse
 import copy
 import math
-import sys
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +24,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOKEN_KINDS = ("global", "cls", "cls4+mean", "patch2", "patch")
 
 
 @dataclass(frozen=True)
 class ViTConfig:                      # the defaults are "tiny", the network trained here
     patch_size: int = 8               # pixels
-    embed_dim: int = 192              # D, a multiple of num_heads
+    embed_dim: int = 192              # D, a multiple of 4 and of num_heads
     depth: int = 4                    # blocks
     num_heads: int = 3                # 64 channels each in all published models
     image_size: int = 64              # side in pixels that pos_embed belongs to
@@ -48,29 +45,12 @@ class ViTConfig:                      # the defaults are "tiny", the network tra
 V1 = {"image_size": 224, "interpolate_offset": 0.1, "antialias": False, "normalise": "imagenet"}
 V2 = {**V1, "image_size": 518, "layer_scale": True}
 V2_REG = {**V2, "registers": 4, "interpolate_offset": 0.0, "antialias": True}
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
 VISION_TRANSFORMERS = {
-    "dino_vits16": ViTConfig(16, 384, 12, 6, **V1), "dino_vits8": ViTConfig(8, 384, 12, 6, **V1),
-    "dino_vitb16": ViTConfig(16, 768, 12, 12, **V1), "dino_vitb8": ViTConfig(8, 768, 12, 12, **V1),
-    "dinov2_vits14": ViTConfig(14, 384, 12, 6, **V2),
-    "dinov2_vitb14": ViTConfig(14, 768, 12, 12, **V2),
-    "dinov2_vitl14": ViTConfig(14, 1024, 24, 16, **V2),
-    "dinov2_vits14_reg": ViTConfig(14, 384, 12, 6, **V2_REG),
-    "dinov2_vitb14_reg": ViTConfig(14, 768, 12, 12, **V2_REG),
-    "dinov2_vitl14_reg": ViTConfig(14, 1024, 24, 16, **V2_REG),
+    **{f"dino_vit{s}{p}": ViTConfig(p, *SIZES[s], **V1) for s in "sb" for p in (16, 8)},
+    **{f"dinov2_vit{s}14": ViTConfig(14, *SIZES[s], **V2) for s in "sbl"},
+    **{f"dinov2_vit{s}14_reg": ViTConfig(14, *SIZES[s], **V2_REG) for s in "sbl"},
     "tiny": ViTConfig(),
-}
-# No published file name holds a hash, so there is nothing for torch.hub's check_hash to compare.
-WEIGHTS = {
-    "dino_vits16": "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    "dino_vits8": "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-    "dino_vitb16": "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-    "dino_vitb8": "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
-    "dinov2_vits14": "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
-    "dinov2_vitb14": "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-    "dinov2_vitl14": "dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    "dinov2_vits14_reg": "dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-    "dinov2_vitb14_reg": "dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-    "dinov2_vitl14_reg": "dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
 }
 
 
@@ -82,7 +62,7 @@ def preprocess(x, kind):
     if kind == "per_image":
         sd, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
         return (x - mean) / (sd + 0.1)
-    mean, std = (x.new_tensor(value).view(1, 3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     return (x - mean) / std
 
 
@@ -94,20 +74,18 @@ def resize(x, side):
 
 
 def sincos_positions(grid, dim):
-    """Fixed 2-D positions (grid*grid, dim): half of the channels for each axis."""
-    quarter = math.ceil(dim / 4)
+    """Fixed 2-D positions (grid*grid, dim): half of the channels tell the row, half the column."""
+    quarter = dim // 4
     angles = torch.arange(grid)[:, None] / 10000 ** (torch.arange(quarter) / quarter)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)                 # (grid, dim/2)
-    both = [axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)]
-    return torch.cat(both, dim=2).flatten(0, 1)[:, :dim]
+    return torch.cat([axis.repeat_interleave(grid, dim=0), axis.repeat(grid, 1)], dim=1)
 
 
-def init_linear(module):
-    """Truncated normal of standard deviation 0.02 for all linear weights, zero for their biases."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+def init_linear(layer):
+    """For Module.apply: weights of linear layers normal with deviation 0.02, biases zero."""
+    if isinstance(layer, nn.Linear):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
 
 
 def attention_weights(q, k):
@@ -128,8 +106,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.split(x)
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            x = attention_weights(q, k) @ v  # five times as fast there as torch's fused kernel
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # fused: 5 times slower there
+            x = attention_weights(q, k) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))               # (B, heads, N, d) -> (B, N, D)
@@ -150,13 +128,12 @@ class Block(nn.Module):
         D, hidden = c.embed_dim, c.mlp_ratio * c.embed_dim
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.attn = Attention(D, c.num_heads)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(D, hidden), act=nn.GELU(),
-                                             fc2=nn.Linear(hidden, D)))
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, hidden), "fc2": nn.Linear(hidden, D)})
         self.ls1, self.ls2 = (LayerScale(D) if c.layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 
 class VisionTransformer(nn.Module):
@@ -165,52 +142,40 @@ class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.native_grid = c.image_size // c.patch_size
-        self.patch_embed = nn.Sequential(OrderedDict(
-            proj=nn.Conv2d(3, c.embed_dim, c.patch_size, stride=c.patch_size)))
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, c.embed_dim))
-        patches = 0.5 * sincos_positions(self.native_grid, c.embed_dim)
+        D, p = c.embed_dim, c.patch_size
+        self.input_side = 224 if c.normalise == "imagenet" else c.image_size  # best side, in pixels
+        self.native_grid = c.image_size // p
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, D, p, stride=p)})
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
+        patches = 0.5 * sincos_positions(self.native_grid, D)
         self.pos_embed = nn.Parameter(F.pad(patches, (0, 0, 1, 0))[None])  # row 0 belongs to CLS
         if c.registers:
-            self.register_tokens = nn.Parameter(0.02 * torch.randn(1, c.registers, c.embed_dim))
+            self.register_tokens = nn.Parameter(0.02 * torch.randn(1, c.registers, D))
         if c.layer_scale:
-            self.mask_token = nn.Parameter(torch.zeros(1, c.embed_dim))
+            self.mask_token = nn.Parameter(torch.zeros(1, D))  # unused, but in DINOv2's files
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
-        init_linear(self)
-
-    @property
-    def input_side(self):
-        """Side in pixels that `conditioning_tokens` resizes to: 224 for published weights."""
-        c = self.config
-        return 224 - 224 % c.patch_size if c.normalise == "imagenet" else c.image_size
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.apply(init_linear)
 
     def positions(self, rows, columns):
-        """Position embeddings of CLS and a grid of patches, (1, 1 + rows*columns, D).
-
-        Bicubic, as the published code: without registers by a factor that is 0.1 patch too large,
-        which shifts the sampling points and so belongs to the weights; with registers exactly.
-        """
+        """Position embeddings of CLS and a grid of patches, (1, 1 + rows*columns, D)."""
         c, n = self.config, self.native_grid
         if rows == columns == n:
             return self.pos_embed
         patches = self.pos_embed[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
-        target = {"size": (rows, columns)}
-        if c.interpolate_offset:
-            factors = [(side + c.interpolate_offset) / n for side in (rows, columns)]
-            target = {"scale_factor": factors}
-        patches = F.interpolate(patches, mode="bicubic", antialias=c.antialias, **target)
+        size, factors = (rows, columns), None
+        if c.interpolate_offset:  # the published code's 0.1 patch shifts the sampling points
+            size, factors = None, [(side + c.interpolate_offset) / n for side in size]
+        patches = F.interpolate(patches, size, factors, mode="bicubic", antialias=c.antialias)
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def embed(self, x):
         """Images (B, 3, H, W) in [-1, 1] -> tokens before the first block (B, G + N, D)."""
-        B, C, H, W = x.shape
-        p = self.config.patch_size
-        if C != 3 or H % p or W % p:
-            raise ValueError(f"image of {C} channels and {H}x{W} pixels: the ViT needs 3 channels "
-                             f"(repeat grey) and sides that are multiples of its patch {p}: resize "
-                             f"to {max(H // p, 1) * p}x{max(W // p, 1) * p}")
-        x = self.patch_embed(preprocess(x, self.config.normalise))
+        (B, _, H, W), p = x.shape, self.config.patch_size
+        if H % p or W % p:
+            raise ValueError(f"image of {H}x{W} pixels: sides that are multiples of the patch {p} "
+                             f"are needed: resize to {H // p * p}x{W // p * p}")
+        x = self.patch_embed["proj"](preprocess(x, self.config.normalise))
         x = x.flatten(2).transpose(1, 2)                                # (B, D, h, w) -> (B, N, D)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.positions(H // p, W // p)
         if self.config.registers:  # they have no position
@@ -218,11 +183,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def features(self, x, last=1):
-        """All after the final norm: CLS of the last blocks, global tokens, patch tokens.
-
-        x (B, 3, H, W) in [-1, 1] -> (B, last, D), (B, 1 + registers, D), (B, N, D).
-        Raises: ValueError if a side is no multiple of the patch.
-        """
+        """CLS of the last blocks (B, last, D), global (B, G, D), patch tokens (B, N, D), normed."""
         x, cls, G = self.embed(x), [], 1 + self.config.registers
         for block in self.blocks:
             x = block(x)
@@ -253,11 +214,7 @@ def conditioning_tokens(vit, x, kind="global"):
     "cls4+mean"        CLS of the last four blocks and the mean patch token, G = 5
     "patch2", "patch"  CLS and the patch tokens pooled to 2x2 or 4x4, G = 5 or 17. For the ablation
                        only: patch tokens keep the layout and let the model copy its source.
-    Raises: ValueError for another kind.
     """
-    if kind not in TOKEN_KINDS:
-        raise ValueError(f"tokens {kind!r} are unknown: a kind out of {', '.join(TOKEN_KINDS)} is "
-                         "needed: use global")
     x = resize(x, vit.input_side)
     cls, tokens, patches = vit.features(x, last=4)
     if kind == "global" and vit.config.normalise == "per_image":
@@ -268,123 +225,71 @@ def conditioning_tokens(vit, x, kind="global"):
         return tokens if kind == "global" else tokens[:, :1]
     side = vit.input_side // vit.config.patch_size
     grid = patches.transpose(1, 2).unflatten(2, (side, side))           # (B, N, D) -> (B, D, h, w)
-    pooled = F.adaptive_avg_pool2d(grid, 2 if kind == "patch2" else 4).flatten(2).transpose(1, 2)
-    return torch.cat([tokens[:, :1], pooled], dim=1)
+    pooled = F.adaptive_avg_pool2d(grid, {"patch2": 2, "patch": 4}[kind]).flatten(2)
+    return torch.cat([tokens[:, :1], pooled.transpose(1, 2)], dim=1)
 
 
 # ---- Weights ----
 
 def build_vit(name, seed=0):
     """Architecture `name` with random weights drawn from `seed`; "random" is the tiny one."""
-    if name not in VISION_TRANSFORMERS and name != "random":
-        raise ValueError(f"embedder {name!r} is unknown: a name or a file of weights is needed: "
-                         f"use one of {', '.join(VISION_TRANSFORMERS)}, random, or a path")
+    config = VISION_TRANSFORMERS.get("tiny" if name == "random" else name)
+    if config is None:
+        raise ValueError(f"embedder {name!r} is unknown: need one of random, "
+                         f"{', '.join(VISION_TRANSFORMERS)}: pass one of these")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed or 0)
-        return VisionTransformer(VISION_TRANSFORMERS["tiny" if name == "random" else name])
+        torch.manual_seed(seed)
+        return VisionTransformer(config)
+
+
+def weights_url(name):
+    """Address of a published file; the file names hold no hash to check a download against."""
+    stem = name.replace("dino_vits", "dino_deitsmall").replace("dino_vitb", "dino_vitbase")
+    stem = stem.replace("_reg", "_reg4") + "_pretrain"
+    folder = "dinov2/" + name.removesuffix("_reg") if "v2" in name else "dino/" + stem
+    return f"https://dl.fbaipublicfiles.com/{folder}/{stem}.pth"
+
+
+def config_from_shapes(state):
+    """ViTConfig of a state dict of DINO or DINOv2, which all have 64 channels a head."""
+    dim, _, _, patch = state["patch_embed.proj.weight"].shape
+    depth = sum(key.endswith("norm1.weight") for key in state)
+    options = V2_REG if "register_tokens" in state else V2 if "mask_token" in state else V1
+    side = math.isqrt(state["pos_embed"].shape[1] - 1) * patch
+    return ViTConfig(patch, dim, depth, dim // 64, **{**options, "image_size": side})
 
 
 def load_dino(name_or_path):
-    """Frozen ViT in eval mode: published weights by name, "random", or a file of weights.
+    """Frozen ViT in eval mode: published weights by name, or a file of weights by path.
 
-    The file may be a published one, a full training checkpoint of DINO (its teacher is taken), or
-    one of ours: {"config": dict, "model": state_dict}, alone or under "embedder". For a bare file
-    the shapes tell the architecture; 64 channels a head and ImageNet normalisation are assumed.
-    Raises: ValueError for an unknown name or unfit file; FileNotFoundError without file or network.
+    The file is a published one or ours, {"config": dict, "model": state_dict}, alone or under
+    "embedder". Raises: FileNotFoundError without file or network; ValueError if it does not fit.
     """
-    name = str(name_or_path)
-    if Path(name).is_file():
-        content = _read(name)
-        ours = content.get("embedder", content)
-        if isinstance(ours, dict) and {"config", "model"} <= set(ours):
-            try:
-                config = ViTConfig(**ours["config"])
-            except TypeError as error:
-                raise ValueError(f"{name} is of another version ({error}): the fields of ViTConfig "
-                                 "are needed: train it again") from None
-            return _load(config, ours["model"], name)
-        state = _backbone(content)
-        return _load(_config_from_shapes(state, name), state, name)
-    if name == "tiny":
-        raise FileNotFoundError("no weights for 'tiny': it is trained here, not published: run "
-                                "`python train.py` and pass runs/NAME/model.pt, or use random")
-    if "/" in name or name.endswith((".pt", ".pth")):
-        raise FileNotFoundError(f"no file {name}: the weights of a ViT are needed: check the path, "
-                                f"or use one of {', '.join(WEIGHTS)}")
-    if name not in WEIGHTS:
-        return build_vit(name).requires_grad_(False).eval()
-    return _load(VISION_TRANSFORMERS[name], _backbone(_read(_download(name))), name)
-
-
-def _download(name):
-    """Path of a published file in torch.hub's cache, downloaded if it is not there."""
-    url = "https://dl.fbaipublicfiles.com/" + WEIGHTS[name]
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:  # no network, no such address, or no room
-            raise FileNotFoundError(f"cannot download {url} ({error}): {name} needs this file: put "
-                                    f"it at {path}, or pass its path, not its name") from None
-    return path
-
-
-def _read(path):
-    """Content of a file of weights, a dict; nothing in the file is executed."""
-    try:  # DINO's full checkpoints hold their arguments in a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own
-        reason = str(error).split("\n")[0][:80]
-        raise ValueError(f"cannot read {path} ({reason}): a dict of tensors saved by torch.save is "
-                         "needed: delete it and get it again, or pass another file") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: a dict of tensors is needed: "
-                         "save the state_dict of the network")
-    return content
-
-
-def _backbone(content):
-    """State dict of the ViT, without the prefixes and heads of training checkpoints."""
-    state = next((content[k] for k in ("teacher", "student") if isinstance(content.get(k), dict)),
-                 content)
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    if any(key.startswith("backbone.") for key in state):
-        state = {k[len("backbone."):]: v for k, v in state.items() if k.startswith("backbone.")}
-    return {key: value for key, value in state.items() if not key.startswith("head.")}
-
-
-def _config_from_shapes(state, source):
-    """Architecture of a bare state dict."""
-    needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
-    for key, dimensions in needed.items():
-        if getattr(state.get(key), "ndim", 0) != dimensions:
-            raise ValueError(f"{source} has no usable {key!r} (its first key is "
-                             f"{next(iter(state), None)!r}): a ViT-S, B or L of DINO or DINOv2 is "
-                             "needed: pass another file")
-    dim, _, _, patch = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    return ViTConfig(patch, dim, depth, max(dim // 64, 1),
-                     math.isqrt(state["pos_embed"].shape[1] - 1) * patch, registers,
-                     "blocks.0.ls1.gamma" in state, 0.0 if registers else 0.1, registers > 0,
-                     "imagenet", len(state["blocks.0.mlp.fc1.weight"]) // dim)
-
-
-def _load(config, state, source):
-    """Frozen ViT with these weights; every key and every shape must fit."""
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        vit = VisionTransformer(config)
-    need = {key: tuple(value.shape) for key, value in vit.state_dict().items()}
-    got = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    wrong = [f"{key} (got {got.get(key, 'none')}, need {need.get(key, 'none')})"
-             for key in sorted({*need, *got}) if need.get(key) != got.get(key)]
-    if wrong:
-        raise ValueError(f"{source} is no ViT of width {config.embed_dim}, depth {config.depth}, "
-                         f"patch {config.patch_size}: {'; '.join(wrong[:3])}: pass the file that "
-                         "belongs to this name, or another file")
-    vit.load_state_dict(state)
+    source, config = str(name_or_path), None
+    published = [name for name in VISION_TRANSFORMERS if name != "tiny"]
+    options = {"map_location": "cpu", "weights_only": True}  # nothing in the file is executed
+    try:
+        if source in published:
+            config, source = VISION_TRANSFORMERS[source], weights_url(source)
+            content = torch.hub.load_state_dict_from_url(source, **options)  # or its cache
+        else:
+            content = torch.load(source, **options)
+        content = content.get("embedder", content)
+        if "config" in content:
+            config, content = ViTConfig(**content["config"]), content["model"]
+        vit = VisionTransformer(config or config_from_shapes(content))
+        vit.load_state_dict(content)  # every name and every shape must fit
+    except OSError as error:  # no such file, or no network
+        raise FileNotFoundError(
+            f"cannot get {source} ({error}): weights of a ViT are needed: pass a file, or one of "
+            f"{', '.join(published)} (without network put its file into {torch.hub.get_dir()}"
+            "/checkpoints), or train a tiny one by `python train.py`") from None
+    except Exception as error:  # zip, pickle, torch and other content each raise their own
+        reason = " ".join(str(error).split(". ")[0].split())[:240]  # the first sentence, one line
+        raise ValueError(
+            f"{source} does not fit ({type(error).__name__}: {reason}): a ViT-S, B or L of DINO or "
+            "DINOv2, or one trained by this version, is needed: pass another file, or delete a "
+            f"damaged download in {torch.hub.get_dir()}/checkpoints") from None
     return vit.requires_grad_(False).eval()
 
 
@@ -404,24 +309,13 @@ class DINOConfig:                       # in brackets: the paper
     warm_up: float = 0.1                # share of training that it takes (30 epochs)
     momentum: tuple = (0.98, 1.0)       # of the teacher, along a cosine (0.996 to 1)
     centre_momentum: float = 0.9        # (0.9)
-    freeze: float = 0.0                 # share of training before prototypes move (1 epoch)
-
-
-def cosine(start, end, progress):
-    """Half a cosine from start to end; progress in [0, 1] (paper's weight decay: 0.04 to 0.4)."""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def linear(start, end, progress, share):
-    """Straight line from start to end over the first `share` of training, then constant."""
-    return end if progress >= share else start + (end - start) * progress / share
 
 
 def random_crops(images, count, side, area, jitter, generator):
     """`count` views of each image, (count*B, C, side, side) in [-1, 1], view after view.
 
     Random box (share of the area in `area`, aspect 3/4 to 4/3), brightness, contrast, gamma, blur
-    and noise; no flip. All draws come from `generator`, which lives on the device of the images.
+    and noise, all drawn from `generator` on the device of the images.
     """
     x = images.float().repeat(count, 1, 1, 1)
     n = len(x)
@@ -442,31 +336,19 @@ def random_crops(images, count, side, area, jitter, generator):
     return (x + 0.03 * noise * grain).clamp(0, 1) * 2 - 1
 
 
-def multi_crop(images, generator, vit_config, config=DINOConfig()):
-    """Two global crops an image, (2*B, C, S, S), and the local ones, (local*B, C, S/2, S/2)."""
-    side, p = vit_config.image_size, vit_config.patch_size
-    kinds = [(2, side, config.global_area),
-             (config.local_crops, max(side // 2 // p, 1) * p, config.local_area)]
-    images = resize(images, side)
-    return [random_crops(images, *kind, config.jitter, generator) for kind in kinds if kind[0]]
-
-
 def dino_loss(student, teacher, centre, student_temp, teacher_temp):
     """Mean cross-entropy of student views under teacher views, never of a view with itself.
 
     student (S, B, K) and teacher (2, B, K) are logits, the first two views are the same crops; also
-    returns the teacher's probabilities (2, B, K). Source: DINO eq. 3, with the centre of sec. 3.1.
+    returns two entropies in nats. Source: DINO eq. 3, with the centre of sec. 3.1.
     """
     q = ((teacher - centre) / teacher_temp).softmax(dim=-1)
     log_p = (student / student_temp).log_softmax(dim=-1)
     pairs = -torch.einsum("tbk,sbk->ts", q, log_p) / student.shape[1]
     other = 1 - torch.eye(*pairs.shape, device=pairs.device)
-    return (pairs * other).sum() / other.sum(), q
-
-
-def entropy(p):
-    """Mean entropy in nats of distributions (..., K)."""
-    return -torch.xlogy(p, p).sum(dim=-1).mean()
+    logs = {name: -torch.xlogy(p, p).sum(dim=-1).mean()
+            for name, p in (("teacher_entropy", q), ("batch_entropy", q.mean(dim=(0, 1))))}
+    return (pairs * other).sum() / other.sum(), logs
 
 
 class DINOHead(nn.Module):
@@ -474,27 +356,24 @@ class DINOHead(nn.Module):
 
     def __init__(self, dim, c):
         super().__init__()
-        layers = []
-        for width in (dim, c.head_dim):
-            norm = nn.BatchNorm1d(c.head_dim, track_running_stats=False)  # the batch's own, always
-            layers += [nn.Linear(width, c.head_dim), norm, nn.GELU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(c.head_dim, c.bottleneck))
+        h, own = c.head_dim, {"track_running_stats": False}  # norm by the batch's own statistics
+        self.mlp = nn.Sequential(nn.Linear(dim, h), nn.BatchNorm1d(h, **own), nn.GELU(),
+                                 nn.Linear(h, h), nn.BatchNorm1d(h, **own), nn.GELU(),
+                                 nn.Linear(h, c.bottleneck))
         self.prototypes = nn.Parameter(torch.randn(c.prototypes, c.bottleneck))
-        init_linear(self)
+        self.apply(init_linear)
 
-    def forward(self, x, frozen=False):
-        x, prototypes = self.mlp(x), self.prototypes.detach() if frozen else self.prototypes
+    def forward(self, x):
+        x = self.mlp(x)
         with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse to divide by 0.02
-            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(prototypes, dim=-1))
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
 class DINO(nn.Module):
-    """Student, EMA teacher and centre; optimizer and clock are the caller's.
+    """Student, EMA teacher and centre; a step is `loss`, backward, optimizer, `update_teacher`.
 
-    Each step: `loss, logs = dino.loss(images, progress, generator)`, backward, a step of the
-    optimizer over `dino.student.parameters()`, `dino.update_teacher(progress)`. The state_dict is
-    complete. Two collapses show in the logs: teacher_entropy at log K (all prototypes alike), or
-    batch_entropy at 0 (one prototype for all images). Source: DINO algorithm 1.
+    Only `student` has gradients. Two collapses show in the logs: teacher_entropy at log K (all
+    prototypes alike), or batch_entropy at 0 (one for all images). Source: DINO algorithm 1.
     """
 
     def __init__(self, vit_config, config=DINOConfig()):
@@ -512,22 +391,25 @@ class DINO(nn.Module):
 
     def loss(self, images, progress, generator):
         """Loss and values to log (scalars); images (B, 3, H, W) in [-1, 1], progress in [0, 1]."""
-        c, B = self.config, len(images)
-        crops = multi_crop(images, generator, self.vit_config, c)
+        c, B, side = self.config, len(images), self.vit_config.image_size
+        half = side // 2 - side // 2 % self.vit_config.patch_size
+        images = resize(images, side)
+        large = random_crops(images, 2, side, c.global_area, c.jitter, generator)
+        small = random_crops(images, c.local_crops, half, c.local_area, c.jitter, generator)
         with torch.no_grad():
-            teacher = self.teacher["head"](self.teacher["backbone"](crops[0])[:, 0])
+            teacher = self.teacher["head"](self.teacher["backbone"](large)[:, 0])
             self.batch_centre.copy_(teacher.mean(dim=0))
-        cls = torch.cat([self.student["backbone"](x)[:, 0] for x in crops])
-        student = self.student["head"](cls, frozen=progress < c.freeze)
-        student, teacher = student.unflatten(0, (-1, B)), teacher.unflatten(0, (2, B))
-        loss, q = dino_loss(student, teacher, self.centre, c.student_temp,
-                            linear(*c.teacher_temp, progress, c.warm_up))
-        return loss, {"teacher_entropy": entropy(q), "batch_entropy": entropy(q.mean(dim=(0, 1)))}
+        cls = torch.cat([self.student["backbone"](crops)[:, 0] for crops in (large, small)])
+        student = self.student["head"](cls).unflatten(0, (-1, B))
+        start, end = c.teacher_temp
+        temp = start + (end - start) * min(progress / c.warm_up, 1)
+        return dino_loss(student, teacher.unflatten(0, (2, B)), self.centre, c.student_temp, temp)
 
     @torch.no_grad()
     def update_teacher(self, progress):
         """Teacher follows the student, centre the last batch. Source: DINO sec. 3.1 and eq. 4."""
-        momentum = cosine(*self.config.momentum, progress)
+        start, end = self.config.momentum
+        momentum = end + (start - end) * (1 + math.cos(math.pi * progress)) / 2  # half a cosine
         for mine, theirs in zip(self.teacher.parameters(), self.student.parameters()):
             mine.lerp_(theirs, 1 - momentum)
         self.centre.lerp_(self.batch_centre, 1 - self.config.centre_momentum)
@@ -546,12 +428,12 @@ def open_image(path, side):
 
 
 @torch.no_grad()
-def draw_attention(vit, x, panel=224):
+def draw_attention(vit, x):
     """PIL image: x (1, 3, H, W) in [-1, 1], then one heat map for each head."""
     maps = attention_maps(vit, x)[0]
     maps = 3 * maps / maps.amax(dim=(1, 2), keepdim=True)  # black, red, yellow, white
     heat = torch.stack([(maps - channel).clamp(0, 1) for channel in range(3)], dim=1)
-    panels = torch.cat([F.interpolate(picture, size=panel) for picture in ((x + 1) / 2, heat)])
+    panels = torch.cat([F.interpolate(picture, size=224) for picture in ((x + 1) / 2, heat)])
     row = F.pad(panels, (2, 2, 2, 2), value=1.0).permute(2, 0, 3, 1).flatten(1, 2)
     return Image.fromarray((255 * row).round().byte().numpy())
 
@@ -560,36 +442,21 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the attention of CLS, one panel per head.")
     parser.add_argument("--image", required=True, help="image file")
     parser.add_argument("--embedder", help="name or file of weights (default: the newest run's)")
-    parser.add_argument("--size", type=int, help="side the ViT sees, in pixels (default: its own)")
     parser.add_argument("--out", default="attention.png", help="picture (default: %(default)s)")
     args = parser.parse_args()
+    runs = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
+    weights = args.embedder or (runs or ["tiny"])[-1]  # load_dino says how to train tiny
     try:
-        runs = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
-        if not args.embedder and not runs:
-            raise FileNotFoundError("no --embedder and no runs/*/model.pt: weights of a ViT are "
-                                    "needed: run `python train.py`, or pass --embedder dino_vits8")
-        vit = load_dino(args.embedder or runs[-1])
-        side, p = args.size if args.size is not None else vit.input_side, vit.config.patch_size
-        if side < p or side % p:
-            raise ValueError(f"--size {side}: a multiple of the patch {p} is needed: use --size "
-                             f"{max(side // p, 1) * p}")
-        try:
-            x = open_image(args.image, side)
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"cannot read {args.image} ({error}): an image is needed: check the "
-                             "path and the file")
-        picture = draw_attention(vit, x)
-        try:
-            picture.save(args.out)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"cannot write {args.out} ({error}): a .png in a folder that is "
-                             "there is needed: change --out")
+        vit = load_dino(weights)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: image and {vit.config.num_heads} heads of {args.embedder or runs[-1]}")
-    return 0
+        parser.exit(2, f"error: {error}\n")
+    try:
+        draw_attention(vit, open_image(args.image, vit.input_side)).save(args.out)
+    except Exception as error:  # Pillow raises many kinds
+        parser.exit(2, f"error: cannot draw {args.image} to {args.out} ({error}): an image and a "
+                       ".png in an existing folder are needed: change --image or --out\n")
+    print(f"{args.out}: image and {vit.config.num_heads} heads of {weights}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -96,9 +96,8 @@ class NoiseSchedule:
 
     def min_snr_weight(self, t, gamma=5.0):
         """Loss weight (B,) of Hang 2023: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
-        self.alphas_cumprod = self.alphas_cumprod.to(t.device)
-        a = self.alphas_cumprod[t]
-        snr = a / (1 - a)
+        signal, spread = self._roots(t, t)
+        snr = (signal / spread).square()
         return snr.clamp(max=gamma) / (snr + 1 if self.prediction == "v" else snr)
 
     def sampling_timesteps(self, steps):
@@ -107,6 +106,12 @@ class NoiseSchedule:
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: need 1 to {T}, the number trained with")
         return [round(T * (steps - i) / steps) - 1 for i in range(steps)]
+
+    def pairs(self, timesteps):
+        """(t, a_t, a_s) of each sampling step: s is the list's next entry, never t - T // steps,
+        and after the last one comes x0 itself, a_s = 1."""
+        a = self.alphas_cumprod.double().tolist()
+        return zip(timesteps, [a[t] for t in timesteps], [a[s] for s in timesteps[1:]] + [1.0])
 
 
 # ---------------------------------------------------------------------------- samplers
@@ -128,11 +133,9 @@ def ddim_sample(model, x, schedule, steps=50, eta=0.0, generators=None, timestep
     generators: one CPU generator an image for eta > 0, or None for the global one.
     """
     timesteps = schedule.sampling_timesteps(steps) if timesteps is None else timesteps
-    a = schedule.alphas_cumprod.double().tolist()
-    for t, s in zip(timesteps, timesteps[1:] + [None]):
+    for t, a_t, a_s in schedule.pairs(timesteps):
         batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
         x0, eps = schedule.to_x0_eps(model(x, batch_t), x, batch_t)
-        a_t, a_s = a[t], 1.0 if s is None else a[s]  # the list's next entry, never t - T // steps
         sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
         x = math.sqrt(a_s) * x0 + math.sqrt(max(1 - a_s - sigma ** 2, 0.0)) * eps
         if sigma > 0:
@@ -148,15 +151,13 @@ def ddpm_sample(model, x, schedule, steps=None, generators=None, timesteps=None)
     """
     if timesteps is None:
         timesteps = schedule.sampling_timesteps(steps or schedule.num_train_timesteps)
-    a = schedule.alphas_cumprod.double().tolist()
-    for t, s in zip(timesteps, timesteps[1:] + [None]):
+    for t, a_t, a_s in schedule.pairs(timesteps):
         batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
         x0, _ = schedule.to_x0_eps(model(x, batch_t), x, batch_t)
-        a_t, a_s = a[t], 1.0 if s is None else a[s]
         alpha = a_t / a_s
         x = (math.sqrt(a_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
-        if s is not None:
-            variance = (1 - a_s) / (1 - a_t) * (1 - alpha)
+        variance = (1 - a_s) / (1 - a_t) * (1 - alpha)  # 0 at the last step
+        if variance > 0:
             x = x + math.sqrt(variance) * seeded_noise(generators, x.shape, x)
     return x
 
@@ -367,11 +368,11 @@ class DinoDiffusion(nn.Module):
 
     # ---- training
 
-    def loss(self, mean, std, tokens, generator, logs=False):
+    def loss(self, mean, std, tokens, generator):
         """One training step's loss: mean (prediction - target)^2 over uniform t.
 
         mean, std (B, C, h, w): the VAE's posterior, drawn anew each step. tokens (B, G, D)
-        standardised. Returns (loss, dict with the loss of four ranges of t if `logs`).
+        standardised. Returns (loss, {}): a dict of values to log, as all losses for `fit` do.
         """
         B = mean.shape[0]
         draw = dict(generator=generator, device=mean.device)
@@ -388,11 +389,9 @@ class DinoDiffusion(nn.Module):
         prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, context)
         error = F.mse_loss(prediction.float(), self.schedule.target(x0, noise, t), reduction="none")
         error = error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
-        quarter = t * 4 // self.schedule.num_train_timesteps
-        parts = {f"t{q}": error[quarter == q].mean().detach() for q in range(4)} if logs else {}
         if self.config.min_snr_gamma:
             error = error * self.schedule.min_snr_weight(t, self.config.min_snr_gamma)
-        return error.mean(), parts
+        return error.mean(), {}
 
     # ---- sampling
 

@@ -1,18 +1,14 @@
 """Every number of this project: small metrics that read like their equations, and the tables.
 
-Frechet distance (Heusel et al. 2017), kernel distance (Binkowski et al. 2018), precision and recall
-(Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020), AUC, Dice (1945), kappa
-(Cohen 1960). Features are (N, D), torch or NumPy; every metric computes in float64 on the CPU.
-
-    python evaluate.py resemble                  do samples resemble their source? (newest run)
+    python evaluate.py resemble                      do samples resemble their source?
     python evaluate.py probe --tokens global cls     what do the embedder's tokens know?
-    python evaluate.py fidelity REAL SYNTHETIC   two folders of images
+    python evaluate.py fidelity REAL SYNTHETIC       two folders of images
 
-Deliberate choices: the trace term of the Frechet distance by eigenvalues (always real, faster than
-`sqrtm`); a fixed-seed random network as the default judge, never the features that conditioned the
-model under test; intervals of distances by subsampling without replacement (duplicates, which a
-bootstrap makes, bias them), of AUC and Dice by bootstrap; equal counts on both sides and the
-real-real floor beside every figure.
+Features are (N, D), torch or NumPy; every metric computes in float64 on the CPU. Deliberate
+choices: the trace term of the Frechet distance by eigenvalues (always real, faster than `sqrtm`); a
+fixed-seed random network as the default judge, never the features that conditioned the model under
+test; intervals of distances by subsampling without replacement (duplicates, which a bootstrap
+makes, bias them), of AUC by bootstrap; equal counts and the real-real floor beside every figure.
 """
 import argparse
 import json
@@ -25,9 +21,9 @@ import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import nn
 
-from data import (UserError, load_checkpoint, open_dataset, pick_device, positive_int, read_split,
-                  resolve_checkpoint, run_script, save_grid, split_holdout, user_errors,
-                  write_text_atomic)
+from data import (UserError, fraction, load_checkpoint, open_dataset, pick_device, positive_int,
+                  read_split, resolve_checkpoint, run_script, save_grid, split_holdout,
+                  user_errors, write_text_atomic)
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
 from dinodiff import DinoDiffusion
 from phantoms import CHEST_LABELS
@@ -35,86 +31,50 @@ from phantoms import CHEST_LABELS
 
 # ---------------------------------------------------------------- distances between feature sets
 
-def as_features(x):
-    """Features as float64 (N, D) on the CPU. Raises ValueError for NaN and infinity."""
-    x = torch.as_tensor(x).detach().to("cpu", torch.float64)
-    bad = (~x.isfinite().all(dim=1)).sum().item()
-    if bad:
-        raise ValueError(f"{bad} of {len(x)} feature rows hold NaN or infinity: need finite "
-                         "numbers; look at the images and at the weights of the extractor")
-    return x
+def as_features(*sets, least=2):
+    """Each set as float64 (N, D) on the CPU; ValueError for NaN, infinity, few rows, unlike D."""
+    sets = [torch.as_tensor(x).detach().to("cpu", torch.float64) for x in sets]
+    for x in sets:
+        bad = (~x.isfinite().all(dim=1)).sum().item()
+        if bad or len(x) < least or x.shape[1] != sets[0].shape[1]:
+            raise ValueError(f"got features {[tuple(x.shape) for x in sets]}, {bad} rows with NaN: "
+                             f"need {least} or more finite rows a set, of one extractor: add "
+                             "images, or look at them and at the extractor's weights")
+    return sets
 
 
-def gaussian_statistics(features):
-    """Mean (D,) and unbiased covariance (D, D) of (N, D) features or of an iterator of batches.
-
-    Batches are merged one by one (Chan et al. 1979), so memory does not grow with N.
-    """
-    count, mean, scatter = 0, 0.0, 0.0
-    for batch in [features] if hasattr(features, "shape") else features:
-        batch = as_features(batch)
-        n, batch_mean = len(batch), batch.mean(dim=0)
-        shift, within = batch_mean - mean, batch - batch_mean
-        scatter = scatter + within.T @ within + torch.outer(shift, shift) * count * n / (count + n)
-        mean, count = mean + shift * n / (count + n), count + n
-    if count < 2:
-        raise ValueError(f"got {count} image(s): a covariance needs at least 2, add images")
-    return mean, scatter / (count - 1)
-
-
-def frechet_from_statistics(mu1, sigma1, mu2, sigma2):
+def frechet_distance(a, b):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Source: Heusel et al. 2017, equation 6.
 
     The last trace sums the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
     """
-    if mu1.shape != mu2.shape:
-        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} dimensions: need the same "
-                         "feature extractor on both sides")
-    values, vectors = torch.linalg.eigh(sigma1)
+    a, b = as_features(a, b)
+    mu1, mu2 = a.mean(dim=0), b.mean(dim=0)
+    s1, s2 = ((x - mu).T @ (x - mu) / (len(x) - 1) for x, mu in ((a, mu1), (b, mu2)))
+    values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
-
-
-def frechet_distance(a, b):
-    """Frechet distance between Gaussians fitted to (N, D) and (M, D); identical sets give ~0."""
-    return frechet_from_statistics(*gaussian_statistics(a), *gaussian_statistics(b))
+    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
 
 
 def off_diagonal_mean(k):
     """Mean of a square matrix without its diagonal."""
-    return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    return ((k.sum() - k.trace()) / (len(k) * (len(k) - 1))).item()
 
 
-def kernel_distance(a, b, subsets=None, subset_size=1000, seed=0):
-    """Unbiased MMD^2 with k(x, y) = (x.y / D + 1)^3; may be negative where the sets are alike.
-
-    Over all rows: a float. With `subsets`: (mean, standard deviation) over that many draws of
-    `subset_size` rows without replacement. Source: Binkowski et al. 2018, equation 4.
-    """
-    a, b = as_features(a), as_features(b)
-    if subsets is not None:
-        size, generator = min(subset_size, len(a), len(b)), torch.Generator().manual_seed(seed)
-        draws = [kernel_distance(a[torch.randperm(len(a), generator=generator)[:size]],
-                                 b[torch.randperm(len(b), generator=generator)[:size]])
-                 for _ in range(subsets)]
-        return float(np.mean(draws)), float(np.std(draws))
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"got {len(a)} and {len(b)} images: the kernel distance needs 2 and more")
-
+def kernel_distance(a, b):
+    """Unbiased MMD^2, kernel (x.y / D + 1)^3; may be negative. Source: Binkowski et al. 2018."""
+    a, b = as_features(a, b)
     aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    return (off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean()).item()
+    return off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean().item()
 
 
 def prdc(real, fake, k=5):
-    """Precision, recall, density and coverage: dict of floats; distance to the k-th neighbour.
+    """Precision, recall, density, coverage: dict of floats; balls reach to the k-th neighbour.
 
     Source: Kynkaanniemi et al. 2019, equation 2; Naeem et al. 2020, equations 5 and 6.
     """
-    real, fake = as_features(real), as_features(fake)
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"got {len(real)} real and {len(fake)} synthetic images: {k} neighbours "
-                         f"need at least {k + 1} of each, add images or lower k")
+    real, fake = as_features(real, fake, least=k + 1)
     # exact differences: the faster matrix-product form loses small distances
     distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
     # the smallest distance is that to the image itself, so its k-th neighbour is number k + 1
@@ -128,20 +88,15 @@ def prdc(real, fake, k=5):
             "coverage": in_real_ball.any(dim=1).double().mean().item()}
 
 
-# ---------------------------------------------------------------- labels, masks and readers
+# ---------------------------------------------------------------- labels, masks, readers, intervals
 
 def roc_auc(labels, scores):
-    """P(score of a positive > of a negative), ties a half: labels (N,) of 0 and 1, scores (N,).
-
-    Source: the rank form of Mann & Whitney 1947. Raises ValueError for one class only.
-    """
+    """P(score of a positive > of a negative), ties a half (Mann & Whitney 1947): (N,) and (N,)."""
     labels, scores = np.asarray(labels).astype(bool), np.asarray(scores, dtype=np.float64)
     positives, negatives = int(labels.sum()), int((~labels).sum())
-    if positives == 0 or negatives == 0:
-        raise ValueError(f"got {positives} positive and {negatives} negative labels: an AUC needs "
-                         "both classes, choose another label or split")
-    if not np.isfinite(scores).all():
-        raise ValueError("scores hold NaN or infinity: an AUC needs finite scores, check the model")
+    if not (positives and negatives and np.isfinite(scores).all()):
+        raise ValueError(f"got {positives} positive and {negatives} negative labels, or NaN: "
+                         "an AUC needs both classes and numbers: check label, split and model")
     rank_sum = rankdata(scores)[labels].sum()  # tied scores share their mean rank
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
@@ -156,10 +111,7 @@ def dice(a, b):
 
 
 def cohen_kappa(a, b):
-    """(observed - expected agreement) / (1 - expected) of two readers' answers (N,) and (N,).
-
-    NaN where both always give one same answer. Source: Cohen 1960.
-    """
+    """(observed - expected agreement) / (1 - expected) of answers (N,), (N,); Cohen 1960."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.size == 0:
         raise ValueError(f"got {a.size} and {b.size} answers: kappa needs the same images, and one "
@@ -172,9 +124,10 @@ def cohen_kappa(a, b):
 def ridge_weights(x, y, strength):
     """argmin |x w - y|^2 + strength N |w|^2, solved in the smaller of N and D dimensions."""
     n, d = x.shape
+    penalty = strength * n * torch.eye(min(n, d), dtype=x.dtype)
     if d <= n:
-        return torch.linalg.solve(x.T @ x + strength * n * torch.eye(d, dtype=x.dtype), x.T @ y)
-    return x.T @ torch.linalg.solve(x @ x.T + strength * n * torch.eye(n, dtype=x.dtype), y)
+        return torch.linalg.solve(x.T @ x + penalty, x.T @ y)
+    return x.T @ torch.linalg.solve(x @ x.T + penalty, y)
 
 
 def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 1.0, 10.0), seed=0):
@@ -183,7 +136,7 @@ def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 
     train_x (N, D), train_y (N, L) of 0 and 1. Features are standardised with training statistics;
     each label's strength is the one with the least squared error on a fifth of the training set.
     """
-    train_x, test_x = as_features(train_x), as_features(test_x)
+    train_x, test_x = as_features(train_x, test_x)
     train_y, test_y = torch.as_tensor(train_y).double(), torch.as_tensor(test_y)
     mean, std = train_x.mean(dim=0), train_x.std(dim=0).clamp(min=1e-8)
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
@@ -198,63 +151,50 @@ def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 
     return [roc_auc(y, s) for y, s in zip(test_y.T, scores.T)], scores.numpy()
 
 
-# ---------------------------------------------------------------- intervals
-
 def subsample_interval(metric, a, b, rounds=50, seed=0):
-    """95 % interval (low, high) of metric(a, b), which may be an array, from random halves.
+    """95 % interval (low, high) of metric(a, b), which may be an array (Politis & Romano 1994).
 
     Halves are drawn without replacement. A mean spreads over them as its standard error over the
-    whole set (1/m - 1/n = 1/n at m = n/2), so their deviations are laid around the full value; the
-    larger bias of a half cancels. Source: Politis & Romano 1994.
+    whole set (1/m - 1/n = 1/n at m = n/2), so their deviations are laid around the full value.
     """
-    a, b = as_features(a), as_features(b)
     generator = torch.Generator().manual_seed(seed)
-    draws = []
-    for _ in range(rounds):
-        rows_a = torch.randperm(len(a), generator=generator)[:len(a) // 2]
-        rows_b = torch.randperm(len(b), generator=generator)[:len(b) // 2]
-        draws.append(np.asarray(metric(a[rows_a], b[rows_b])))
-    low, high = np.quantile(np.stack(draws) - np.mean(draws, axis=0), [0.025, 0.975], axis=0)
-    full = np.asarray(metric(a, b))
+
+    def half(x):
+        return x[torch.randperm(len(x), generator=generator)[:len(x) // 2]]
+
+    draws = np.stack([metric(half(a), half(b)) for _ in range(rounds)])
+    low, high = np.quantile(draws - draws.mean(axis=0), [0.025, 0.975], axis=0)
+    full = metric(a, b)
     return full + low, full + high
 
 
 def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
     """95 % percentile interval (low, high) of metric(*arrays), rows drawn together (Efron 1979)."""
-    rng, arrays = np.random.default_rng(seed), [np.asarray(x) for x in arrays]
-    draws, failed = [], 0
-    while len(draws) < rounds:
-        rows = rng.integers(len(arrays[0]), size=len(arrays[0]))
-        try:
-            draws.append(metric(*(x[rows] for x in arrays)))
-        except ValueError:
-            failed += 1  # a draw of one class only: draw again
-            if failed > rounds:
-                raise
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+    rng, n = np.random.default_rng(seed), len(arrays[0])
+    draws = [metric(*(x[rows] for x in arrays))
+             for rows in (rng.integers(n, size=n) for _ in range(rounds))]
+    return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
-# ---------------------------------------------------------------- a judge of no one's making
+# ---------------------------------------------------------------- pictures into numbers
 
 class RandomFeatures(nn.Module):
     """Fixed-seed random network: images (B, 3, H, W) in [-1, 1], side >= 32 -> (B, 217) features.
 
-    Texture: the log deviation of every channel of four 3x3 convolutions, relative to their mean,
-    which is kept apart (else contrast alone would be counted 104 times). Layout: 4x4 grids of the
-    picture and of the last stage. Never trained, nothing to download, no side taken. Source:
-    Naeem et al. 2020, section 5: random embeddings where images are far from ImageNet.
+    Texture: the log deviation of each of 104 channels of four convolutions, and apart from it their
+    mean, contrast, which would else count 104 times. Layout: 4x4 grids of the picture and the last
+    stage. Source: Naeem et al. 2020, section 5: random embeddings for images unlike ImageNet.
     """
 
-    def __init__(self, seed=0, channels=(16, 24, 32, 32)):
+    def __init__(self, seed=0):
         super().__init__()
         generator, width = torch.Generator().manual_seed(seed), 3  # a CPU generator: same anywhere
-        for i, c in enumerate(channels):
-            w = torch.randn(c, width, 3, 3, generator=generator)
+        for i, channels in enumerate((16, 24, 32, 32)):
+            w = torch.randn(channels, width, 3, 3, generator=generator)
             w = w - w.mean(dim=(2, 3), keepdim=True)  # sees edges; brightness is for the grid
             w = w * (2 / w.square().sum(dim=(1, 2, 3), keepdim=True)).sqrt()
             self.register_buffer(f"filters{i}", w)
-            width = c
+            width = channels
 
     @torch.no_grad()
     def forward(self, x):
@@ -269,13 +209,10 @@ class RandomFeatures(nn.Module):
         return torch.cat([0.5 * (texture - contrast), 0.5 * contrast, *layout], dim=1)
 
 
-# ---------------------------------------------------------------- pictures into numbers
-
 def pixel_rows(images):
     """Grey values (N, P) in [0, 1] of images (N, 3, H, W); sides above 64 are averaged to 64."""
     grey = (images.mean(dim=1) + 1) / 2
-    side = min(64, grey.shape[-1])
-    return F.adaptive_avg_pool2d(grey, side).flatten(1)  # (N, H, W) -> (N, side*side)
+    return F.adaptive_avg_pool2d(grey, min(64, grey.shape[-1])).flatten(1)
 
 
 def correlations(a, b):
@@ -295,16 +232,23 @@ def first_share(similarity):
     return (similarity.diagonal() > others).double().mean().item()
 
 
-def describe(batches, extractor, device="cpu"):
-    """Features (N, D) and pixel rows (N, P) on the CPU of an iterator of image batches."""
-    parts = [(extractor(x.to(device)).flatten(1).cpu(), pixel_rows(x).cpu()) for x in batches]
-    return tuple(torch.cat(part) for part in zip(*parts))
-
-
 def psnr(a, b):
     """Peak signal-to-noise ratio, decibels, mean over images (N, 3, H, W) in [-1, 1] (peak 2)."""
     error = (a - b).square().flatten(1).mean(dim=1).clamp(min=1e-12)
     return (10 * (4 / error).log10()).mean().item()
+
+
+def brightness(pixels):
+    """Mean grey over images, its spread between images and the mean spread within, in [0, 1]."""
+    means = pixels.mean(dim=1)
+    return {"mean": means.mean().item(), "between": means.std().item(),
+            "within": pixels.std(dim=1).mean().item()}
+
+
+def describe(batches, extractor, device="cpu"):
+    """Features (N, D) and pixel rows (N, P) on the CPU of an iterator of image batches."""
+    parts = [(extractor(x.to(device)).flatten(1).cpu(), pixel_rows(x).cpu()) for x in batches]
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 METRICS = ("frechet", "kernel", "precision", "recall", "density", "coverage")
@@ -316,30 +260,35 @@ def compare(real, fake):
                      *prdc(real, fake).values()])
 
 
-def brightness(pixels):
-    """Mean grey over images, its spread between images and the mean spread within, in [0, 1]."""
-    means = pixels.mean(dim=1)
-    return {"mean": means.mean().item(), "between": means.std().item(),
-            "within": pixels.std(dim=1).mean().item()}
-
-
 # ---------------------------------------------------------------- sub-commands
 
 def print_table(rows):
-    """Rows of cells, the first row being the heads, in columns."""
-    rows = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip())
+    """Rows {name: {column: value}} as text; a value is a number, a list (an interval) or None."""
+    def text(value):
+        if isinstance(value, list):
+            return " to ".join(map(text, value))
+        return "" if value is None else f"{value:.4g}"
+
+    heads = dict.fromkeys(column for row in rows.values() for column in row)
+    table = [["", *heads]]
+    table += [[name, *(text(row.get(head)) for head in heads)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-def choose(indices, count, seed=0):
-    """At most `count` of the indices, shuffled by seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.as_tensor(indices)[torch.randperm(len(indices), generator=generator)[:count]]
+def write_json(path, result):
+    write_text_atomic(path, json.dumps(result, indent=2))
+    print(f"wrote {path}")
 
 
-def batches_of(dataset, indices, batch=64):
+def choose(indices, count):
+    """At most `count` of the indices, shuffled, always in the same way."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    return torch.as_tensor(indices)[order[:count]]
+
+
+def batches_of(dataset, indices, batch):
     return (dataset.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(batch))
 
 
@@ -353,60 +302,59 @@ def open_run(args):
     images = open_dataset(args.data or flags["data"], model.config.image_size, flags["seed"],
                           flags["count"])
     train, test = read_split(path.parent / "split.csv", images)
-    if len(test) < 2 or len(train) < 2:
+    if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
                         "2 of each are needed", "train with a larger --holdout")
     print(f"{path}: {images.note}; held-out images are sources, {model.config.tokens} tokens, "
           f"condition {model.config.condition}")
-    return path.parent, model, flags, images, train, choose(test, args.count)
+    train, test = choose(train, args.train_limit), choose(test, args.count)
+    return path.parent, model, flags, images, train, test
 
 
-def resemblance(model, sources, training, seeds, judge, steps=50, guidance=1.0, batch=64):
+def resemblance(model, sources, training, seeds, judge, steps=50, guidance=1.0, eta=0.5,
+                batch=64):
     """The main job's figures: (reference dict, list of one dict a seed, rows of pictures).
 
     sources (N, 3, H, W) held out; training: iterator of image batches. One sample a source and
     seed. Distances are of the judge's features to the training images, N images on each line.
     """
     device = next(model.buffers()).device
-    reconstructed, tokens = zip(*((model.decode(model.encode(x)).cpu(), model.embed(x).cpu())
-                                  for x in (part.to(device) for part in sources.split(batch))))
-    reconstructed, tokens = torch.cat(reconstructed), torch.cat(tokens)
+
+    def run(function, images):
+        return torch.cat([function(x.to(device)).cpu() for x in images.split(batch)])
+
+    reconstructed = run(lambda x: model.decode(model.encode(x)), sources)
+    tokens = run(model.embed, sources)
     train_features, train_pixels = describe(training, judge, device)
-    train_statistics = gaussian_statistics(train_features)
 
     def look(images):
         features, pixels = describe(images.split(batch), judge, device)
-        grey = {f"brightness {name}": value for name, value in brightness(pixels).items()}
-        return pixels, {
-            "Frechet to training": frechet_from_statistics(*gaussian_statistics(features),
-                                                           *train_statistics),
-            "best correlation with a training image":
-                best_correlations(pixels, train_pixels).mean().item(), **grey}
+        best = best_correlations(pixels, train_pixels).mean().item()
+        return pixels, {"Frechet to training": frechet_distance(features, train_features),
+                        "best correlation with a training image": best,
+                        **{f"brightness {k}": v for k, v in brightness(pixels).items()}}
 
     source_pixels, reference = look(sources)
     floor = reference["Frechet to training"]
     blurred = F.avg_pool2d(F.pad(sources, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-    reference.update({
-        "correlation with other sources":
-            off_diagonal_mean(correlations(source_pixels, source_pixels)).item(),
-        "VAE PSNR, dB": psnr(sources, reconstructed),
-        "Frechet of VAE reconstructions": look(reconstructed)[1]["Frechet to training"],
-        "Frechet of 3x3-blurred real": look(blurred)[1]["Frechet to training"]})
-    conditional, results, pictures = model.config.condition != "none", [], [sources[:8],
-                                                                            reconstructed[:8]]
+    between = correlations(source_pixels, source_pixels)
+    reference |= {"correlation with other sources": off_diagonal_mean(between),
+                  "VAE PSNR, dB": psnr(sources, reconstructed),
+                  "Frechet of VAE reconstructions": look(reconstructed)[1]["Frechet to training"],
+                  "Frechet of 3x3-blurred real": look(blurred)[1]["Frechet to training"]}
+    results, pictures = [], [sources[:8], reconstructed[:8]]
+    condition = None if model.config.condition == "none" else tokens
     for seed in seeds:
-        samples = model.sample(tokens if conditional else None,
-                               [seed * 1_000_003 + i for i in range(len(sources))], steps=steps,
-                               guidance_scale=guidance, batch=batch).cpu()
+        numbers = [seed * 1_000_003 + i for i in range(len(sources))]
+        samples = model.sample(condition, numbers, steps, guidance, eta, batch=batch).cpu()
         pixels, figures = look(samples)
         across = correlations(pixels, source_pixels)  # (N, N)
-        again = torch.cat([model.embed(x.to(device)).cpu() for x in samples.split(batch)])
-        cosine = F.normalize(again.flatten(1), dim=1) @ F.normalize(tokens.flatten(1), dim=1).T
+        again, own = (F.normalize(t.flatten(1), dim=1) for t in (run(model.embed, samples), tokens))
         results.append({
             "correlation with own source": across.diagonal().mean().item(),
-            "correlation with other sources": off_diagonal_mean(across).item(),
+            "correlation with other sources": off_diagonal_mean(across),
             "own source first, by pixels": first_share(across),
-            "own source first, by the model's own tokens": first_share(cosine),
+            "own source first, by the model's own tokens": first_share(again @ own.T),
             **figures, "Frechet, times the real floor": figures["Frechet to training"] / floor})
         pictures.append(samples[:8])
         print(f"seed {seed} done", flush=True)
@@ -414,42 +362,38 @@ def resemblance(model, sources, training, seeds, judge, steps=50, guidance=1.0, 
 
 
 def resemble(args):
-    """Do samples resemble their source, and as a set the data?"""
+    """do samples resemble their source, and as a set the data?"""
     run, model, flags, images, train, test = open_run(args)
-    chosen = choose(train, args.train_limit)
     judge = RandomFeatures().to(next(model.buffers()).device)
     with user_errors():
         reference, results, pictures = resemblance(
-            model, images.batch(test.tolist()), batches_of(images, chosen, args.batch), args.seeds,
-            judge, args.steps, args.guidance, args.batch)
-    print(f"\n{len(test)} held-out sources, one sample each and seed; DDIM {args.steps} steps, "
-          f"guidance {args.guidance:g};\n{len(chosen)} of {len(train)} training images; features: "
-          f"random network, seed 0; correlations of grey pixels at {min(64, images.size)} px")
-    rows, summary = [["", "real", *(f"seed {s}" for s in args.seeds), "mean +- sd"]], {}
-    for name in results[0]:
-        values = [r[name] for r in results]
-        summary[name] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))
-                         if len(values) > 1 else None}
-        rows.append([name, reference.get(name, ""), *values, f"{summary[name]['mean']:.4g} +- "
-                     f"{np.std(values, ddof=len(values) > 1):.2g}"])
-    rows += [[name, value] + [""] * (len(results) + 1) for name, value in reference.items()
-             if name not in results[0]]
-    print_table(rows)
-    save_grid(run / "resemble.png", pictures, captions=["held-out source", "VAE reconstruction",
-                                                        *(f"sample, seed {s}" for s in args.seeds)])
-    write_text_atomic(run / "resemble.json", json.dumps({
-        "sources": len(test), "training_images": len(chosen), "steps": args.steps,
-        "guidance": args.guidance, "tokens": model.config.tokens, "data": flags["data"],
-        "real": reference, "summary": summary,
-        "seeds": dict(zip(map(str, args.seeds), results))}, indent=2))
-    print(f"wrote {run}/resemble.json and resemble.png")
+            model, images.batch(test.tolist()), batches_of(images, train, args.batch), args.seeds,
+            judge, args.steps, args.guidance, args.eta, args.batch)
+    print(f"{len(test)} held-out sources, one sample each and seed; {len(train)} training images; "
+          f"DDIM {args.steps} steps, eta {args.eta:g}, guidance {args.guidance:g}; "
+          "features: random network, seed 0")
+    seeds = dict(zip(map(str, args.seeds), results))
+    values = {name: [result[name] for result in results] for name in results[0]}
+    summary = {name: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)) if v[1:] else None}
+               for name, v in values.items()}
+    columns = {"real": reference, **{f"seed {seed}": result for seed, result in seeds.items()}}
+    print_table({name: {**{column: figures.get(name) for column, figures in columns.items()},
+                        **summary.get(name, {})} for name in [*summary, *reference]})
+    save_grid(run / "resemble.png", pictures, captions=[
+        "held-out source", "VAE reconstruction", *(f"sample, seed {seed}" for seed in seeds)])
+    print(f"wrote {run / 'resemble.png'}")
+    write_json(run / "resemble.json", {
+        "sources": len(test), "training_images": len(train), "steps": args.steps,
+        "guidance": args.guidance, "eta": args.eta, "tokens": model.config.tokens,
+        "data": flags["data"],
+        "real": reference, "summary": summary, "seeds": seeds})
 
 
 def binary_labels(columns, names, train, test, least=20):
     """Columns of str -> (list of label names, train (N, L), test (M, L)) of 0.0 and 1.0.
 
     A column of "0" and "1" is one label; any other is cut at "|" into one label a value. Labels
-    with fewer than `least` images on either side, in either part, are left out.
+    need `least` images on either side in both parts.
     """
     labels = {}
     for name in names:
@@ -458,142 +402,120 @@ def binary_labels(columns, names, train, test, least=20):
                             "pass one of these as --label-column")
         cells = [set(cell.split("|")) for cell in columns[name]]
         values = set().union(*cells) - {""}
-        if values <= {"0", "1"}:
-            labels[name] = ["1" in cell for cell in cells]
-        else:
-            labels.update((value, [value in cell for cell in cells]) for value in sorted(values))
-    y = {name: (np.array(v, float)[train], np.array(v, float)[test]) for name, v in labels.items()}
-    kept = {name: parts for name, parts in y.items()
+        wanted = {name: "1"} if values <= {"0", "1"} else {v: v for v in sorted(values)}
+        for label, value in wanted.items():
+            shown = np.array([value in cell for cell in cells], float)
+            labels[label] = shown[train], shown[test]
+    kept = {label: parts for label, parts in labels.items()
             if all(least <= part.sum() <= len(part) - least for part in parts)}
     if not kept:
         raise UserError(f"no label of {', '.join(names)} is in {least} images, and not in {least}, "
                         "of both parts", "an AUC needs both", "pass another --label-column")
-    if len(kept) < len(y):
-        print(f"left out, too rare or too common: {', '.join(sorted(set(y) - set(kept)))}")
+    if len(kept) < len(labels):
+        print(f"left out, too rare or too common: {', '.join(sorted(labels.keys() - kept))}")
     return list(kept), *(np.stack(part, axis=1) for part in zip(*kept.values()))
 
 
 def probe(args):
-    """What a linear read-out finds in the tokens: trained, random weights, and raw pixels."""
+    """what does a linear read-out find in the tokens: trained, random weights, raw pixels?"""
     run, model, flags, images, train, test = open_run(args)
-    train = choose(train, args.train_limit)
     default = CHEST_LABELS if set(CHEST_LABELS) <= set(images.columns) else ["finding"]
-    names, train_y, test_y = binary_labels(images.columns, args.label_column or default, train,
-                                           test)
+    columns = args.label_column or default
+    names, train_y, test_y = binary_labels(images.columns, columns, train, test)
     device = next(model.buffers()).device
-
-    def vit(seed):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return VisionTransformer(model.config.vit).eval().to(device)
-
-    nets = {f"embedder ({flags['embedder']})": model.embedder,
-            **{f"random weights, seed {seed}": vit(seed) for seed in args.seeds}}
+    nets = {f"embedder ({flags['embedder']})": model.embedder}
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        nets[f"random weights, seed {seed}"] = VisionTransformer(model.config.vit).eval().to(device)
     plans = {f"{kind} tokens, {name}": partial(conditioning_tokens, net, kind=kind)
              for kind in args.tokens for name, net in nets.items()}
     plans["16x16 grey pixels"] = lambda x: F.adaptive_avg_pool2d(x.mean(dim=1), 16)
-    rows, table = [["", "mean AUC", "95 %", *names]], {}
+    table = {}
     for name, extract in plans.items():
         with torch.no_grad():
             train_x, test_x = (describe(batches_of(images, part, args.batch), extract, device)[0]
                                for part in (train, test))
         aucs, scores = linear_probe(train_x, train_y, test_x, test_y)
-        low, high = bootstrap_interval(lambda y, s: np.mean([roc_auc(*c) for c in zip(y.T, s.T)]),
-                                       test_y, scores, rounds=200)
-        rows.append([name, float(np.mean(aucs)), f"{low:.3f} to {high:.3f}", *aucs])
-        table[name] = {"mean": float(np.mean(aucs)), "interval": [low, high],
+        interval = bootstrap_interval(lambda y, s: np.mean([roc_auc(*c) for c in zip(y.T, s.T)]),
+                                      test_y, scores, rounds=200)
+        table[name] = {"mean": float(np.mean(aucs)), "interval": interval,
                        "labels": dict(zip(names, aucs))}
-    print(f"ridge on {len(train)} training images, tested on {len(test)} held-out images")
-    print_table(rows)
-    write_text_atomic(run / "probe.json", json.dumps(table, indent=2))
-    print(f"wrote {run}/probe.json")
+    print(f"AUC of ridge on {len(train)} training images, tested on {len(test)} held-out images")
+    print_table({name: {"mean": row["mean"], "95 %": row["interval"], **row["labels"]}
+                 for name, row in table.items()})
+    write_json(run / "probe.json", table)
 
 
 def fidelity(args):
-    """Two folders of images, compared as sets."""
+    """how far are two folders of images apart, as sets?"""
     real, synthetic = (open_dataset(path, args.size) for path in (args.real, args.synthetic))
     halves = [choose(half, args.count) for half in split_holdout(real, 0.5, args.seed)]
     sets = ((real, torch.cat(halves)), (synthetic, choose(range(len(synthetic)), args.count)))
-    side = args.size or real[0].shape[-1]
-    for dataset, rows in sets:
-        for i in rows.tolist():
-            own = dataset[i].shape[-1]
-            if own != side:
-                raise UserError(f"{dataset.files[i]} has {own} pixels a side, the first real image "
-                                f"{side}", "one side is needed, for resizing changes every figure",
-                                f"pass --size {min(side, own)}")
-    device, extractor = pick_device(args.device), RandomFeatures()
+    sides = {dataset[i].shape[-1] for dataset, rows in sets for i in rows}
+    side = min(sides)
+    if len(sides) > 1:
+        raise UserError(f"got images of {sorted(sides)} pixels a side",
+                        "one side is needed, for resizing changes figures", f"pass --size {side}")
+    device, judge = pick_device(args.device), RandomFeatures()
     if args.features == "dino":
+        checkpoint = load_checkpoint(resolve_checkpoint(args.checkpoint))
         with user_errors():
-            extractor = DinoDiffusion.from_checkpoint(
-                load_checkpoint(resolve_checkpoint(args.checkpoint))).to(device).embed
-    else:
-        extractor.to(device)
+            judge = DinoDiffusion.from_checkpoint(checkpoint)
+    extractor = getattr(judge.to(device), "embed", judge)  # of DinoDiffusion: its tokens
     (a, a_grey), (b, b_grey) = (describe(batches_of(dataset, rows, args.batch), extractor, device)
                                 for dataset, rows in sets)
     half, other, n = a[:len(halves[0])], a[len(halves[0]):], min(*map(len, halves), len(b))
     with user_errors():
-        floor, equal = compare(half[:n], other[:n]), compare(half[:n], b[:n])
+        floor, equal, full = compare(half[:n], other[:n]), compare(half[:n], b[:n]), compare(a, b)
         low, high = subsample_interval(compare, a, b, rounds=20, seed=args.seed)
-        full = compare(a, b)
     print(f"features: {args.features}, {a.shape[1]} dimensions; {side} px, centre square, bicubic "
           f"with antialias where resized; {len(a)} real, {len(b)} synthetic images")
     if min(len(a), len(b)) <= a.shape[1]:
         print(f"warning: fewer images than the {a.shape[1]} dimensions: the covariance has no full "
               "rank, which raises the Frechet distance; read it beside its floor only")
-    print_table([["", f"real/real ({n} each)", f"real/synthetic ({n} each)", "real/synthetic (all)",
-                  "95 %"]] + [[m, floor[i], equal[i], full[i], f"{low[i]:.4g} to {high[i]:.4g}"]
-                              for i, m in enumerate(METRICS)])
+    print(f"floor: real/real, {n} each; equal: real/synthetic, {n} each; all: with 95 % interval")
+    names = "floor", "equal", "all", "interval"
+    table = {metric: dict(zip(names, values)) for metric, *values in zip(
+        METRICS, floor, equal, full, np.stack([low, high], axis=1).tolist())}
+    print_table(table)
     grey = {"real": brightness(a_grey), "synthetic": brightness(b_grey)}
-    print_table([["brightness", *grey]] + [[k, grey["real"][k], grey["synthetic"][k]]
-                                           for k in grey["real"]])
-    shift = (grey["synthetic"]["mean"] - grey["real"]["mean"]) / max(grey["real"]["between"], 1e-9)
-    print(f"mean brightness, synthetic - real: {shift:+.2f} deviations between real images")
-    out = Path(args.out or Path(args.synthetic) / "fidelity.json")
-    write_text_atomic(out, json.dumps({
+    print_table({f"brightness, {name}": figures for name, figures in grey.items()})
+    write_json(Path(args.out or Path(args.synthetic) / "fidelity.json"), {
         "features": args.features, "size": side, "real": len(a), "synthetic": len(b), "equal": n,
-        **{m: {"floor": floor[i], "equal": equal[i], "all": full[i], "interval": [low[i], high[i]]}
-           for i, m in enumerate(METRICS)}, "brightness": grey}, indent=2))
-    print(f"wrote {out}")
+        **table, "brightness": grey})
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    a = shared.add_argument
-    a("--checkpoint", help="run folder or model.pt (default: the newest run)")
-    a("--batch", type=positive_int, default=64, help="images at once")
-    a("--device", default="auto", help="auto, cuda, mps or cpu")
-
-    def command(run, help):
-        p = commands.add_parser(run.__name__, parents=[shared], help=help,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.set_defaults(run=run)
-        return p.add_argument
-
-    a = command(fidelity, "two folders of images, compared as sets")
-    a("real", help="folder of real images")
-    a("synthetic", help="folder of synthetic images")
-    a("--features", choices=("random", "dino"), default="random", help="random network, or the "
-      "embedder of --checkpoint (not for samples it conditioned)")
-    a("--size", type=positive_int, help="resize to this side (default: as they are)")
-    a("--count", type=positive_int, default=5000, help="at most so many of each")
-    a("--seed", type=int, default=0, help="of the halves and the intervals")
-    a("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
-    for run, count, help in ((resemble, 256, "do samples resemble their source?"),
-                             (probe, 5000, "linear probe of the embedder's tokens")):
-        a = command(run, help)
+    commands = parser.add_subparsers(required=True)
+    for run in (fidelity, resemble, probe):
+        command = commands.add_parser(run.__name__, help=run.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        a = command.add_argument
+        a("--checkpoint", help="run folder or model.pt (default: the newest run)")
+        a("--batch", type=positive_int, default=64, help="images at once")
+        a("--device", default="auto", help="auto, cuda, mps or cpu")
+        a("--count", type=positive_int, default=256 if run is resemble else 5000,
+          help="at most so many images: of each folder, or held out")
+        if run is fidelity:
+            a("real", help="folder of real images")
+            a("synthetic", help="folder of synthetic images")
+            a("--features", choices=("random", "dino"), default="random", help="random network, "
+              "or the embedder of --checkpoint (not for samples it conditioned)")
+            a("--size", type=positive_int, help="resize to this side (default: as they are)")
+            a("--seed", type=int, default=0, help="of the halves and the intervals")
+            a("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
+            continue
         a("--data", help="where the run's images are now (default: as trained)")
-        a("--count", type=positive_int, default=count, help="at most so many held-out images")
         a("--train-limit", type=positive_int, default=2000, help="at most so many training images")
         a("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples, or random weights")
         if run is resemble:
             a("--steps", type=positive_int, default=50, help="DDIM steps")
             a("--guidance", type=float, default=1.0, help="guidance scale, 1.0 = off")
+            a("--eta", type=fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM")
         else:
-            a("--label-column", nargs="+", help="columns of labels.csv (default: the phantoms' "
-              "labels, or finding)")
+            a("--label-column", nargs="+", help="of labels.csv (default: findings)")
             a("--tokens", choices=TOKEN_KINDS, nargs="+", default=["global", "cls", "patch"])
     args = parser.parse_args(argv)
     args.run(args)

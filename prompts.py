@@ -19,6 +19,7 @@ import argparse
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,15 +141,18 @@ def kmeans(x, k, seed=0, n_init=10, max_iter=300, chunk=None):
     Best of `n_init` greedy k-means++ starts by inertia. A start ends when no point moves, or when
     the squared moves of the centers sum to 1e-4 of the mean variance (scikit-learn's rule).
     Memory: x, one copy, some numbers a point, and the distances of `chunk` points at a time.
-    Raises: ValueError for a rank other than 2, NaN or infinity, k < 1, k above the distinct points.
+    Sums are float64, which MPS lacks: pass a CPU tensor there.
+    Raises: ValueError for a rank other than 2, NaN or infinity, k or n_init < 1, k above the
+        distinct points.
     Source: Lloyd 1982; Arthur & Vassilvitskii 2007; points skipped by a bound after Hamerly 2010.
     """
     if x.ndim != 2:
         raise ValueError(f"points have shape {tuple(x.shape)}, K-means needs (N, D): "
                          "flatten each point to one row")
-    if k < 1:
-        raise ValueError(f"k is {k}, K-means needs at least 1 cluster: pass k >= 1")
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if k < 1 or n_init < 1:
+        raise ValueError(f"k is {k} and n_init {n_init}, K-means needs at least 1 cluster and 1 "
+                         "start: pass such numbers")
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     if bad := int((~x.sum(1).isfinite()).sum()):
         raise ValueError(f"{bad} of {len(x)} points hold NaN or infinity, K-means needs finite "
                          "numbers: drop those rows or check what made them")
@@ -161,12 +165,23 @@ def kmeans(x, k, seed=0, n_init=10, max_iter=300, chunk=None):
     tol = 1e-4 * x_squared.mean() / x.shape[1]
     # Few enough numbers for a CPU's cache (twice as fast), or 0.3 GB on a GPU.
     chunk = chunk or max(1, 2 ** (19 if x.device.type == "cpu" else 26) // (x.shape[1] + k))
-    generator = torch.Generator().manual_seed(seed)
-    best_inertia = math.inf
-    for _ in range(n_init):
-        fit = _lloyd(x, x_squared, _start(x, x_squared, k, generator), max_iter, tol, chunk)
-        if (fit_inertia := inertia(x, *fit)) < best_inertia:
-            best_inertia, (centers, assignment) = fit_inertia, fit
+    seeds = torch.randint(2**62, (n_init,), generator=torch.Generator().manual_seed(seed))
+
+    def fit(start_seed):
+        generator = torch.Generator().manual_seed(start_seed)
+        start = _start(x, x_squared, k, generator)
+        centers, assignment = _lloyd(x, x_squared, start, max_iter, tol, chunk)
+        return inertia(x, centers, assignment), centers, assignment
+
+    # Starts side by side, one thread each: faster than all threads on the small steps of one.
+    threads = torch.get_num_threads()
+    workers = min(n_init, threads) if x.device.type == "cpu" else 1
+    torch.set_num_threads(threads // workers)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            _, centers, assignment = min(pool.map(fit, seeds.tolist()), key=lambda run: run[0])
+    finally:
+        torch.set_num_threads(threads)
     return centers + mean, assignment
 
 

@@ -38,14 +38,18 @@ from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 
 PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
-    "tiny": dict(size=64, embedder="tiny", vae="train", unet="train", batch=32, lr=1e-3,
-                 embedder_steps=300, vae_steps=600, unet_steps=1000),
-    "small": dict(size=128, embedder="dino_vits16", vae="train", unet="train", batch=128, lr=5e-4,
-                  embedder_steps=4000, vae_steps=6000, unet_steps=20000),
-    "base": dict(size=256, embedder="dino_vitb8", vae="sd-vae-ft-mse", unet="train", batch=128,
-                 lr=2e-4, embedder_steps=4000, vae_steps=10000, unet_steps=100000),
-    "sd15": dict(size=512, embedder="dino_vitb8", vae="sd15", unet="sd15", batch=16, lr=1e-5,
-                 embedder_steps=4000, vae_steps=10000, unet_steps=100000),
+    "tiny": dict(size=64, embedder="tiny", vae="train", unet="train",
+                 embedder_batch=32, embedder_steps=300, vae_batch=8, vae_steps=2000, vae_lr=3e-3,
+                 batch=16, unet_steps=1700, lr=1e-3),
+    "small": dict(size=128, embedder="dino_vits16", vae="train", unet="train",
+                  embedder_batch=128, embedder_steps=4000, vae_batch=32, vae_steps=10000,
+                  vae_lr=1e-3, batch=128, unet_steps=20000, lr=5e-4),
+    "base": dict(size=256, embedder="dino_vitb8", vae="sd-vae-ft-mse", unet="train",
+                 embedder_batch=128, embedder_steps=4000, vae_batch=16, vae_steps=20000,
+                 vae_lr=3e-4, batch=128, unet_steps=100000, lr=2e-4),
+    "sd15": dict(size=512, embedder="dino_vitb8", vae="sd15", unet="sd15",
+                 embedder_batch=128, embedder_steps=4000, vae_batch=8, vae_steps=20000,
+                 vae_lr=1e-4, batch=16, unet_steps=100000, lr=1e-5),
 }
 VAES = {  # base_channels, channel_multipliers, layers_per_block: factors 4, 4, 8, 8
     "tiny": VAEConfig(3, 4, 16, (1, 2, 4), 1), "small": VAEConfig(3, 4, 64, (1, 2, 4), 1),
@@ -367,9 +371,9 @@ def train_embedder(args, run, model, pictures, dtype):
         dino = DINO(model.config.vit).to(device)
         steps = args.embedder_steps
         for step in fit("embedder", dino, lambda rows, step, g: dino.loss(*rows, step / steps, g),
-                        pictures, steps=steps, batch=args.batch, lr=1e-3, device=device, seed=args.seed,
-                        run=run, dtype=dtype, betas=(0.9, 0.999), weight_decay=0.04, warmup=30,
-                        clip=3.0, workers=args.workers):
+                        pictures, steps=steps, batch=args.embedder_batch, lr=1e-3, device=device,
+                        seed=args.seed, run=run, dtype=dtype, betas=(0.9, 0.999),
+                        weight_decay=0.04, warmup=30, clip=3.0, workers=args.workers):
             dino.update_teacher(step / steps)
         run.finish("embedder", dino.teacher_vit().state_dict())
     model.embedder.load_state_dict(run.finished["embedder"])
@@ -384,9 +388,9 @@ def train_vae(args, run, model, pictures, dtype):
 
     if "vae" not in run.finished:
         model.vae.requires_grad_(True)
-        for _ in fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps, batch=args.batch,
-                     lr=args.vae_lr, device=model.shift.device, seed=args.seed, run=run,
-                     dtype=dtype, weight_decay=0.0, warmup=20, workers=args.workers):
+        for _ in fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps,
+                     batch=args.vae_batch, lr=args.vae_lr, device=model.shift.device,
+                     seed=args.seed, run=run, dtype=dtype, weight_decay=0.0, warmup=20, workers=args.workers):
             pass
         run.finish("vae", model.vae.state_dict())
     model.vae.load_state_dict(run.finished["vae"])
@@ -414,7 +418,7 @@ def preview(model, images, sources, step, folder):
     device = model.shift.device
     real = images.batch(sources).to(device)
     tokens = None if model.config.condition == "none" else model.embed(real)
-    samples = model.sample(tokens, seeds=list(range(len(sources))), steps=25)
+    samples = model.sample(tokens, seeds=list(range(len(sources))), steps=25, eta=0.5)
     data.save_grid(folder / f"grid_{step:06d}.png",
                    [real.cpu(), model.decode(model.encode(real)).cpu(), samples.cpu()],
                    captions=["real, held out", "VAE reconstruction", f"sample, step {step}"])
@@ -492,10 +496,12 @@ def parse(argv=None):
     a("--steps", type=data.positive_int, help="caps every stage")
     for stage in STAGES:
         a(f"--{stage}-steps", type=data.positive_int, help="overrides the preset and --steps")
-    a("--batch", type=data.positive_int, help="images a step (default: the preset's)")
+    a("--batch", type=data.positive_int, help="images a step of the U-Net")
+    a("--vae-batch", type=data.positive_int, help="of the VAE: small batches learn it faster")
+    a("--embedder-batch", type=data.positive_int, help="of the embedder")
     a("--accumulate", type=data.positive_int, default=1, help="parts a batch is cut into")
     a("--lr", type=data.positive_float, help="peak learning rate of the U-Net")
-    a("--vae-lr", type=data.positive_float, default=3e-3, help="peak learning rate of the VAE")
+    a("--vae-lr", type=data.positive_float, help="peak learning rate of the VAE")
     a("--ema", type=data.fraction, default=0.999, help="decay of the averaged weights")
     a("--min-snr", type=data.not_negative, default=0.0, help="min-SNR gamma, 0 = off (paper: 5)")
     a("--perceptual", type=data.not_negative, default=0.0, help="weight in the VAE's loss")

@@ -14,7 +14,7 @@ K = 1 the softmax over one token is always 1: query and key then learn nothing, 
 
 Deliberate differences from the reference (diffusers, whose parameter names are kept, so that
 `load_state_dict(strict=True)` loads Stable Diffusion 1.5 into the default config):
-- GroupNorm has min(32, channels) groups, so that narrow nets can be built.
+- GroupNorm has gcd(32, channels) groups, so that narrow nets can be built.
 - Branches start at zero (see UNet.__init__).
 - Sides that are not multiples of 2^(levels - 1) are refused, not padded.
 """
@@ -49,10 +49,9 @@ class UNetConfig:
                              f"{len(self.channel_multipliers)} channel_multipliers: need one for "
                              "each level, make them equally long")
         for width in self.widths:
-            if width % min(32, width) or width % self.num_heads:
-                raise ValueError(f"a level is {width} channels wide: need fewer than 32 or a "
-                                 "multiple of 32 (groups of GroupNorm), and a multiple of "
-                                 f"num_heads {self.num_heads}, change base_channels or num_heads")
+            if width % self.num_heads:
+                raise ValueError(f"a level is {width} channels wide: need a multiple of num_heads "
+                                 f"{self.num_heads}, change base_channels or num_heads")
 
     @property
     def widths(self):
@@ -100,7 +99,7 @@ def keep_attention(unet, only=""):
 
 
 def group_norm(channels, eps):
-    return nn.GroupNorm(min(32, channels), channels, eps=eps)
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
 
 
 class ResnetBlock(nn.Module):
@@ -356,15 +355,15 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
 
     @classmethod
-    def from_pretrained(cls, path, config=None):
-        """A U-Net with the weights of a file or a folder.
+    def from_pretrained(cls, name_or_path, config=None):
+        """A U-Net with the weights of a file, a folder, or a published name.
 
-        path: .safetensors, .bin, .pt or .pth; or a folder with diffusion_pytorch_model.*, in it or
-            in its unet/.
+        name_or_path: .safetensors, .bin, .pt or .pth; a folder with diffusion_pytorch_model.*, in
+            it or in its unet/; a run's model.pt; or a name of PUBLISHED, downloaded once.
         config: read off the tensors' shapes if None, with num_heads 8, which no shape tells.
         Raises: FileNotFoundError, or ValueError for a broken file or another architecture.
         """
-        path = find_weights(path)
+        path = find_weights(name_or_path)
         weights = read_weights(path)
         config = config or infer_config(weights, path)
         with torch.device("meta"):  # no time lost on random numbers, no second copy
@@ -374,27 +373,42 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------- published weights
 
+# name -> (address, first digits of the file's sha256: none is known to us)
+PUBLISHED = {
+    "sd15": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/unet/"
+             "diffusion_pytorch_model.safetensors", None),
+}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
+          "I64": torch.int64, "I32": torch.int32}
 
 
-def find_weights(path):
-    """The weights file that a file or a folder stands for."""
-    path = Path(path)
+def find_weights(name_or_path):
+    """The weights file that a published name, a file or a folder stands for."""
+    path = Path(name_or_path)
+    if not path.exists() and str(name_or_path) in PUBLISHED:
+        url, digits = PUBLISHED[str(name_or_path)]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / f"unet-{name_or_path}.safetensors"
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
+        except (OSError, RuntimeError) as error:  # no network; or another hash
+            raise FileNotFoundError(f"could not download {name_or_path} ({error}): it is needed "
+                                    f"once, put {url} at {path}") from error
     for file in (path, *(folder / f"diffusion_pytorch_model{end}"
                          for folder in (path, path / "unet") for end in (".safetensors", ".bin"))):
         if file.is_file():
             return file
     raise FileNotFoundError(f"no weights at {path}: need a .safetensors, .bin, .pt or .pth file or "
-                            "a folder with diffusion_pytorch_model.safetensors, give another path")
+                            "a folder with diffusion_pytorch_model.safetensors, give another path "
+                            f"or one of {', '.join(PUBLISHED)}")
 
 
 def read_safetensors(path):
-    """All tensors of a .safetensors file: name -> tensor.
+    """All tensors of a .safetensors file: name -> tensor. Raises ValueError if it is not whole.
 
     Layout: length of the header (u64, little endian); the header, JSON: name -> dtype, shape and
-    byte range; then the raw tensors without gaps.  Raises: ValueError if it is not exactly so.
+    byte range; then the raw tensors without gaps.
     """
     tensors, end = {}, 0
     try:
@@ -418,13 +432,13 @@ def read_safetensors(path):
 
 
 def read_weights(path):
-    """The state dict in a weights file; every floating tensor as float32."""
+    """The state dict in a weights file, floating tensors as float32; a run's model.pt will do."""
     if Path(path).suffix == ".safetensors":
         weights = read_safetensors(path)
     else:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights)
+            weights = weights.get("state_dict", weights.get("unet", weights))
             if not all(map(torch.is_tensor, weights.values())):
                 raise ValueError("not every entry is a tensor")
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError,
@@ -437,15 +451,14 @@ def read_weights(path):
 
 def load_strict(model, weights, path):
     """Puts weights (name -> tensor) into model; every name and shape must agree.  Returns model."""
-    own = model.state_dict()
-    wrong = {"missing": sorted(own.keys() - weights.keys()),
-             "unexpected": sorted(weights.keys() - own.keys()),
-             "of another shape": [f"{k} {tuple(weights[k].shape)}, here {tuple(v.shape)}" for k, v
-                                  in own.items() if k in weights and weights[k].shape != v.shape]}
-    if any(wrong.values()):
-        found = "; ".join(f"{len(v)} {k} (first: {v[0]})" for k, v in wrong.items() if v)
-        raise ValueError(f"{path} has weights of another architecture: {found}. Need diffusers' "
-                         f"layout of {model.config}: pass the matching file or config")
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [f"{name} is {given.get(name, 'missing')} instead of {own.get(name, 'nothing')}"
+             for name in sorted({*own, *given}) if own.get(name) != given.get(name)]
+    if wrong:
+        raise ValueError(f"{path} has weights of another architecture, {len(wrong)} differ, first: "
+                         f"{'; '.join(wrong[:2])}: need diffusers' layout of {model.config}, pass "
+                         "the matching file")
     model.load_state_dict(weights, strict=True, assign=True)
     return model
 

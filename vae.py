@@ -12,7 +12,7 @@ the sides `levels - 1` times, so latents z are (B, 4, H / factor, W / factor) wi
     z = vae.encode(x).sample(generator); y = vae.decode(z)
 
 Deliberate differences from the reference (diffusers, whose parameter names are kept):
-- GroupNorm has min(32, channels) groups, so that narrow nets can be built.
+- Levels narrower than 32 channels are allowed (see group_norm).
 - The second convolution of every ResNet block starts at zero (see AutoencoderKL).
 - No discriminator and no LPIPS: the loss is L1 + KL and, if asked for, a distance in the feature
   space of a frozen network that the caller passes in.
@@ -37,12 +37,6 @@ class VAEConfig:
     base_channels: int = 128  # width at full resolution
     channel_multipliers: tuple = (1, 2, 4, 4)  # width of each level / base; any number of levels
     layers_per_block: int = 2  # ResNet blocks a level in the encoder; the decoder has one more
-
-    def __post_init__(self):
-        for width in self.widths:
-            if width % min(32, width):
-                raise ValueError(f"a level is {width} channels wide: need fewer than 32 or a "
-                                 "multiple of 32 (groups of GroupNorm), change base_channels")
 
     @property
     def widths(self):
@@ -128,7 +122,10 @@ def latent_statistics(batches):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+    """32 groups as in Stable Diffusion. Below 32 channels, groups of four: groups of one channel
+    would wash out each image's brightness, for the output stands right behind a norm."""
+    groups = math.gcd(32, channels) if channels >= 32 else max(1, channels // 4)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -296,7 +293,7 @@ class AutoencoderKL(nn.Module):
         """An autoencoder with the weights of a file, a folder, or a published name.
 
         name_or_path: .safetensors, .bin, .pt or .pth; a folder with diffusion_pytorch_model.*, in
-            it or in its vae/; or "sd-vae-ft-mse", downloaded once into torch.hub's folder.
+            it or in its vae/; a run's model.pt; or a name of PUBLISHED, downloaded once.
         config: read off the tensors' shapes if None.
         Raises: FileNotFoundError, or ValueError for a broken file or another architecture.
         """
@@ -310,13 +307,16 @@ class AutoencoderKL(nn.Module):
 
 # ---------------------------------------------------------------- published weights
 
-# name -> (address, first digits of the file's sha256, as public projects that pin it record it)
-PUBLISHED = {"sd-vae-ft-mse": ("https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/"
-                               "diffusion_pytorch_model.safetensors", "a1d993488569e928")}
+# name -> (address, first digits of the file's sha256 as public projects record it, None if unknown)
+PUBLISHED = {
+    "sd-vae-ft-mse": ("https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/"
+                      "diffusion_pytorch_model.safetensors", "a1d993488569e928"),
+    "sd15": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/vae/"
+             "diffusion_pytorch_model.safetensors", None),
+}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
+          "I64": torch.int64, "I32": torch.int32}
 
 
 def find_weights(name_or_path):
@@ -324,7 +324,7 @@ def find_weights(name_or_path):
     path = Path(name_or_path)
     if not path.exists() and str(name_or_path) in PUBLISHED:
         url, digits = PUBLISHED[str(name_or_path)]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name_or_path}.safetensors"
+        path = Path(torch.hub.get_dir()) / "checkpoints" / f"vae-{name_or_path}.safetensors"
         try:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -342,10 +342,10 @@ def find_weights(name_or_path):
 
 
 def read_safetensors(path):
-    """All tensors of a .safetensors file: name -> tensor.
+    """All tensors of a .safetensors file: name -> tensor. Raises ValueError if it is not whole.
 
     Layout: length of the header (u64, little endian); the header, JSON: name -> dtype, shape and
-    byte range; then the raw tensors without gaps.  Raises: ValueError if it is not exactly so.
+    byte range; then the raw tensors without gaps.
     """
     tensors, end = {}, 0
     try:
@@ -369,13 +369,13 @@ def read_safetensors(path):
 
 
 def read_weights(path):
-    """The state dict in a weights file; every floating tensor as float32."""
+    """The state dict in a weights file, floating tensors as float32; a run's model.pt will do."""
     if Path(path).suffix == ".safetensors":
         weights = read_safetensors(path)
     else:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights)
+            weights = weights.get("state_dict", weights.get("vae", weights))
             if not all(map(torch.is_tensor, weights.values())):
                 raise ValueError("not every entry is a tensor")
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError,
@@ -388,15 +388,14 @@ def read_weights(path):
 
 def load_strict(model, weights, path):
     """Puts weights (name -> tensor) into model; every name and shape must agree.  Returns model."""
-    own = model.state_dict()
-    wrong = {"missing": sorted(own.keys() - weights.keys()),
-             "unexpected": sorted(weights.keys() - own.keys()),
-             "of another shape": [f"{k} {tuple(weights[k].shape)}, here {tuple(v.shape)}" for k, v
-                                  in own.items() if k in weights and weights[k].shape != v.shape]}
-    if any(wrong.values()):
-        found = "; ".join(f"{len(v)} {k} (first: {v[0]})" for k, v in wrong.items() if v)
-        raise ValueError(f"{path} has weights of another architecture: {found}. Need diffusers' "
-                         f"layout of {model.config}: pass the matching file or config")
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [f"{name} is {given.get(name, 'missing')} instead of {own.get(name, 'nothing')}"
+             for name in sorted({*own, *given}) if own.get(name) != given.get(name)]
+    if wrong:
+        raise ValueError(f"{path} has weights of another architecture, {len(wrong)} differ, first: "
+                         f"{'; '.join(wrong[:2])}: need diffusers' layout of {model.config}, pass "
+                         "the matching file")
     model.load_state_dict(weights, strict=True, assign=True)
     return model
 

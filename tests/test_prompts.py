@@ -114,6 +114,18 @@ def test_empty_clusters_are_reseeded():
     assert (torch.bincount(assignment, minlength=5) == 40).all()
 
 
+def test_reseeding_does_not_empty_another_cluster():
+    """The farthest point stays when it is alone in its cluster; the next farthest moves."""
+    x = torch.tensor([[0.0], [1.0], [3.0], [50.0]])
+    assignment = torch.tensor([0, 0, 0, 1])
+    sums = torch.tensor([[4.0], [50.0], [0.0]], dtype=torch.float64)
+    counts = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    centers = torch.tensor([[1.0], [20.0], [-99.0]])
+    prompts._fill_empty(x, centers, assignment, sums, counts)
+    assert assignment.tolist() == [0, 0, 2, 1] and counts.tolist() == [2, 1, 1]
+    assert sums[:, 0].tolist() == [1, 50, 3]
+
+
 def test_duplicates_never_give_nan():
     """k = number of distinct points, each many times: every one becomes a center exactly once."""
     distinct = torch.tensor([[0.0, 0.0], [0.0, 1.0], [5.0, 5.0], [9.0, -3.0]])
@@ -142,7 +154,7 @@ def test_kmeans_with_one_cluster_and_with_one_per_point():
     (torch.tensor([[0.0], [math.nan], [1.0]]), 1, "1 of 3 points hold NaN or infinity.*drop"),
     (torch.tensor([[0.0], [math.inf], [-math.inf]]), 1, "2 of 3 points hold NaN"),
     (torch.eye(3), 0, "k is 0.*at least 1.*pass"),
-    (torch.eye(3), -2, "k is -2"),
+    (torch.eye(3), -2, "k is -2 and n_init 10"),
     (torch.zeros(2, 3, 4), 1, r"\(2, 3, 4\).*needs \(N, D\).*flatten"),
     (torch.zeros(4), 1, r"shape \(4,\)"),
 ])

@@ -1,4 +1,4 @@
-"""train.py and sample.py as a user runs them: tiny sizes, real files, real signals. Offline, CPU."""
+"""train.py and sample.py as a user runs them: tiny sizes, real files, real signals, on a CPU."""
 import csv
 import json
 import os
@@ -48,7 +48,7 @@ def losses(folder):
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    """Config, log of all three stages, split, curves, grid, model, state, cache, example sources."""
+    """Config, log of three stages, split, curves, grid, model, state, cache, example sources."""
     for name in ("config.json", "log.jsonl", "split.csv", "curves.png", "model.pt", "state.pt",
                  "grid_000004.png", "cache/latents.npy", "cache/tokens.npy", "cache/index.csv"):
         assert (finished / name).stat().st_size > 0, name
@@ -161,8 +161,8 @@ def test_every_way_to_sample_writes_images_grid_and_table(finished, tmp_path, ar
     places = {"IMAGE": sources[0], "IMAGE2": sources[1], "FOLDER": finished / "held_out"}
     arguments = [str(places.get(a, a)) for a in arguments]
     out = tmp_path / "out"
-    assert sample.main([*arguments, "--steps", "2", "--checkpoint", str(finished), "--out", str(out),
-                        "--device", "cpu"]) == 0
+    assert sample.main([*arguments, "--steps", "2", "--checkpoint", str(finished), "--out",
+                        str(out), "--device", "cpu"]) == 0
     rows = list(csv.DictReader(open(out / "samples.csv")))
     assert rows and {row["strategy"] for row in rows} == {says}
     assert len({row["seed"] for row in rows}) == (1 if says == "interpolate" else len(rows))
@@ -174,8 +174,8 @@ def test_every_way_to_sample_writes_images_grid_and_table(finished, tmp_path, ar
 def test_same_seed_same_file_whatever_the_batch(finished, tmp_path):
     """Five images at batch 5 and at batch 2 differ by at most one grey level of rounding."""
     for name, batch in (("a", "5"), ("b", "2")):
-        sample.main(["--random", "--count", "5", "--steps", "3", "--batch", batch, "--device", "cpu",
-                     "--checkpoint", str(finished), "--out", str(tmp_path / name)])
+        sample.main(["--random", "--count", "5", "--steps", "3", "--batch", batch, "--device",
+                     "cpu", "--checkpoint", str(finished), "--out", str(tmp_path / name)])
     for file in (tmp_path / "a").glob("random*.png"):
         pair = [np.asarray(Image.open(tmp_path / d / file.name)).astype(int) for d in "ab"]
         assert np.abs(pair[0] - pair[1]).max() <= 1
@@ -193,9 +193,10 @@ def test_labels_are_inherited_from_the_source(finished, tmp_path):
     assert row["label_finding"] == "effusion" and row["label_rule"] == "of the source"
 
 
-@pytest.mark.parametrize("flags", [["--condition", "none"], ["--embedder", "random", "--tokens", "cls"],
-                                   ["--tokens", "patch", "--accumulate", "2"],
-                                   ["--prediction", "eps", "--min-snr", "5", "--perceptual", "0.1"]])
+@pytest.mark.parametrize("flags", [
+    ["--condition", "none"], ["--embedder", "random", "--tokens", "cls"],
+    ["--tokens", "patch", "--accumulate", "2"],
+    ["--prediction", "eps", "--min-snr", "5", "--perceptual", "0.1"]])
 def test_other_settings_train_and_sample(tmp_path, flags):
     """The control, the ablations and the classic settings run end to end."""
     assert train.main([*TINY, *flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
@@ -213,8 +214,9 @@ def test_a_folder_of_images_trains(tmp_path):
             tmp_path / "mine" / "images" / f"{i}.png")
         rows.append(f"{i}.png,p{i // 3}")
     (tmp_path / "mine" / "labels.csv").write_text("\n".join(rows))
-    assert train.main(["--data", str(tmp_path / "mine"), "--steps", "2", "--size", "32", "--batch",
-                       "4", "--holdout", "0.3", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert train.main(["--data", str(tmp_path / "mine"), "--steps", "2", "--size", "32",
+                       "--batch", "4", "--holdout", "0.3", "--out", str(tmp_path / "run"),
+                       "--device", "cpu"]) == 0
     sides = {}
     for row in csv.DictReader(open(tmp_path / "run" / "split.csv")):
         sides.setdefault(row["group"], set()).add(row["split"])
@@ -247,7 +249,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("script,arguments,says", BAD, ids=lambda x: " ".join(x) if type(x) is list else x)
+@pytest.mark.parametrize("script,arguments,says", BAD, ids=range(len(BAD)))
 def test_a_users_mistake_ends_in_one_clear_message(tmp_path, script, arguments, says):
     """Exit code 2, no traceback, the message names what is needed, no run folder is left."""
     (tmp_path / "EMPTY").mkdir()

@@ -88,6 +88,19 @@ fraction = _number(float, 0, 1, "a number from 0 to 1: pass e.g. 0.15")
 share_above_zero = _number(float, 1e-30, 1, "above 0 and at most 1: pass e.g. 0.6")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one worth showing."""
+
+    def _get_help_string(self, action):
+        return (action.help if action.default in (None, False)
+                else super()._get_help_string(action))
+
+
+def step_seed(*parts):
+    """A 63-bit seed that depends on every part, e.g. (seed, stage, step)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" takes CUDA, then MPS, then the CPU."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -9,7 +9,8 @@ CLS first. `python dino.py --image x.png` draws where the CLS token looks.
 
 Deliberate differences from the published code: no stochastic depth; fresh networks start from
 sin-cos positions; all crops are cut at once on the device, without flips (the heart would change
-sides); prototypes are normalised where they are used and learn from the first step on.
+sides); prototypes are normalised where they are used and learn from the first step on; weight
+decay and, by default, the teacher's temperature are constant (the paper raises both).
 """
 
 import argparse

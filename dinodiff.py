@@ -110,7 +110,7 @@ class NoiseSchedule:
     def pairs(self, timesteps):
         """(t, a_t, a_s) of each sampling step: s is the list's next entry, never t - T // steps,
         and after the last one comes x0 itself, a_s = 1."""
-        a = self.alphas_cumprod.double().tolist()
+        a = self.alphas_cumprod.cpu().double().tolist()
         return zip(timesteps, [a[t] for t in timesteps], [a[s] for s in timesteps[1:]] + [1.0])
 
 
@@ -203,8 +203,8 @@ def perturb(tokens, amount, generators=None):
 
 def prototypes(tokens, k, seed=0):
     """K-means centres of standardised training tokens (N, G, D): (k, G, D), typical images."""
-    centers, _ = kmeans(tokens.flatten(1), k, seed)
-    return centers.view(k, *tokens.shape[1:])
+    centers, _ = kmeans(tokens.flatten(1).cpu(), k, seed)
+    return centers.view(k, *tokens.shape[1:]).to(tokens)
 
 
 class EmbeddingSampler(nn.Module):
@@ -231,7 +231,9 @@ class EmbeddingSampler(nn.Module):
         x = tokens.flatten(1).double()
         center = x.mean(0)
         rank = min(max_rank, n - 1, G * D)
-        _, _, basis = torch.svd_lowrank(x - center, q=min(rank + 8, n, G * D), niter=4)
+        with torch.random.fork_rng(devices=[]):  # its start is random
+            torch.manual_seed(seed)
+            _, _, basis = torch.svd_lowrank(x - center, q=min(rank + 8, n, G * D), niter=4)
         basis = basis[:, :rank].T
         scores = (x - center) @ basis.T  # (N, G*D) -> (N, rank)
         distinct = scores.float().unique(dim=0).shape[0]
@@ -243,7 +245,7 @@ class EmbeddingSampler(nn.Module):
         sampler = cls(k, rank, G, D)
         for j in range(k):
             own = within[assignment == j]
-            covariance = (1 - shrinkage) * own.T @ own / len(own) + shrinkage * pooled
+            covariance = (1 - shrinkage) * own.T @ own / max(1, len(own)) + shrinkage * pooled
             sampler.factors[j] = torch.linalg.cholesky(covariance).float()
             sampler.weights[j] = len(own) / n
         sampler.center.copy_(center), sampler.basis.copy_(basis), sampler.means.copy_(means)
@@ -306,6 +308,9 @@ class DinoDiffusionConfig:
     min_snr_gamma: float = 0.0           # 0 = off; 5 is the paper's. It harms short runs
 
     def __post_init__(self):
+        if self.vae.latent_channels != self.unet.in_channels:
+            raise ValueError(f"the VAE has {self.vae.latent_channels} latent channels, the U-Net "
+                             f"takes {self.unet.in_channels}: both must agree, pass another --vae")
         step = self.vae.factor * 2 ** (len(self.unet.channel_multipliers) - 1)
         if self.image_size % step:
             need = math.ceil(self.image_size / step) * step

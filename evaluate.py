@@ -62,9 +62,17 @@ def off_diagonal_mean(k):
     return ((k.sum() - k.trace()) / (len(k) * (len(k) - 1))).item()
 
 
-def kernel_distance(a, b):
-    """Unbiased MMD^2, kernel (x.y / D + 1)^3; may be negative. Source: Binkowski et al. 2018."""
+def kernel_distance(a, b, subsets=0, subset_size=1000, seed=0):
+    """Unbiased MMD^2, kernel (x.y / D + 1)^3; may be negative. Source: Binkowski et al. 2018.
+
+    Over all rows, or the mean over `subsets` draws without replacement of `subset_size` rows.
+    """
     a, b = as_features(a, b)
+    if subsets:
+        draw, m = torch.Generator().manual_seed(seed), min(subset_size, len(a), len(b))
+        parts = ([x[torch.randperm(len(x), generator=draw)[:m]] for x in (a, b)]
+                 for _ in range(subsets))
+        return float(np.mean([kernel_distance(*part) for part in parts]))
     aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     return off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean().item()
 
@@ -398,8 +406,8 @@ def binary_labels(columns, names, train, test, least=20):
     labels = {}
     for name in names:
         if name not in columns:
-            raise UserError(f"there is no column {name!r}", f"labels.csv has {', '.join(columns)}",
-                            "pass one of these as --label-column")
+            raise UserError(f"there is no column {name!r}", f"labels.csv has "
+                            f"{', '.join(columns) or 'no columns'}", "pass --label-column")
         cells = [set(cell.split("|")) for cell in columns[name]]
         values = set().union(*cells) - {""}
         wanted = {name: "1"} if values <= {"0", "1"} else {v: v for v in sorted(values)}
@@ -451,13 +459,21 @@ def fidelity(args):
     real, synthetic = (open_dataset(path, args.size) for path in (args.real, args.synthetic))
     halves = [choose(half, args.count) for half in split_holdout(real, 0.5, args.seed)]
     sets = ((real, torch.cat(halves)), (synthetic, choose(range(len(synthetic)), args.count)))
-    sides = {dataset[i].shape[-1] for dataset, rows in sets for i in rows}
+    if min(len(real), len(synthetic)) < 12:
+        raise UserError(f"got {len(real)} real and {len(synthetic)} synthetic images",
+                        "12 a side are needed, for five neighbours in each half", "add images")
+    sides = {args.size} if args.size else {dataset[i].shape[-1] for dataset, rows in sets
+                                           for i in rows}
     side = min(sides)
+    if side < 32:
+        raise UserError(f"images of {side} pixels a side", "the random network needs 32",
+                        "pass --size 32 or more")
     if len(sides) > 1:
         raise UserError(f"got images of {sorted(sides)} pixels a side",
                         "one side is needed, for resizing changes figures", f"pass --size {side}")
     device, judge = pick_device(args.device), RandomFeatures()
     if args.features == "dino":
+        print("note: never judge samples by the tokens that conditioned them")
         checkpoint = load_checkpoint(resolve_checkpoint(args.checkpoint))
         with user_errors():
             judge = DinoDiffusion.from_checkpoint(checkpoint)
@@ -487,7 +503,7 @@ def fidelity(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for run in (fidelity, resemble, probe):
         command = commands.add_parser(run.__name__, help=run.__doc__,
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -518,6 +534,7 @@ def main(argv=None):
             a("--label-column", nargs="+", help="of labels.csv (default: findings)")
             a("--tokens", choices=TOKEN_KINDS, nargs="+", default=["global", "cls", "patch"])
     args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU
     args.run(args)
 
 

@@ -7,9 +7,10 @@ labels, any number of images. They are cartoons: what works on them need not wor
     images, masks, labels, morphology = histology_phantoms(16, size=96, seed=0)
     $ python phantoms.py    # two PNG files to look at
 
-Image i is a function of (seed, start + i, size) alone, to the last bit, however many are made at
-once. So chests are drawn with + - * / min max and remainder only: these round alike in vector and
-in scalar code; exp and sin need not. Stains: Ruifrok and Johnston 2001, eosin a little pinker.
+Image i is a function of (seed, start + i, size) alone, to the last bit: each is drawn by itself
+from its own generator, on one thread, so it does not matter how many are made at once. Chests use
++ - * / min max and remainder only, which round alike on all machines. Stains: Ruifrok and Johnston
+2001, eosin a little pinker.
 """
 import hashlib
 from functools import partial

@@ -411,7 +411,6 @@ def main():
     parser.add_argument("--choose-k", default="5:60", metavar="FIRST:LAST", help="range of K")
     parser.add_argument("--step", type=int, default=1, help="step of the range")
     parser.add_argument("--seed", type=int, default=0, help="seed of K-means")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     path = args.run / "cache" / "tokens.npy"
     try:
@@ -423,7 +422,7 @@ def main():
             raise ValueError(f"got --choose-k {args.choose_k} --step {args.step}, a range needs "
                              "2 <= FIRST <= LAST and a step >= 1: try --choose-k 5:60")
         tokens = torch.tensor(np.load(path, mmap_mode="r", allow_pickle=False))  # (N, G, D)
-        features = tokens.flatten(1).to(args.device)
+        features = tokens.flatten(1).to("cuda" if torch.cuda.is_available() else "cpu")
         print(f"{len(features)} images; features: their {features.shape[1]} global token values, "
               "flattened and standardised", flush=True)
         ks = range(int(ends[1]), int(ends[2]) + 1, args.step)
@@ -434,8 +433,7 @@ def main():
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"drawn: {args.run / 'choose_k.png'}\nnext: python train.py --condition prompts "
-          f"--clusters {best}")
+    print(f"least S_Dbw at K = {best}; drawn: {args.run / 'choose_k.png'}")
 
 
 if __name__ == "__main__":

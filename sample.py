@@ -5,7 +5,7 @@
     python sample.py --prototypes 8                      # K-means centres of the training tokens
     python sample.py --random --count 16                 # no source image: tokens from a mixture
 
-Writes PNG files, grid.png (sources at the left) and samples.csv with the provenance of each image:
+Writes images/*.png, grid.png (sources at the left) and samples.csv with each image's provenance:
 strategy, sources and weights, seed, settings, and the labels it inherits with the rule that gave
 them. Image j uses seed `--seed + j` and does not depend on the batch size.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import data
-from data import StatusLine, UserError, run_script, user_errors
+from data import StatusLine, UserError, run_script, step_seed, user_errors
 from dinodiff import DinoDiffusion, lerp, perturb, prototypes, slerp
 
 
@@ -64,7 +64,8 @@ def plan_samples(args, model, run_folder):
             if model.config.condition == "dino":
                 token = model.embed(image.to(device)).cpu().expand(args.count, -1, -1)
                 if args.perturb:
-                    noise = [torch.Generator().manual_seed(2 ** 40 + rows[i]["seed"]) for i in own]
+                    noise = [torch.Generator().manual_seed(step_seed("perturb", rows[i]["seed"]))
+                             for i in own]
                     token = perturb(token, args.perturb, noise)
                 tokens.append(token)
             start += [image] * args.count
@@ -104,7 +105,8 @@ def plan_samples(args, model, run_folder):
             if model.embedding_sampler is None:
                 raise UserError("this model has no embedding sampler, its training was not "
                                 "finished: need a finished run; use train.py --resume")
-            draws = [torch.Generator().manual_seed(2 ** 41 + row["seed"]) for row in rows]
+            draws = [torch.Generator().manual_seed(step_seed("random", row["seed"]))
+                     for row in rows]
             tokens.append(model.embedding_sampler.sample(draws).cpu())
         strips += [(torch.empty(0, 3, size, size), own[i:i + 8]) for i in range(0, len(own), 8)]
     unconditional = model.config.condition == "none"
@@ -130,7 +132,7 @@ def write_table(path, rows, settings):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Sample images from a trained model.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=data.Help)
     a = p.add_argument_group("what to make (one of)").add_mutually_exclusive_group(
         required=True).add_argument
     a("--from-image", nargs="+", metavar="PATH", help="images, or folders of images, to resemble")
@@ -172,27 +174,34 @@ def main(argv=None):
         model.schedule.sampling_timesteps(args.steps)
         rows, tokens, start, strips = plan_samples(args, model, path.parent)
     out = Path(args.out or data.next_folder(path.parent / "samples", rows[0]["strategy"]))
-    data.make_folder(out)
-    status, images = StatusLine(len(rows), "sample"), []
-    for i in range(0, len(rows), args.batch):
-        part = slice(i, i + args.batch)
-        images.append(model.sample(
-            None if tokens is None else tokens[part], [row["seed"] for row in rows[part]],
-            steps=args.steps, guidance_scale=args.guidance, eta=args.eta, sampler=args.sampler,
-            batch=args.batch, start=None if start is None else start[part],
-            strength=args.strength).cpu())
-        for number, (row, image) in enumerate(zip(rows[part], images[-1]), i):
-            row["file"] = f"{row['strategy']}_{number:05d}.png"
-            data.save_png(out / row["file"], image)
-        status.update(min(i + args.batch, len(rows)), images=len(images[-1]))
-    status.close()
-    images = torch.cat(images)
-    grid = [torch.cat([source[:1], images[own], source[1:]]) for source, own in strips[:16]]
-    data.save_grid(out / "grid.png", grid)
+    if (out / "samples.csv").exists():
+        raise UserError(f"{out} already holds samples: need a new folder, pass another --out")
+    data.make_folder(out / "images")
     settings = {"guidance": args.guidance, "steps": args.steps, "sampler": args.sampler,
                 "eta": args.eta, "strength": args.strength, "perturb": args.perturb,
                 "checkpoint": str(path)}
-    write_table(out / "samples.csv", rows, settings)
+    status, shown = StatusLine(len(rows), "sample"), {}
+    in_grid = {row for _, own in strips[:16] for row in own}
+    for i in range(0, len(rows), args.batch):
+        part = slice(i, i + args.batch)
+        images = model.sample(
+            None if tokens is None else tokens[part], [row["seed"] for row in rows[part]],
+            steps=args.steps, guidance_scale=args.guidance, eta=args.eta, sampler=args.sampler,
+            batch=args.batch, start=None if start is None else start[part],
+            strength=args.strength).cpu()
+        for number, (row, image) in enumerate(zip(rows[part], images), i):
+            row["file"] = f"images/{row['strategy']}_{number:05d}.png"
+            data.save_png(out / row["file"], image)
+            if number in in_grid:
+                shown[number] = image
+        write_table(out / "samples.csv", rows[:i + len(images)], settings)
+        status.update(i + len(images), images=len(images))
+    status.close()
+    data.save_grid(out / "grid.png", [
+        torch.cat([source[:1], torch.stack([shown[row] for row in own]), source[1:]])
+        for source, own in strips[:16]])
+    if len(strips) > 16:
+        print(f"grid.png shows the first 16 of {len(strips)} sources")
     print(f"{len(rows)} images, grid.png and samples.csv: {out}")
     return 0
 

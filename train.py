@@ -10,13 +10,16 @@ Stages, each a loss of a few lines around `fit`:
     4 unet      mean squared error of v (or eps)  on the cache alone
 
 A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (what
-sample.py reads), state.pt (what --resume reads), cache/. All randomness derives from
-(seed, stage, step), so a resumed run equals one that was never stopped.
+sample.py reads), state.pt (what --resume reads), cache/, held_out/ (a few sources to try).
+All randomness derives from (seed, stage, step), so a resumed run equals one that was never stopped
+(bit for bit on a CPU).
 """
 import argparse
 import hashlib
 import json
 import math
+import os
+import shlex
 import signal
 import sys
 import time
@@ -30,7 +33,7 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset
 
 import data
-from data import StatusLine, UserError, run_script, user_errors
+from data import StatusLine, UserError, run_script, step_seed, user_errors
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
@@ -71,11 +74,6 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM came, and the run was saved: args[0] is the signal's number."""
 
 
-def step_seed(*parts):
-    """A 63-bit seed that depends on every part, e.g. (seed, stage, step)."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
 def batch_rows(step, batch, n, seed):
     """Rows of the data for one step: epochs of reshuffled 0..n-1, cut into batches."""
     rows, position = [], step * batch
@@ -86,13 +84,9 @@ def batch_rows(step, batch, n, seed):
     return rows
 
 
-def as_is(batch):
-    return batch
-
-
 def loader(dataset, plan, workers=0):
     """One ready batch (a tuple of tensors, `dataset.__getitems__`) for each list of rows."""
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=as_is)
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -125,7 +119,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
     start = run.restore(stage, model, optimizer, ema) if run else 0
     status = StatusLine(steps, stage, start)
     look_every = min(10, max(1, steps // 500))  # looking at a loss waits for the GPU
-    losses, began, saved = [], time.time(), time.time()
+    losses, began, saved, wait = [], time.time(), time.time(), 120
     order = step_seed(seed, stage, "order")
     plan = (batch_rows(step, batch, len(dataset), order) for step in range(start, steps))
     model.train()
@@ -141,7 +135,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
                 loss, logs = loss_fn(part, step, generator)
             (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
-        torch.nn.utils.clip_grad_norm_(params.values(), clip, foreach=True)
+        torch.nn.utils.clip_grad_norm_(params.values(), clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
@@ -149,25 +143,28 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()],
                                  1 - decay)
         losses.append(total)
-        yield step + 1
         done = step + 1
-        if done % look_every and done != steps:
+        look = done % look_every == 0 or done == steps
+        values = torch.stack(losses).tolist() if look else []
+        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            raise UserError(
+                f"{stage}: the loss is {values[bad]} at step {done - len(values) + bad + 1} "
+                f"(learning rate {rate:.2g}): need a finite one; last good state: "
+                f"{run.folder / 'state.pt' if run else 'none'}; start anew with a lower --lr")
+        yield done  # the caller's turn: what it changes now is part of the saved state
+        if not look:
             continue
-        values = torch.stack(losses).tolist()
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{stage}: the loss is {value} at step {done - len(values) + i + 1} (learning "
-                    f"rate {rate:.2g}): need a finite one; last good state: "
-                    f"{run.folder / 'state.pt' if run else 'none'}; try a lower --lr")
         losses, value = [], sum(values) / len(values)
         status.update(done, loss=value, images=batch * len(values))
         if run:
             run.log(stage=stage, step=done, loss=value, lr=rate, seconds=time.time() - began,
                     **{name: float(v) for name, v in logs.items()})
-            if run.stop_signal or done == steps or time.time() - saved > run.save_seconds:
+            if run.stop_signal or done == steps or time.time() - saved > wait:
+                began_save = time.time()
                 run.save(stage, done, model, optimizer, ema)
                 saved = time.time()
+                wait = max(wait, 20 * (saved - began_save))  # at most 5 % of the time
             if run.stop_signal and done < steps:
                 raise Stopped(run.stop_signal)
     status.close()
@@ -196,38 +193,43 @@ def swapped(model, ema):
 class Run:
     """A folder that holds what was asked, what happened, and everything that a resume needs."""
 
-    def __init__(self, folder, config, resume=False, save_seconds=120):
-        self.folder, self.config, self.save_seconds = Path(folder), config, save_seconds
+    def __init__(self, folder, config, resume=False):
+        self.folder, self.config = Path(folder), config
         self.finished, self.state, self.stop_signal = {}, None, 0
-        try:
-            (self.folder / "cache").mkdir(parents=True, exist_ok=True)
-            data.write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}): need a folder that can "
-                            "be written; pass --out DIR") from error
+        data.make_folder(self.folder / "cache")
+        data.write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
         if resume and (self.folder / "state.pt").exists():
             saved = data.load_checkpoint(self.folder / "state.pt")
             self.finished, self.state = saved["finished"], saved["state"]
-        self.state_step = self.state["step"] if self.state else 0
-        kept = [r for r in self.rows() if r["stage"] in self.finished or (
-            self.state and r["stage"] == self.state["stage"] and r["step"] <= self.state_step)]
+        kept = [r for r in self.rows() if r["stage"] in self.finished or (self.state and (
+            r["stage"] == self.state["stage"] and r["step"] <= self.state["step"]))]
         data.write_text_atomic(self.folder / "log.jsonl",
                                "".join(json.dumps(row) + "\n" for row in kept))
 
     def rows(self):
-        path = self.folder / "log.jsonl"
-        return data.read_jsonl(path) if path.exists() else []
+        return data.read_jsonl(self.folder / "log.jsonl")
 
     def log(self, **row):
         data.append_jsonl(self.folder / "log.jsonl", row)
 
     def catch_signals(self):
-        """Ctrl-C and SIGTERM only set a mark; `fit` saves and stops at the next look."""
+        """Ctrl-C and SIGTERM set a mark: the run saves and stops. A second one ends it at once."""
         def mark(number, frame):
             self.stop_signal = number
-            print("\nstopping: saving the state first ...", flush=True)
+            os.write(1, b"\nstopping: saving the state first ...\n")
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, mark)
         signal.signal(signal.SIGTERM, mark)
+
+    def write_split(self, images, train, test, group_column):
+        """split.csv; a resumed run must find the images that it began with."""
+        path = self.folder / "split.csv"
+        before = path.read_text() if path.exists() and (self.state or self.finished) else None
+        data.write_split(path, images, train, test, group_column)
+        if before not in (None, path.read_text()):
+            data.write_text_atomic(path, before)
+            raise UserError(f"the images differ from those that {self.folder} began with: need "
+                            "the same set; restore it, or start anew with --out DIR")
 
     def save(self, stage, step, model, optimizer, ema):
         self.state = {"stage": stage, "step": step, "model": model.state_dict(),
@@ -295,20 +297,20 @@ def fingerprint(tensors):
 
 
 @torch.no_grad()
-def build_cache(model, images, indices, folder, batch, workers):
+def build_cache(run, model, images, indices, batch, workers):
     """Latents (N, 2, C, h, w) float16 and raw tokens (N, G, D) float32, in a stream, resumable.
 
     float16 rounds a latent by 0.05 %; tokens stay float32, for they differ from image to image
     by a few per cent of their length only. Both nets run in float32, as they will in sampling.
     """
-    config, n, device = model.config, len(indices), model.shift.device
+    config, n, folder = model.config, len(indices), run.folder / "cache"
     side = config.image_size // config.vae.factor
     shape = (n, 2, config.vae.latent_channels, side, side)
     files = {"latents": (shape, np.float16), "tokens": ((n, *config.token_shape), np.float32)}
     mark = config.tokens + fingerprint([indices, *model.vae.parameters(),
                                         *model.embedder.parameters()])
     progress, done = folder / "progress.json", 0
-    if progress.exists():
+    if progress.exists() and all((folder / f"{name}.npy").exists() for name in files):
         seen = json.loads(progress.read_text())
         done = seen["rows"] if seen["made_by"] == mark else 0
     arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+" if done else "w+",
@@ -322,16 +324,18 @@ def build_cache(model, images, indices, folder, batch, workers):
     status = StatusLine(n, "cache", done)
     plan = [list(range(i, min(i + batch, n))) for i in range(done, n, batch)]
     for k, (x,) in enumerate(loader(Pictures(images, indices), plan, workers)):
-        x, rows = x.to(device), plan[k]
+        x, rows = x.to(model.shift.device), plan[k]
         posterior = model.vae.encode(x)
         both = torch.stack([posterior.mean, posterior.std], dim=1)  # 2 x (B, C, h, w)
         arrays["latents"][rows] = both.cpu().numpy()
         arrays["tokens"][rows] = conditioning_tokens(model.embedder, x,
                                                      config.tokens).cpu().numpy()
-        if k % 50 == 49 or rows[-1] == n - 1:
+        if k % 50 == 49 or rows[-1] == n - 1 or run.stop_signal:
             for array in arrays.values():
                 array.flush()
             data.write_text_atomic(progress, json.dumps({"rows": rows[-1] + 1, "made_by": mark}))
+            if run.stop_signal:
+                raise Stopped(run.stop_signal)
         status.update(rows[-1] + 1, images=len(rows))
     status.close()
 
@@ -390,7 +394,8 @@ def train_vae(args, run, model, pictures, dtype):
         model.vae.requires_grad_(True)
         for _ in fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps,
                      batch=args.vae_batch, lr=args.vae_lr, device=model.shift.device,
-                     seed=args.seed, run=run, dtype=dtype, weight_decay=0.0, warmup=20, workers=args.workers):
+                     seed=args.seed, run=run, dtype=dtype, weight_decay=0.0, warmup=20,
+                     workers=args.workers):
             pass
         run.finish("vae", model.vae.state_dict())
     model.vae.load_state_dict(run.finished["vae"])
@@ -400,15 +405,17 @@ def train_vae(args, run, model, pictures, dtype):
 def measure_statistics(args, model, cache):
     """Mean and deviation over the training set: of each latent channel, of each token entry."""
     chunks = [range(i, min(i + 256, len(cache))) for i in range(0, len(cache), 256)]
-    if args.vae == "sd15":
-        model.scale.fill_(0.18215)  # what its U-Net was trained with
+    if "sd15" in (args.preset, args.unet):
+        model.scale.fill_(0.18215)  # what this U-Net was trained with
     else:
         shift, scale = latent_statistics(cache.__getitems__(list(c))[:2] for c in chunks)
         model.shift.copy_(shift.view_as(model.shift))
         model.scale.copy_(scale.view_as(model.scale))
-    tokens = [torch.from_numpy(np.float64(cache.tokens[c.start:c.stop])) for c in chunks]
-    mean = sum(t.sum(0) for t in tokens) / len(cache)
-    std = (sum((t - mean).square().sum(0) for t in tokens) / len(cache)).sqrt()
+    def tokens():  # twice through the file, not all in memory
+        return (torch.from_numpy(np.float64(cache.tokens[c.start:c.stop])) for c in chunks)
+
+    mean = sum(t.sum(0) for t in tokens()) / len(cache)
+    std = (sum((t - mean).square().sum(0) for t in tokens()) / len(cache)).sqrt()
     model.token_mean.copy_(mean)
     model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
 
@@ -421,12 +428,13 @@ def preview(model, images, sources, step, folder):
     samples = model.sample(tokens, seeds=list(range(len(sources))), steps=25, eta=0.5)
     data.save_grid(folder / f"grid_{step:06d}.png",
                    [real.cpu(), model.decode(model.encode(real)).cpu(), samples.cpu()],
-                   captions=["real, held out", "VAE reconstruction", f"sample, step {step}"])
+                   captions=["real", "VAE reconstruction", f"sample, step {step}"])
 
 
 def train_unet(args, run, model, images, sources, dtype):
     """The diffusion model itself, on cached latents and tokens; the model ends with EMA weights."""
     cache, steps, trained = Latents(run.folder / "cache"), args.unet_steps, model.trained
+    torch.set_float32_matmul_precision("high")  # not before: tokens need all of float32
     measure_statistics(args, model, cache)
     ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
     if args.compile:
@@ -471,7 +479,7 @@ def parse(argv=None):
     """Flags -> Namespace. With --resume, flags that are not given come from the run's config."""
     p = argparse.ArgumentParser(
         description="Train DiNO-Diffusion. The default runs on a laptop without downloads.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=data.Help)
     a = p.add_argument_group("data").add_argument
     a("--data", default="cxr", help="cxr, phantoms, a folder of images, or a MedMNIST .npz")
     a("--size", type=data.positive_int, help="image side in pixels (default: the preset's)")
@@ -505,7 +513,7 @@ def parse(argv=None):
     a("--ema", type=data.fraction, default=0.999, help="decay of the averaged weights")
     a("--min-snr", type=data.not_negative, default=0.0, help="min-SNR gamma, 0 = off (paper: 5)")
     a("--perceptual", type=data.not_negative, default=0.0, help="weight in the VAE's loss")
-    a("--seed", type=int, default=0, help="of everything random")
+    a("--seed", type=data.not_negative_int, default=0, help="of everything random")
     a = p.add_argument_group("machine and files").add_argument
     a("--device", default="auto", help="auto, cuda, mps or cpu")
     a("--dtype", choices=("auto", "float32", "bf16"), default="auto", help="autocast")
@@ -516,7 +524,7 @@ def parse(argv=None):
     a("--resume", action="store_true", help="go on where the run stopped")
     a("--dry-run", action="store_true", help="print the settings as JSON and exit")
     args = p.parse_args(argv)
-    out = Path(args.out or f"runs/{Path(args.data).stem}")
+    out = Path(args.out or f"runs/{Path(args.data).resolve().stem}")
     saved = out / "config.json"
     if saved.exists() and not args.dry_run:
         if not args.resume:
@@ -532,8 +540,11 @@ def parse(argv=None):
         if getattr(args, name) is None:
             value = min(value, args.steps or value) if name.endswith("_steps") else value
             setattr(args, name, value)
+    if args.batch % args.accumulate:
+        raise UserError(f"--batch {args.batch} cannot be cut into --accumulate {args.accumulate} "
+                        "equal parts: need a divisor; pass another --accumulate")
     if args.prediction is None:
-        args.prediction = "eps" if args.preset == "sd15" else "v"
+        args.prediction = "eps" if "sd15" in (args.preset, args.unet) else "v"
     if args.zero_snr is None:
         args.zero_snr = args.prediction == "v"
     if saved.exists() and not args.dry_run:
@@ -561,14 +572,12 @@ def main(argv=None):
         model = build_model(args, images).to(device)
     run = Run(args.out, config, args.resume)
     run.catch_signals()
-    data.write_split(run.folder / "split.csv", images, train, test, args.group_column)
+    run.write_split(images, train, test, args.group_column)
     print(f"{len(train)} images to train on, {len(test)} held out; {args.size} px; {device}, "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads; run: {run.folder}")
     print(f"U-Net and projection: {sum(p.numel() for p in model.trained.parameters()) / 1e6:.1f} M "
           f"parameters; context {tuple(model.projection.null_context.shape)} from {args.tokens} "
           f"tokens {model.config.token_shape} of embedder {args.embedder}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     if args.tokens.startswith("patch"):
         print("note: patch tokens hold the layout of the source; the model may copy it")
     half, pictures = data.autocast_dtype(device, args.dtype), Pictures(images, train)
@@ -578,27 +587,35 @@ def main(argv=None):
             train_embedder(args, run, model, pictures, half)
         if args.vae == "train":
             train_vae(args, run, model, pictures, half)
-        build_cache(model, images, train, run.folder / "cache", args.batch, args.workers)
+        build_cache(run, model, images, train, 4 * args.vae_batch, args.workers)
         if device.type == "cpu" and args.dtype == "auto":
             half = torch.float32  # bf16 brings the U-Net nothing on a CPU (measured)
         train_unet(args, run, model, images, sources, half)
     except Stopped as stopped:
-        print(f"saved. Go on with: python train.py --resume --out {run.folder}")
+        print(f"saved. Go on with: python train.py --resume --out {shlex.quote(args.out)}")
         return 128 + stopped.args[0]
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if args.condition == "dino" and len(train) > 1:
         tokens = torch.from_numpy(np.array(Latents(run.folder / "cache").tokens[:50_000]))
         model.embedding_sampler = EmbeddingSampler.fit(model.cpu().standardise(tokens),
                                                        seed=args.seed)
     write_model(run, model)
     draw_curves(run)
-    (run.folder / "held_out").mkdir(exist_ok=True)
+    table = [",".join(["file", *images.columns])]
     for i in sources.tolist():
         example = run.folder / "held_out" / f"{Path(images.files[i]).stem}.png"
         data.save_png(example, images[i])
+        cells = [column[i].replace(",", ";") for column in images.columns.values()]
+        table.append(",".join([example.name, *cells]))
+    data.write_text_atomic(run.folder / "held_out" / "labels.csv", "\n".join(table) + "\n")
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     print(f"done in {(time.time() - began) / 60:.1f} minutes: {run.folder}/model.pt\n"
-          f"next: python sample.py --checkpoint {run.folder} --from-image {example} --count 4")
+          f"next: python sample.py --checkpoint {shlex.quote(args.out)} " + (
+              "--random --count 16" if args.condition == "none" else
+              f"--from-image {shlex.quote(str(example))} --count 4"))
     return 0
 
 

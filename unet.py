@@ -359,7 +359,7 @@ class UNet(nn.Module):
         """A U-Net with the weights of a file, a folder, or a published name.
 
         name_or_path: .safetensors, .bin, .pt or .pth; a folder with diffusion_pytorch_model.*, in
-            it or in its unet/; a run's model.pt; or a name of PUBLISHED, downloaded once.
+            it or in its unet/; or a name of PUBLISHED, downloaded once.
         config: read off the tensors' shapes if None, with num_heads 8, which no shape tells.
         Raises: FileNotFoundError, or ValueError for a broken file or another architecture.
         """
@@ -432,13 +432,13 @@ def read_safetensors(path):
 
 
 def read_weights(path):
-    """The state dict in a weights file, floating tensors as float32; a run's model.pt will do."""
+    """The state dict in a weights file, floating tensors as float32."""
     if Path(path).suffix == ".safetensors":
         weights = read_safetensors(path)
     else:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights.get("unet", weights))
+            weights = weights.get("state_dict", weights)
             if not all(map(torch.is_tensor, weights.values())):
                 raise ValueError("not every entry is a tensor")
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError,

@@ -123,7 +123,8 @@ def latent_statistics(batches):
 
 def group_norm(channels):
     """32 groups as in Stable Diffusion. Below 32 channels, groups of four: groups of one channel
-    would wash out each image's brightness, for the output stands right behind a norm."""
+    would wash out each image's brightness, for the output stands right behind a norm. (At 32
+    they are of one channel too: equality with the reference comes first.)"""
     groups = math.gcd(32, channels) if channels >= 32 else max(1, channels // 4)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 

@@ -416,7 +416,7 @@ def test_choose_k_on_a_run(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "cache" / "tokens.npy", x.reshape(240, 2, 1).numpy())
     run_main(monkeypatch, tmp_path, "--choose-k", "4:8", "--step", 2)
     printed = capsys.readouterr().out
-    assert "240 images" in printed and "--clusters 6" in printed
+    assert "240 images" in printed and "at K = 6" in printed
     rows = [line.split()[1] for line in printed.splitlines() if line.startswith("K ")]
     assert rows == ["4", "6", "8"]
     with Image.open(tmp_path / "choose_k.png") as chart:

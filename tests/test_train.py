@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import data
+import evaluate
 import sample
 import train
 from data import UserError, read_jsonl
@@ -40,7 +42,8 @@ def weights(folder):
     model = torch.load(folder / "model.pt", weights_only=True)
     return {f"{part}.{name}": tensor for part in ("vae", "unet", "projection", "statistics")
             for name, tensor in model[part].items()} | {
-            f"embedder.{name}": tensor for name, tensor in model["embedder"]["model"].items()}
+            f"embedder.{name}": tensor for name, tensor in model["embedder"]["model"].items()} | {
+            f"sampler.{name}": tensor for name, tensor in model["embedding_sampler"].items()}
 
 
 def losses(folder):
@@ -72,7 +75,7 @@ def test_a_resumed_run_equals_one_never_stopped(finished, tmp_path, monkeypatch,
     monkeypatch.setattr(train.Run, "log", log_and_stop)
     assert train.main([*TINY, "--out", str(tmp_path / "again")]) == 130
     monkeypatch.setattr(train.Run, "log", look)
-    assert train.main(["--resume", "--data", "phantoms", "--out", str(tmp_path / "again")]) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "again")]) == 0
     assert losses(tmp_path / "again") == losses(finished)
     mine, theirs = weights(tmp_path / "again"), weights(finished)
     assert mine.keys() == theirs.keys()
@@ -176,8 +179,11 @@ def test_same_seed_same_file_whatever_the_batch(finished, tmp_path):
     for name, batch in (("a", "5"), ("b", "2")):
         sample.main(["--random", "--count", "5", "--steps", "3", "--batch", batch, "--device",
                      "cpu", "--checkpoint", str(finished), "--out", str(tmp_path / name)])
-    for file in (tmp_path / "a").glob("random*.png"):
-        pair = [np.asarray(Image.open(tmp_path / d / file.name)).astype(int) for d in "ab"]
+    files = list((tmp_path / "a/images").glob("random*.png"))
+    assert len(files) == 5
+    for file in files:
+        pair = [np.asarray(Image.open(tmp_path / d / "images" / file.name)).astype(int)
+                for d in "ab"]
         assert np.abs(pair[0] - pair[1]).max() <= 1
 
 
@@ -223,6 +229,46 @@ def test_a_folder_of_images_trains(tmp_path):
     assert len(sides) == 8 and all(len(s) == 1 for s in sides.values())
 
 
+def test_perturbation_and_start_noise_are_different_draws():
+    """The generator of the tokens' noise must not repeat the one of the latent: torch's CPU
+    generator keeps 32 bits of a seed, so seed + 2^40 would be the same stream."""
+    one, other = (torch.randn(64, generator=torch.Generator().manual_seed(seed))
+                  for seed in (5, data.step_seed("perturb", 5)))
+    assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5
+
+
+def test_samples_can_be_judged_as_they_lie(finished, tmp_path):
+    """evaluate.py fidelity takes a folder that sample.py wrote: its grid is not an image of it."""
+    for seed, name in (("0", "a"), ("100", "b")):
+        sample.main(["--random", "--count", "14", "--steps", "2", "--device", "cpu", "--seed", seed,
+                     "--checkpoint", str(finished), "--out", str(tmp_path / name)])
+    evaluate.main(["fidelity", str(tmp_path / "a"), str(tmp_path / "b"), "--device", "cpu"])
+    table = json.loads((tmp_path / "b" / "fidelity.json").read_text())
+    assert table["real"] == table["synthetic"] == 14 and table["size"] == 32
+    with pytest.raises(UserError, match="already holds samples"):
+        sample.main(["--random", "--device", "cpu", "--checkpoint", str(finished), "--out",
+                     str(tmp_path / "a")])
+
+
+def test_a_resume_with_other_images_is_refused(tmp_path, monkeypatch):
+    """Images that came or went since the start: an error, and split.csv stays as it was."""
+    log = train.Run.log
+
+    def log_and_stop(self, **row):
+        log(self, **row)
+        self.stop_signal = signal.SIGINT
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log", log_and_stop)
+        assert train.main([*TINY, "--out", str(folder)]) == 130
+    before = (folder / "split.csv").read_text()
+    opened = data.open_dataset
+    monkeypatch.setattr(data, "open_dataset", lambda *a, **k: opened(*a, **{**k, "count": 41}))
+    with pytest.raises(UserError, match="images differ"):
+        train.main(["--resume", "--out", str(folder)])
+    assert (folder / "split.csv").read_text() == before
+
+
 def test_dry_run_prints_the_settings_and_writes_nothing(tmp_path):
     """--dry-run: JSON with every flag resolved, no folder."""
     done = run("train.py", "--dry-run", "--preset", "sd15", "--out", tmp_path / "x")
@@ -240,6 +286,8 @@ BAD = [
     ("train.py", ["--vae", "TEXT"], "TEXT"),
     ("train.py", ["--preset", "huge"], "tiny"),
     ("train.py", ["--steps", "0"], "0"),
+    ("train.py", ["--batch", "8", "--accumulate", "3"], "divisor"),
+    ("sample.py", ["--from-image", "TEXT", "--checkpoint", "nowhere"], "nowhere"),
     ("train.py", ["--out", "/proc/run"], "--out"),
     ("train.py", ["--prediction", "eps", "--zero-snr"], "prediction 'v'"),
     ("train.py", ["--device", "tpu"], "tpu"),
@@ -259,7 +307,7 @@ def test_a_users_mistake_ends_in_one_clear_message(tmp_path, script, arguments, 
     done = run(script, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert says in done.stderr and len(done.stderr) < 3000
-    assert not list(tmp_path.glob("runs/*/model.pt"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_changed_flags_too(finished):

@@ -405,7 +405,7 @@ def test_encoder_comes_back_from_its_checkpoint(encoder, tmp_path):
 
 def run_main(monkeypatch, *arguments):
     """Calls main() with a command line."""
-    monkeypatch.setattr(sys, "argv", ["prompts.py", *map(str, arguments), "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["prompts.py", *map(str, arguments)])
     prompts.main()
 
 

@@ -428,7 +428,7 @@ def preview(model, images, sources, step, folder):
     samples = model.sample(tokens, seeds=list(range(len(sources))), steps=25, eta=0.5)
     data.save_grid(folder / f"grid_{step:06d}.png",
                    [real.cpu(), model.decode(model.encode(real)).cpu(), samples.cpu()],
-                   captions=["real", "VAE reconstruction", f"sample, step {step}"])
+                   captions=["source", "VAE reconstruction", f"sample, step {step}"])
 
 
 def train_unet(args, run, model, images, sources, dtype):

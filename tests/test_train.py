@@ -174,6 +174,40 @@ def test_every_way_to_sample_writes_images_grid_and_table(finished, tmp_path, ar
     assert Image.open(out / "grid.png").size[0] >= 128
 
 
+def readme_commands(script):
+    """The arguments of each README line that starts with `python SCRIPT`."""
+    lines = (ROOT / "README.md").read_text().split("```")[1::2]  # the fenced blocks
+    commands = [line.split("#")[0].split() for block in lines for line in block.splitlines()]
+    commands = [c[c.index("python"):] if "python" in c else c for c in commands]
+    return [c[2:] for c in commands if c[:2] == ["python", script]]
+
+
+def test_readme_commands_run(finished, tmp_path, monkeypatch):
+    """Every command of the README's blocks does what it says, on the small run and its images."""
+    sources = sorted((finished / "held_out").glob("*.png"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cxr").symlink_to(finished)
+    places = {"A.png": sources[0], "B.png": sources[1], "x.png": sources[0]}
+    small = ["--device", "cpu", "--steps", "2"]
+    commands = readme_commands("sample.py")
+    assert len(commands) >= 6
+    for number, command in enumerate(commands):
+        command = [str(sources[0] if a.startswith("runs/cxr/held_out") else places.get(a, a))
+                   for a in command]
+        assert sample.main([*command, *small, "--out", f"out{number}"]) == 0
+    for command in readme_commands("evaluate.py"):
+        evaluate.main([*command, *small, "--count", "6", "--seeds", "0"])
+        assert (finished / "resemble.json").exists()
+    for command in readme_commands("dino.py"):
+        done = run("dino.py", *(places.get(a, a) for a in command), cwd=tmp_path)
+        assert done.returncode == 0 and (tmp_path / "attention.png").exists(), done.stderr
+    trains = readme_commands("train.py")
+    assert len(trains) >= 3
+    for command in trains:
+        assert train.main([*command, "--dry-run"]) == 0
+
+
 def test_same_seed_same_file_whatever_the_batch(finished, tmp_path):
     """Five images at batch 5 and at batch 2 differ by at most one grey level of rounding."""
     for name, batch in (("a", "5"), ("b", "2")):

@@ -25,6 +25,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,17 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM came, and the run was saved: args[0] is the signal's number."""
 
 
+@lru_cache(maxsize=4)
+def epoch_order(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(step_seed(seed, epoch)))
+
+
 def batch_rows(step, batch, n, seed):
     """Rows of the data for one step: epochs of reshuffled 0..n-1, cut into batches."""
-    rows, position = [], step * batch
+    rows = []
     while len(rows) < batch:
-        epoch, offset = divmod(position + len(rows), n)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(step_seed(seed, epoch)))
-        rows += order[offset:offset + batch - len(rows)].tolist()
+        epoch, offset = divmod(step * batch + len(rows), n)
+        rows += epoch_order(n, seed, epoch)[offset:offset + batch - len(rows)].tolist()
     return rows
 
 

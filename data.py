@@ -23,6 +23,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from phantoms import CHEST_LABELS, chest_phantoms
 
 CHECKPOINT_VERSION = 1
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of others, EPS runs a program
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 CACHE_BYTES = 1 << 30  # of decoded images, per data set and process
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
@@ -40,30 +42,41 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and I
 
 # ---- errors, flags, devices --------------------------------------------------------------------
 
+def one_line(text):
+    """The text without line ends, codes that steer a terminal, and bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
 class UserError(Exception):
     """What a user can cause and mend: one line in three parts, got, need, do."""
 
     def __init__(self, *parts):
-        super().__init__(": ".join(str(part) for part in parts))
+        super().__init__(one_line(": ".join(map(str, parts))))
 
 
 @contextmanager
-def user_errors():
-    """Turn a ValueError or OSError of the calls inside into a UserError."""
+def user_errors(*parts):
+    """Turn what damaged files and full disks raise inside into a UserError, which ends in parts."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise UserError(error) from error
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(error, *parts) from error
 
 
 def run_script(main):
     """Call main(); what the user caused becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         return main()
-    except UserError as error:  # out of a DataLoader worker it carries a traceback: last line only
-        text = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
-    except torch.cuda.OutOfMemoryError:
-        text = "the GPU's memory is full: a batch must fit: lower --batch, or a smaller --preset"
+    except UserError as error:  # out of a DataLoader worker it carries a traceback: its end only
+        text = str(error).rpartition("data.UserError: ")[2].strip()
+    except OSError as error:
+        text = one_line(f"{error}: a writable place with space is needed: mend it, and start again")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "allocate memory" in str(error) or "killed by signal" in str(error)):
+            raise
+        text = ("memory is full: a batch must fit: lower --batch, --vae-batch or --embedder-batch, "
+                "--workers, --size or --count, raise --accumulate, or take a smaller --preset")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {text}", file=sys.stderr)
@@ -80,8 +93,9 @@ def _number(kind, low, high, need):
     return parse
 
 
-positive_int = _number(int, 1, 2**63, "a whole number: pass 1 or more")
-not_negative_int = _number(int, 0, 2**63, "a whole number: pass 0 or more")
+positive_int = _number(int, 1, 10**7, "a whole number: pass 1 to 10,000,000")
+batch_int = _number(int, 1, 2**16, "a whole number: pass 1 to 65,536")
+not_negative_int = _number(int, 0, 2**32, "a whole number: pass 0 to 4,294,967,296")
 positive_float = _number(float, 1e-30, 1e30, "a number: pass above 0")
 not_negative = _number(float, 0, 1e30, "a number: pass 0 or more")
 fraction = _number(float, 0, 1, "a number from 0 to 1: pass e.g. 0.15")
@@ -124,10 +138,18 @@ def autocast_dtype(device, dtype="auto"):
 
 # ---- images in ---------------------------------------------------------------------------------
 
+def _open_image(path):
+    """The Pillow image, its pixels not read yet; ValueError for one that would fill the memory."""
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # from twice that, Pillow refuses it
+        raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
+    return image
+
+
 def _decode(path):
     """Image file -> float32 array (H, W) or (H, W, 3) in [0, 1], upright; its first frame."""
     try:
-        with Image.open(path) as image:
+        with _open_image(path) as image:
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # grey of more than 8 bits
             deep = np.asarray(image, dtype=np.float64)
@@ -137,9 +159,9 @@ def _decode(path):
             full = next((2 ** bits - 1 for bits in (10, 12, 14, 16) if high < 2 ** bits), high)
             return np.float32(deep if image.mode == "F" and high <= 1 else deep / full)
         if image.has_transparency_data:
-            rgba = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+            rgba = np.asarray(image.convert("RGBA")) / np.float32(255)
             return rgba[..., :3] * rgba[..., 3:]  # over black
-        return np.asarray(image.convert("L" if image.mode in "1L" else "RGB"), np.float32) / 255
+        return np.asarray(image.convert("L" if image.mode in "1L" else "RGB")) / np.float32(255)
     except Exception as error:  # a damaged file makes Pillow raise nearly any type
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})",
                         "a whole image file is needed", "replace or remove it") from error
@@ -185,15 +207,16 @@ def atomic_file(path):
     """A binary file that takes the place of `path` only once it is complete and on the disk."""
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: names may be as long as they may be
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})",
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
+        why = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"{path} cannot be written ({getattr(why, 'strerror', None) or why})",
                         "a writable folder with space is needed", "pass another --out") from error
     finally:
         with suppress(OSError):
@@ -214,8 +237,9 @@ def write_text_atomic(path, text):
 
 def append_jsonl(path, row):
     """Add one dict as a line of JSON."""
-    with user_errors(), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with user_errors(f"{path} must be writable", "make space there, and start again"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path):
@@ -228,17 +252,17 @@ def read_jsonl(path):
     return rows
 
 
-def load_checkpoint(path):
-    """Read a model.pt of this project on the CPU; code inside such a file is never run."""
+def load_checkpoint(path, do="make one with: python train.py --data cxr"):
+    """Read a file of this project on the CPU; code inside such a file is never run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] == CHECKPOINT_VERSION:
             return checkpoint
-        why = f"its version is {checkpoint['version']}"
+        why = f"its version is {str(checkpoint['version'])[:40]}"
     except Exception:  # a damaged or foreign file makes torch.load raise nearly any type
         why = "missing, cut short, no checkpoint, or pickled code, which is refused"
-    raise UserError(f"{path} cannot be read ({why})", f"a model.pt of version {CHECKPOINT_VERSION} "
-                    "is needed", "make one with: python train.py --data cxr")
+    raise UserError(f"{path} cannot be read ({why})",
+                    f"a whole file of version {CHECKPOINT_VERSION} is needed", do)
 
 
 def resolve_checkpoint(argument=None, root="runs"):
@@ -326,6 +350,7 @@ class ImageSet:
     sources: list | np.ndarray = ()  # what load_image takes, one per file
     masks: dict = field(default_factory=dict)  # kind -> list of mask files, masks or None
     problems: list = field(default_factory=list)  # lines about what was left out
+    unreadable: list = field(default_factory=list)  # (path, why) of images that were left out
     official_test: list = field(default_factory=list)  # numbers that MedMNIST keeps for testing
     cache: dict = field(default_factory=dict)  # number -> image
 
@@ -353,16 +378,20 @@ class ImageSet:
         return source
 
 
-def open_dataset(name_or_path, size, seed=0, count=2400):
+def open_dataset(name_or_path, size, seed=0, count=2400, whole=False):
     """Open a folder of images, a MedMNIST .npz, "cxr" (data/cxr/ if it is there, else `count`
-    phantoms) or "phantoms"; size None keeps the side of each file."""
+    phantoms) or "phantoms"; size None keeps the side of each file.
+
+    An image of a folder that cannot be read is left out and listed. `whole` reads all of each file,
+    not the head alone: PNGs by their checksums, 0.4 ms a megapixel, others by decoding, 5 to 20 ms.
+    """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "cxr" and Path("data/cxr").is_dir():
         path = Path("data/cxr")
     elif name in ("cxr", "phantoms"):
         return _open_phantoms(name, size or 64, seed, count)
-    if path.is_dir():
-        return _open_folder(path, size)
+    if name and path.is_dir():
+        return _open_folder(path, size, whole)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path, size)
     raise UserError(f"there is no data set {name}", "a folder of images or a MedMNIST .npz is "
@@ -402,10 +431,20 @@ def _open_npz(path, size):
                     official_test=test)
 
 
+def _below(folder, *parts):
+    """The path folder/parts; UserError for a link that leaves the folder."""
+    path = Path(folder, *parts)
+    if path.is_symlink() and not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{path} is a link out of its folder", "no path may leave the data folder",
+                        "copy what it points to, or pass that as --data")
+    return path
+
+
 def list_images(folder):
     """Sorted paths of the images below a folder, or its images/; not hidden ones, not masks*/."""
-    root = Path(folder, "images") if Path(folder, "images").is_dir() else Path(folder)
-    paths = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES
+    root = _below(folder, "images") if Path(folder, "images").is_dir() else Path(folder)
+    paths = [path for path in sorted(root.rglob("*"))
+             if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
              and not any(part.startswith((".", "masks")) for part in path.relative_to(root).parts)]
     if not paths:
         raise UserError(f"{folder} holds no image", f"files {' '.join(sorted(IMAGE_SUFFIXES))} are "
@@ -413,27 +452,47 @@ def list_images(folder):
     return paths
 
 
-def _open_folder(folder, size):
+def _why_unreadable(path, folder, whole):
+    """What is wrong with an image file, in a line; "" if nothing is."""
+    try:
+        if not _below(folder, path.relative_to(folder)).is_file():
+            return "not a file"  # a pipe would be waited for
+        with _open_image(path) as image:
+            if whole and image.format == "PNG":
+                image.verify()
+            elif whole:
+                _decode(path)
+    except Exception as error:  # a damaged file makes Pillow raise nearly any type
+        return one_line(error)[:200]
+    return ""
+
+
+def _open_folder(folder, size, whole):
     """A folder of images with optional labels.csv and masks*/."""
-    root = folder / "images" if (folder / "images").is_dir() else folder
-    found, paths, columns, masks, problems = list_images(root), [], {}, {}, []
+    root = _below(folder, "images") if (folder / "images").is_dir() else folder
+    found, columns, masks, problems, reasons = list_images(root), {}, {}, [], []
 
     def note_lost(what, names):
         if names:
-            some = ", ".join(map(str, names[:3])) + ", ..." * (len(names) > 3)
+            some = ", ".join(map(one_line, names[:3])) + ", ..." * (len(names) > 3)
             problems.append(f"{what}: {len(names):,} ({some})")
 
-    for path in found:
-        with suppress(Exception):  # a damaged file makes Pillow raise nearly any type
-            Image.open(path).close()
-            if not path.is_symlink() or path.resolve().is_relative_to(root.resolve()):
-                paths.append(path)
-    note_lost("unreadable, or links out of the folder", sorted(set(found) - set(paths)))
+    status = StatusLine(len(found), "reading")
+    with ThreadPool(4) as pool:  # Pillow lets go of Python's lock; more could fill the memory
+        for why in pool.imap(lambda path: _why_unreadable(path, folder, whole), found):
+            reasons.append(why)
+            if whole:
+                status.update(len(reasons))
+    if whole:
+        status.close()
+    paths = [path for path, why in zip(found, reasons) if not why]
+    unreadable = [(path, why) for path, why in zip(found, reasons) if why]
+    note_lost("unreadable, or links out of the folder", [path for path, _ in unreadable])
     if len(paths) < 0.9 * len(found):
         raise UserError(problems[0], "at least 90 % must be readable", "replace or remove them")
     files = [path.relative_to(root).as_posix() for path in paths]
     note = f"{len(files):,} images from {root}, "
-    table = root / "labels.csv" if (root / "labels.csv").is_file() else root.parent / "labels.csv"
+    table = _below(root if (root / "labels.csv").is_file() else root.parent, "labels.csv")
     if table.is_file():
         rows = _read_table(table)
         matched, lost = _match(files, [row["file"] for row in rows])
@@ -444,13 +503,15 @@ def _open_folder(folder, size):
             columns = {name: ["" if row is None else rows[row][name] for row in matched]
                        for name in rows[0] if name != "file"}
     for place in sorted((root.parent if root.name == "images" else root).glob("masks*/")):
-        names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*.*"))
+        names = sorted(path.relative_to(place).as_posix()
+                       for path in _below(place.parent, place.name).rglob("*.*"))
         matched, lost = _match(files, names)
         note_lost(f"{place.name}/ without an image", lost)
-        masks[place.name] = [None if row is None else place / names[row] for row in matched]
+        masks[place.name] = [None if row is None else _below(place, names[row]) for row in matched]
         note += f"{len(names) - len(lost):,} {place.name}, "
     note += f"labels.csv with {', '.join(columns)}" if columns else "no labels.csv"
-    return ImageSet(folder.resolve().name, note, size, files, columns, paths, masks, problems)
+    return ImageSet(folder.resolve().name, one_line(note), size, files, columns, paths, masks,
+                    problems, unreadable)
 
 
 def _match(files, names):
@@ -465,23 +526,28 @@ def _match(files, names):
     return matched, [name for row, name in enumerate(names) if row not in used]
 
 
-def _read_table(path):
+def _read_table(path, errors="strict"):
     """Rows of a CSV with a column `file`, as dicts; comma or semicolon, BOM and CRLF are fine."""
+    rows = []
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text("utf-8-sig", errors)
         table = csv.DictReader(io.StringIO(text), restval="", strict=True, skipinitialspace=True,
                                delimiter=";" if ";" in text.partition("\n")[0] else ",")
-        names = table.fieldnames or []
-        rows = [{name: row[name].strip() for name in names} for row in table]
+        table.fieldnames = [name.strip() for name in table.fieldnames or []]
+        names = [name for name in table.fieldnames if name]  # a comma at a line's end names none
+        for row in table:
+            if any(map(str.strip, row.pop(None, []))):
+                raise ValueError(f"line {table.line_num} has more cells than the first line")
+            rows.append({name: row[name].strip() for name in names})
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error})", "a CSV file in UTF-8 is needed",
                         "save it as CSV UTF-8") from error
-    if "file" not in names:
-        raise UserError(f"{path} has the columns {', '.join(names) or 'none'}",
-                        "one must be called file", "correct its first line")
+    if "file" not in names or len(set(names)) < len(names):
+        raise UserError(f"{path} has the columns {', '.join(names)[:200] or 'none'}",
+                        "one must be called file, no two alike", "correct its first line")
     for file, count in Counter(row["file"] for row in rows).items():
         if count > 1:
-            raise UserError(f"{path} has {count} rows for {file}", "one is needed", "delete one")
+            raise UserError(f"{path} has {count} rows for {file or 'no name'}", "one is needed", "delete one")
     return rows
 
 
@@ -550,7 +616,8 @@ def write_split(path, dataset, train, test, group_column=None):
 
 def read_split(path, dataset):
     """(train, test) numbers, int64, from a CSV of file and split; without split all are test."""
-    split = {row["file"]: row.get("split", "test") for row in _read_table(path)}
+    split = {row["file"]: row.get("split", "test")
+             for row in _read_table(path, "surrogateescape")}  # as write_text_atomic wrote it
     unknown = sorted(set(split) - set(dataset.files))
     if unknown:
         raise UserError(f"{path} names {', '.join(unknown[:3])}, which {dataset.name} has not",

@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -252,17 +253,21 @@ def read_jsonl(path):
     return rows
 
 
-def load_checkpoint(path, do="make one with: python train.py --data cxr"):
+def load_checkpoint(path, needs=(), do="make one with: python train.py --data cxr"):
     """Read a file of this project on the CPU; code inside such a file is never run."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["version"] == CHECKPOINT_VERSION:
+        lacks = [name for name in needs if name not in checkpoint]
+        if checkpoint["version"] == CHECKPOINT_VERSION and not lacks:
             return checkpoint
-        why = f"its version is {str(checkpoint['version'])[:40]}"
+        why = f"its version is {str(checkpoint['version'])[:40]}, it lacks {lacks or 'nothing'}"
     except Exception:  # a damaged or foreign file makes torch.load raise nearly any type
-        why = "missing, cut short, no checkpoint, or pickled code, which is refused"
+        why = "missing, damaged, cut short, no checkpoint, or pickled code, which is refused"
     raise UserError(f"{path} cannot be read ({why})",
-                    f"a whole file of version {CHECKPOINT_VERSION} is needed", do)
+                    f"a whole model.pt or state.pt of version {CHECKPOINT_VERSION} is needed", do)
 
 
 def resolve_checkpoint(argument=None, root="runs"):
@@ -507,7 +512,8 @@ def _open_folder(folder, size, whole):
                        for path in _below(place.parent, place.name).rglob("*.*"))
         matched, lost = _match(files, names)
         note_lost(f"{place.name}/ without an image", lost)
-        masks[place.name] = [None if row is None else _below(place, names[row]) for row in matched]
+        masks[place.name] = [None if row is None else _below(place, names[row])
+                             for row in matched]
         note += f"{len(names) - len(lost):,} {place.name}, "
     note += f"labels.csv with {', '.join(columns)}" if columns else "no labels.csv"
     return ImageSet(folder.resolve().name, one_line(note), size, files, columns, paths, masks,
@@ -547,7 +553,8 @@ def _read_table(path, errors="strict"):
                         "one must be called file, no two alike", "correct its first line")
     for file, count in Counter(row["file"] for row in rows).items():
         if count > 1:
-            raise UserError(f"{path} has {count} rows for {file or 'no name'}", "one is needed", "delete one")
+            raise UserError(f"{path} has {count} rows for {file or 'no name'}", "one is needed",
+                            "delete one")
     return rows
 
 

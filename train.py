@@ -23,7 +23,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -66,7 +66,7 @@ UNETS = {  # base_channels, channel_multipliers, layers, attention_levels, conte
     "sd15": UNetConfig(),
 }
 STAGES = ("embedder", "vae", "unet")
-FREE_TO_CHANGE = {"device", "workers", "out"}  # between a run and its resume
+FREE_TO_CHANGE = {"device", "workers", "out", "resume", "dry_run", "torch", "torchvision"}
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -89,9 +89,16 @@ def batch_rows(step, batch, n, seed):
     return rows
 
 
+def leave_signals_to_the_run(worker):
+    """Ctrl-C in a terminal, and a cluster's SIGTERM, reach the loader's processes as well."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(dataset, plan, workers=0):
     """One ready batch (a tuple of tensors, `dataset.__getitems__`) for each list of rows."""
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple)
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple,
+                      worker_init_fn=leave_signals_to_the_run)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -140,28 +147,32 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
                 loss, logs = loss_fn(part, step, generator)
             (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
-        torch.nn.utils.clip_grad_norm_(params.values(), clip)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             decay = min(ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()],
                                  1 - decay)
-        losses.append(total)
+        losses.append(total + 0 * norm)  # NaN too where only the gradient is not finite
         done = step + 1
         look = done % look_every == 0 or done == steps
         values = torch.stack(losses).tolist() if look else []
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
+            state = run.folder / "state.pt" if run else Path("none")
             raise UserError(
-                f"{stage}: the loss is {values[bad]} at step {done - len(values) + bad + 1} "
-                f"(learning rate {rate:.2g}): need a finite one; last good state: "
-                f"{run.folder / 'state.pt' if run else 'none'}; start anew with a lower --lr")
+                f"{stage}: the loss or its gradient is {values[bad]} at step "
+                f"{done - len(values) + bad + 1} (learning rate {rate:.2g}): need a finite one; "
+                f"last good state: {state if state.exists() else 'none'}; start anew with "
+                + {"embedder": "--dtype float32", "vae": "a lower --vae-lr"}.get(
+                    stage, "a lower --lr"))
         yield done  # the caller's turn: what it changes now is part of the saved state
         if not look:
             continue
         losses, value = [], sum(values) / len(values)
-        status.update(done, loss=value, images=batch * len(values))
+        with suppress(OSError):  # a closed pipe: who watched has gone, the run goes on
+            status.update(done, loss=value, images=batch * len(values))
         if run:
             run.log(stage=stage, step=done, loss=value, lr=rate, seconds=time.time() - began,
                     **{name: float(v) for name, v in logs.items()})
@@ -195,6 +206,26 @@ def swapped(model, ema):
 
 # ---------------------------------------------------------------------------- the run's folder
 
+def lock(folder):
+    """Keep a second run out of the folder; returns the open file that does it.
+
+    The kernel holds the lock until this process ends in whatever way, so none is ever stale.
+    """
+    file = open(folder / "lock", "a+")
+    try:
+        import fcntl  # Windows has none, and runs without a lock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by process {file.read()[:20]}: a folder takes one run "
+                        "at a time: wait for it, stop it, or pass another --out") from None
+    except (ImportError, OSError) as error:
+        print(f"note: no lock here ({error}): start no second run in {folder}")
+    file.truncate(0)
+    print(os.getpid(), file=file, flush=True)
+    return file
+
+
 class Run:
     """A folder that holds what was asked, what happened, and everything that a resume needs."""
 
@@ -202,10 +233,19 @@ class Run:
         self.folder, self.config = Path(folder), config
         self.finished, self.state, self.stop_signal = {}, None, 0
         data.make_folder(self.folder / "cache")
-        data.write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
+        self.lock = lock(self.folder)
+        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
         if resume and (self.folder / "state.pt").exists():
-            saved = data.load_checkpoint(self.folder / "state.pt")
+            saved = data.load_checkpoint(self.folder / "state.pt", ("finished", "state"),
+                                         "copy it here again, or delete it and lose its steps")
+            for name, value in saved.get("config", {}).items():
+                if name not in FREE_TO_CHANGE and config.get(name, value) != value:
+                    raise UserError(f"{self.folder / 'state.pt'} was made with {name} {value}, "
+                                    f"not {config[name]}: need this run's own file: copy it here "
+                                    "again, or delete it and lose its steps")
             self.finished, self.state = saved["finished"], saved["state"]
+        data.write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
         kept = [r for r in self.rows() if r["stage"] in self.finished or (self.state and (
             r["stage"] == self.state["stage"] and r["step"] <= self.state["step"]))]
         data.write_text_atomic(self.folder / "log.jsonl",
@@ -215,26 +255,29 @@ class Run:
         return data.read_jsonl(self.folder / "log.jsonl")
 
     def log(self, **row):
+        if not (self.folder / "config.json").exists():
+            raise UserError(f"{self.folder} was moved or deleted: a run needs its folder: put it "
+                            "back and pass --resume, or start anew with --out DIR")
         data.append_jsonl(self.folder / "log.jsonl", row)
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM set a mark: the run saves and stops. A second one ends it at once."""
         def mark(number, frame):
             self.stop_signal = number
-            os.write(1, b"\nstopping: saving the state first ...\n")
             signal.signal(number, signal.SIG_DFL)
+            with suppress(OSError):  # the pipe's other end may have got the same Ctrl-C
+                os.write(1, b"\nstopping: saving the state first ...\n")
         signal.signal(signal.SIGINT, mark)
         signal.signal(signal.SIGTERM, mark)
 
     def write_split(self, images, train, test, group_column):
         """split.csv; a resumed run must find the images that it began with."""
-        path = self.folder / "split.csv"
-        before = path.read_text() if path.exists() and (self.state or self.finished) else None
-        data.write_split(path, images, train, test, group_column)
-        if before not in (None, path.read_text()):
-            data.write_text_atomic(path, before)
+        path, new = self.folder / "split.csv", self.folder / ".split.tmp"
+        data.write_split(new, images, train, test, group_column)
+        if (self.state or self.finished) and path.read_bytes() != new.read_bytes():
             raise UserError(f"the images differ from those that {self.folder} began with: need "
                             "the same set; restore it, or start anew with --out DIR")
+        os.replace(new, path)
 
     def save(self, stage, step, model, optimizer, ema):
         self.state = {"stage": stage, "step": step, "model": model.state_dict(),
@@ -243,7 +286,8 @@ class Run:
 
     def write(self):
         data.save_atomic(self.folder / "state.pt", {
-            "version": data.CHECKPOINT_VERSION, "finished": self.finished, "state": self.state})
+            "version": data.CHECKPOINT_VERSION, "config": self.config,
+            "finished": self.finished, "state": self.state})
 
     def finish(self, stage, weights):
         """A stage is done: keep its weights, drop the rest of its state."""
@@ -301,6 +345,13 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
+def claim_disk(path):
+    """Give a sparse file its blocks: a full disk is an error now, not the end by SIGBUS later."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 @torch.no_grad()
 def build_cache(run, model, images, indices, batch, workers):
     """Latents (N, 2, C, h, w) float16 and raw tokens (N, G, D) float32, in a stream, resumable.
@@ -315,12 +366,16 @@ def build_cache(run, model, images, indices, batch, workers):
     mark = config.tokens + fingerprint([indices, *model.vae.parameters(),
                                         *model.embedder.parameters()])
     progress, done = folder / "progress.json", 0
-    if progress.exists() and all((folder / f"{name}.npy").exists() for name in files):
-        seen = json.loads(progress.read_text())
-        done = seen["rows"] if seen["made_by"] == mark else 0
-    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+" if done else "w+",
-                                              dtype, None if done else shape)
-              for name, (shape, dtype) in files.items()}
+    with user_errors(f"{folder} must be whole, on a disk with space for {n:,} rows",
+                     "make space or delete it, and pass --resume"):
+        if progress.exists() and all((folder / f"{name}.npy").exists() for name in files):
+            seen = json.loads(progress.read_text())
+            done = seen["rows"] if seen["made_by"] == mark else 0
+        arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+" if done else "w+",
+                                                  dtype, None if done else shape)
+                  for name, (shape, dtype) in files.items()}
+        for name in files:
+            claim_disk(folder / f"{name}.npy")
     if not done:
         rows = [f"{row},{images.files[i]}" for row, i in enumerate(indices.tolist())]
         data.write_text_atomic(folder / "index.csv", "\n".join(["row,file"] + rows) + "\n")
@@ -535,8 +590,8 @@ def parse(argv=None):
         if not args.resume:
             raise UserError(f"{out} already holds a run: need a new folder, or --resume to go on; "
                             "pass --out DIR or --resume")
-        with user_errors():
-            before = {k: v for k, v in json.loads(saved.read_text()).items()
+        with user_errors(f"{saved} is damaged", "copy it again, or start anew with --out DIR"):
+            before = {k: v for k, v in dict(json.loads(saved.read_text())).items()
                       if k in vars(args) and k not in ("resume", "dry_run")}
         args = p.parse_args(argv, argparse.Namespace(**before))
     args.out = str(out)

@@ -189,6 +189,9 @@ def main(argv=None):
             steps=args.steps, guidance_scale=args.guidance, eta=args.eta, sampler=args.sampler,
             batch=args.batch, start=None if start is None else start[part],
             strength=args.strength).cpu()
+        if not images.isfinite().all():
+            raise UserError(f"images {i} to {i + len(images) - 1} are not finite: need sound weights "
+                            "and a moderate guidance: lower --guidance, or pass another model")
         for number, (row, image) in enumerate(zip(rows[part], images), i):
             row["file"] = f"images/{row['strategy']}_{number:05d}.png"
             data.save_png(out / row["file"], image)

@@ -670,6 +670,7 @@ def main(argv=None):
         cells = [column[i].replace(",", ";") for column in images.columns.values()]
         table.append(",".join([example.name, *cells]))
     data.write_text_atomic(run.folder / "held_out" / "labels.csv", "\n".join(table) + "\n")
+    (run.folder / "lock").unlink()
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     print(f"done in {(time.time() - began) / 60:.1f} minutes: {run.folder}/model.pt\n"

@@ -8,6 +8,7 @@ Every image is (3, size, size) float32 in [-1, 1], grey repeated to three channe
 
 A folder holds images at any depth (or in `images/`), with `labels.csv` in it or in its parent and
 masks of the same stem in `masks*/` beside it. A link that leaves the folder is not followed.
+PatchCamelyon is read as Kaggle gives it (`train/` and `train_labels.csv`) or as its .h5 pair.
 """
 import argparse
 import csv
@@ -30,10 +31,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from phantoms import CHEST_LABELS, chest_phantoms
+from phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
+                      histology_phantoms)
 
 CHECKPOINT_VERSION = 1
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+TABLES = ("labels.csv", "train_labels.csv", "samples.csv")  # ours, Kaggle's PCam, sample.py's
+TUMOUR = {"0": "healthy", "1": "cancer"}  # PatchCamelyon's labels
 CACHE_BYTES = 1 << 30  # of decoded images, per data set and process
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 
@@ -212,6 +216,13 @@ def write_text_atomic(path, text):
         file.write(text.encode("utf-8", "surrogateescape"))  # file names may hold any byte
 
 
+def write_csv(path, rows):
+    """Write rows (the first names the columns) so that a reader sees a whole file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text_atomic(path, text.getvalue())
+
+
 def append_jsonl(path, row):
     """Add one dict as a line of JSON."""
     with user_errors(), open(path, "a", encoding="utf-8") as file:
@@ -354,28 +365,37 @@ class ImageSet:
 
 
 def open_dataset(name_or_path, size, seed=0, count=2400):
-    """Open a folder of images, a MedMNIST .npz, "cxr" (data/cxr/ if it is there, else `count`
-    phantoms) or "phantoms"; size None keeps the side of each file."""
+    """Open a folder of images, a MedMNIST .npz, PatchCamelyon's .h5 pair, "cxr" or "histology"
+    (data/NAME/ if it is there, else `count` phantoms) or "phantoms" (chests); size None keeps the
+    side of each file."""
     name, path = str(name_or_path), Path(name_or_path)
-    if name == "cxr" and Path("data/cxr").is_dir():
-        path = Path("data/cxr")
-    elif name in ("cxr", "phantoms"):
+    if name in ("cxr", "histology") and Path("data", name).is_dir():
+        path = Path("data", name)
+    elif name in ("cxr", "histology", "phantoms"):
         return _open_phantoms(name, size or 64, seed, count)
     if path.is_dir():
         return _open_folder(path, size)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path, size)
-    raise UserError(f"there is no data set {name}", "a folder of images or a MedMNIST .npz is "
-                    "needed", "pass --data cxr, phantoms or PATH")
+    if path.suffix == ".h5" and path.is_file():
+        return _open_h5(path, size)
+    raise UserError(f"there is no data set {name}", "a folder of images, a MedMNIST .npz or "
+                    "PatchCamelyon's .h5 is needed", "pass --data cxr, histology, phantoms or PATH")
 
 
 def _open_phantoms(name, size, seed, count):
-    """Generated chests; each of their exact labels becomes a column of "0" and "1"."""
+    """Generated chests, each of their exact labels a column of "0" and "1", or histology patches
+    with a label (healthy, cancer) and their true morphology."""
     with user_errors():
-        images, masks, labels = chest_phantoms(count, size, seed)
-    columns = {label: [str(cell) for cell in column]
-               for label, column in zip(CHEST_LABELS, labels.T.tolist())}
-    absent = "no folder data/cxr/, so " if name == "cxr" else ""
+        if name == "histology":
+            images, masks, labels, kinds = histology_phantoms(count, size, seed)
+            columns = {"label": [TUMOUR[str(label)] for label in labels.tolist()],
+                       "morphology": [HISTOLOGY_MORPHOLOGIES[kind] for kind in kinds.tolist()]}
+        else:
+            images, masks, labels = chest_phantoms(count, size, seed)
+            columns = {label: [str(cell) for cell in column]
+                       for label, column in zip(CHEST_LABELS, labels.T.tolist())}
+    absent = f"no folder data/{name}/, so " * (name != "phantoms")
     note = f"{absent}{count:,} generated phantoms, not real images ({size} px, seed {seed})"
     return ImageSet(name, note, size, [f"phantom_{i:06d}" for i in range(count)], columns,
                     masks={"masks": masks}, cache=dict(enumerate(images.expand(-1, 3, -1, -1))))
@@ -402,6 +422,47 @@ def _open_npz(path, size):
                     official_test=test)
 
 
+class _H5Images:
+    """Row i of the array `x` in an .h5 file; opened anew in each process that reads it."""
+
+    def __init__(self, path, h5py):
+        self.path, self.h5py, self.file, self.owner = path, h5py, None, None
+
+    def __getitem__(self, i):
+        if self.owner != os.getpid():
+            self.file, self.owner = self.h5py.File(self.path, "r"), os.getpid()
+        return self.file["x"][i]
+
+    def __getstate__(self):
+        return {**vars(self), "file": None, "owner": None}
+
+
+def _open_h5(path, size):
+    """PatchCamelyon as published: NAME_x.h5 with x (N, H, W, 3) uint8, NAME_y.h5 with y (N, ...) of
+    0 and 1. h5py is asked for only here."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f"{path} is an .h5 file", "the package h5py is needed to read it",
+                        "pip install h5py") from error
+    stem = path.stem.removesuffix("_x").removesuffix("_y")
+    x_path, y_path = (path.with_name(f"{stem}_{part}.h5") for part in "xy")
+    try:
+        with h5py.File(x_path, "r") as x, h5py.File(y_path, "r") as y:
+            shape, kind, labels = x["x"].shape, x["x"].dtype, np.asarray(y["y"]).reshape(-1)
+    except Exception as error:  # h5py raises nearly any type for a damaged file
+        raise UserError(f"{x_path} and {y_path} cannot be read ({str(error)[:120]})", "a pair "
+                        "NAME_x.h5, NAME_y.h5 is needed", "unpack both into one folder") from error
+    if len(labels) != shape[0] or len(shape) != 4 or shape[3] != 3 or kind != np.uint8:
+        raise UserError(f"{x_path} holds {kind} of shape {tuple(shape)}, {y_path} {len(labels)} "
+                        "labels", "RGB images of uint8 and as many labels are needed",
+                        "download the pair again")
+    cells = [str(int(label)) for label in labels]
+    return ImageSet(stem, f"{len(labels):,} images from {x_path}", size,
+                    [f"{stem}_{i:06d}" for i in range(len(labels))],
+                    {"label": [TUMOUR.get(cell, cell) for cell in cells]}, _H5Images(x_path, h5py))
+
+
 def list_images(folder):
     """Sorted paths of the images below a folder, or its images/; not hidden ones, not masks*/."""
     root = Path(folder, "images") if Path(folder, "images").is_dir() else Path(folder)
@@ -414,8 +475,10 @@ def list_images(folder):
 
 
 def _open_folder(folder, size):
-    """A folder of images with optional labels.csv and masks*/."""
+    """A folder of images with optional labels.csv (or train_labels.csv) and masks*/."""
     root = folder / "images" if (folder / "images").is_dir() else folder
+    if (folder / "train_labels.csv").is_file() and (folder / "train").is_dir():
+        root = folder / "train"  # Kaggle's test/ has no labels
     found, paths, columns, masks, problems = list_images(root), [], {}, {}, []
 
     def note_lost(what, names):
@@ -433,10 +496,15 @@ def _open_folder(folder, size):
         raise UserError(problems[0], "at least 90 % must be readable", "replace or remove them")
     files = [path.relative_to(root).as_posix() for path in paths]
     note = f"{len(files):,} images from {root}, "
-    table = root / "labels.csv" if (root / "labels.csv").is_file() else root.parent / "labels.csv"
-    if table.is_file():
+    tables = [place / name for place in (root, root.parent) for name in TABLES]
+    table = next((path for path in tables if path.is_file()), None)
+    if table:
         rows = _read_table(table)
         matched, lost = _match(files, [row["file"] for row in rows])
+        if lost and table.name == "train_labels.csv":
+            raise UserError(f"{table} names {len(lost):,} images that {root} has not (first: "
+                            f"{lost[0]})", "each id needs its .tif", "unpack the images again, or "
+                            "delete those rows")
         bare = [file for file, row in zip(files, matched) if row is None]
         note_lost(f"rows of {table} without an image", lost)
         note_lost(f"images without a row in {table}", bare)
@@ -449,7 +517,7 @@ def _open_folder(folder, size):
         note_lost(f"{place.name}/ without an image", lost)
         masks[place.name] = [None if row is None else place / names[row] for row in matched]
         note += f"{len(names) - len(lost):,} {place.name}, "
-    note += f"labels.csv with {', '.join(columns)}" if columns else "no labels.csv"
+    note += f"{table.name} with {', '.join(columns)}" if columns else "no labels.csv"
     return ImageSet(folder.resolve().name, note, size, files, columns, paths, masks, problems)
 
 
@@ -466,7 +534,8 @@ def _match(files, names):
 
 
 def _read_table(path):
-    """Rows of a CSV with a column `file`, as dicts; comma or semicolon, BOM and CRLF are fine."""
+    """Rows of a CSV with a column `file`, as dicts; comma or semicolon, BOM and CRLF are fine.
+    Kaggle's PatchCamelyon has `id` in its place, and labels 0 and 1 that become words."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         table = csv.DictReader(io.StringIO(text), restval="", strict=True, skipinitialspace=True,
@@ -476,6 +545,11 @@ def _read_table(path):
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error})", "a CSV file in UTF-8 is needed",
                         "save it as CSV UTF-8") from error
+    if Path(path).name == "train_labels.csv" and "file" not in names and "id" in names:
+        names = ["file"]
+        for row in rows:
+            row["file"] = row.pop("id")
+            row["label"] = TUMOUR.get(row.get("label"), row.get("label", ""))
     if "file" not in names:
         raise UserError(f"{path} has the columns {', '.join(names) or 'none'}",
                         "one must be called file", "correct its first line")
@@ -541,11 +615,10 @@ def split_holdout(dataset, holdout, seed, group_column=None):
 
 def write_split(path, dataset, train, test, group_column=None):
     """Write who is held out: a CSV of file, split (train or test), group."""
-    groups, table = image_groups(dataset, group_column), io.StringIO()
+    groups = image_groups(dataset, group_column)
     rows = [[dataset.files[i], split, groups[i]]
             for split, part in (("train", train), ("test", test)) for i in part.tolist()]
-    csv.writer(table, lineterminator="\n").writerows([["file", "split", "group"]] + rows)
-    write_text_atomic(path, table.getvalue())
+    write_csv(path, [["file", "split", "group"]] + rows)
 
 
 def read_split(path, dataset):
@@ -558,6 +631,25 @@ def read_split(path, dataset):
     sides = [split.get(file) for file in dataset.files]
     return tuple(torch.tensor([i for i, side in enumerate(sides) if side == part],
                               dtype=torch.int64) for part in ("train", "test"))
+
+
+def find_outliers(images, dark=0.2, pale=0.9, grey=0.05, blurred=150.0):
+    """Of histology patches (B, 3, H, W) in [-1, 1] those that show nothing: a str each, or "".
+
+    Seen at 64 pixels a side. "black": mean brightness (HSV value) below `dark`. "out of focus":
+    variance of the Laplacian, of grey in 0..255, below `blurred`. "blank": brighter than `pale`,
+    mean saturation below `grey` and few edges (4 x `blurred`), for fat is bright and pale as well.
+    Source: the idea of arXiv:2312.09792; the limits are ours. Not meant for X-rays.
+    """
+    x = F.adaptive_avg_pool2d((images + 1) / 2, 64)
+    value = x.amax(1)
+    brightness = value.mean((1, 2))
+    saturation = (1 - x.amin(1) / value.clamp(min=1e-3)).mean((1, 2))
+    kernel = x.new_tensor([[[[0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
+    edges = F.conv2d(x.mean(1, keepdim=True) * 255, kernel).flatten(1).var(1)
+    return ["black" if b < dark else "blank" if b > pale and s < grey and e < 4 * blurred else
+            "out of focus" if e < blurred else ""
+            for b, s, e in zip(brightness.tolist(), saturation.tolist(), edges.tolist())]
 
 
 # ---- progress ----------------------------------------------------------------------------------

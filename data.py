@@ -425,16 +425,17 @@ def _open_npz(path, size):
 class _H5Images:
     """Row i of the array `x` in an .h5 file; opened anew in each process that reads it."""
 
-    def __init__(self, path, h5py):
-        self.path, self.h5py, self.file, self.owner = path, h5py, None, None
+    def __init__(self, path):
+        self.path, self.file, self.owner = path, None, None
 
     def __getitem__(self, i):
         if self.owner != os.getpid():
-            self.file, self.owner = self.h5py.File(self.path, "r"), os.getpid()
+            import h5py
+            self.file, self.owner = h5py.File(self.path, "r"), os.getpid()
         return self.file["x"][i]
 
     def __getstate__(self):
-        return {**vars(self), "file": None, "owner": None}
+        return {"path": self.path, "file": None, "owner": None}
 
 
 def _open_h5(path, size):
@@ -460,7 +461,7 @@ def _open_h5(path, size):
     cells = [str(int(label)) for label in labels]
     return ImageSet(stem, f"{len(labels):,} images from {x_path}", size,
                     [f"{stem}_{i:06d}" for i in range(len(labels))],
-                    {"label": [TUMOUR.get(cell, cell) for cell in cells]}, _H5Images(x_path, h5py))
+                    {"label": [TUMOUR.get(cell, cell) for cell in cells]}, _H5Images(x_path))
 
 
 def list_images(folder):

@@ -14,6 +14,7 @@ makes, bias them), of AUC by bootstrap; equal counts and the real-real floor bes
 """
 import argparse
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -214,10 +215,14 @@ def subsample_interval(metric, a, b, rounds=50, seed=0):
 
 
 def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
-    """95 % percentile interval (low, high) of metric(*arrays), rows drawn together (Efron 1979)."""
-    rng, n = np.random.default_rng(seed), len(arrays[0])
-    draws = [metric(*(x[rows] for x in arrays))
-             for rows in (rng.integers(n, size=n) for _ in range(rounds))]
+    """95 % percentile interval (low, high) of metric(*arrays), rows drawn together (Efron 1979).
+
+    Draws for which the metric is not defined (ValueError: of one class only) are left out.
+    """
+    rng, n, draws = np.random.default_rng(seed), len(arrays[0]), []
+    for rows in (rng.integers(n, size=n) for _ in range(rounds)):
+        with suppress(ValueError):
+            draws.append(metric(*(x[rows] for x in arrays)))
     return np.quantile(draws, [0.025, 0.975]).tolist()
 
 

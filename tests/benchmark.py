@@ -39,8 +39,9 @@ def phantom_features(n=2000):
     """Standardised global tokens of histology phantoms, from a tiny ViT with random weights."""
     torch.manual_seed(0)
     vit = VisionTransformer(VISION_TRANSFORMERS["tiny"]).eval()
-    images = histology_phantoms(n, 64)[0].split(100)
-    return standardise(torch.cat([conditioning_tokens(vit, x, "global") for x in images]).flatten(1))
+    parts = histology_phantoms(n, 64)[0].split(100)
+    tokens = torch.cat([conditioning_tokens(vit, x, "global") for x in parts])
+    return standardise(tokens.flatten(1))
 
 
 def blobs(n, d, k, seed=0):
@@ -58,14 +59,15 @@ def benchmark_kmeans(repeats):
     from sklearn.cluster import KMeans
     print(f"scikit-learn {sklearn.__version__}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads; K = 33, n_init 10, greedy k-means++")
-    for name, x in (("phantom features", phantom_features()), ("Gaussian blobs", blobs(2000, 64, 40)),
-                    ("uniform noise", noise(2000, 64))):
+    sets = {"phantom features": phantom_features(), "Gaussian blobs": blobs(2000, 64, 40),
+            "uniform noise": noise(2000, 64)}
+    for name, x in sets.items():
         ratios = []
         for seed in range(5):
             theirs = KMeans(33, n_init=10, random_state=seed).fit(x.numpy()).inertia_
             ratios.append(inertia(x, *kmeans(x, 33, seed)) / theirs)
-        print(f"inertia, ours / theirs, {name}, {tuple(x.shape)}: median of 5 seeds "
-              f"{statistics.median(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f})", flush=True)
+        print(f"inertia, ours / theirs, {name} {tuple(x.shape)}: median of 5 seeds "
+              f"{statistics.median(ratios):.4f} ({min(ratios):.4f}, {max(ratios):.4f})", flush=True)
     for name, x in (("blobs", blobs(50_000, 384, 40)), ("uniform noise", noise(50_000, 384))):
         array = np.ascontiguousarray(x.numpy())
         compare(f"{name}, N = 50,000, D = 384, n_init 10", lambda: kmeans(x, 33, 0),

@@ -8,6 +8,7 @@ Every image is (3, size, size) float32 in [-1, 1], grey repeated to three channe
 
 A folder holds images at any depth (or in `images/`), with `labels.csv` in it or in its parent and
 masks of the same stem in `masks*/` beside it. A link that leaves the folder is not followed.
+PatchCamelyon is read as Kaggle gives it (`train/` and `train_labels.csv`) or as its .h5 pair.
 """
 import argparse
 import csv
@@ -32,11 +33,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from phantoms import CHEST_LABELS, chest_phantoms
+from phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
+                      histology_phantoms)
 
 CHECKPOINT_VERSION = 1
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of others, EPS runs a program
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+TABLES = ("labels.csv", "train_labels.csv", "samples.csv")  # ours, Kaggle's PCam, sample.py's
+TUMOUR = {"0": "healthy", "1": "cancer"}  # PatchCamelyon's labels
 CACHE_BYTES = 1 << 30  # of decoded images, per data set and process
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 
@@ -96,6 +100,7 @@ def _number(kind, low, high, need):
 
 positive_int = _number(int, 1, 10**7, "a whole number: pass 1 to 10,000,000")
 batch_int = _number(int, 1, 2**16, "a whole number: pass 1 to 65,536")
+workers_int = _number(int, 0, 256, "a whole number: pass 0 to 256")
 not_negative_int = _number(int, 0, 2**32, "a whole number: pass 0 to 4,294,967,296")
 positive_float = _number(float, 1e-30, 1e30, "a number: pass above 0")
 not_negative = _number(float, 0, 1e30, "a number: pass 0 or more")
@@ -234,6 +239,13 @@ def write_text_atomic(path, text):
     """Write UTF-8 text so that a reader sees either the old file or the whole new one."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))  # file names may hold any byte
+
+
+def write_csv(path, rows):
+    """Write rows (the first names the columns) so that a reader sees a whole file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text_atomic(path, text.getvalue())
 
 
 def append_jsonl(path, row):
@@ -384,32 +396,41 @@ class ImageSet:
 
 
 def open_dataset(name_or_path, size, seed=0, count=2400, whole=False):
-    """Open a folder of images, a MedMNIST .npz, "cxr" (data/cxr/ if it is there, else `count`
-    phantoms) or "phantoms"; size None keeps the side of each file.
+    """Open a folder of images, a MedMNIST .npz, PatchCamelyon's .h5 pair, "cxr" or "histology"
+    (data/NAME/ if it is there, else `count` phantoms) or "phantoms" (chests); size None keeps the
+    side of each file.
 
     An image of a folder that cannot be read is left out and listed. `whole` reads all of each file,
     not the head alone: PNGs by their checksums, 0.4 ms a megapixel, others by decoding, 5 to 20 ms.
     """
     name, path = str(name_or_path), Path(name_or_path)
-    if name == "cxr" and Path("data/cxr").is_dir():
-        path = Path("data/cxr")
-    elif name in ("cxr", "phantoms"):
+    if name in ("cxr", "histology") and Path("data", name).is_dir():
+        path = Path("data", name)
+    elif name in ("cxr", "histology", "phantoms"):
         return _open_phantoms(name, size or 64, seed, count)
     if name and path.is_dir():
         return _open_folder(path, size, whole)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path, size)
-    raise UserError(f"there is no data set {name}", "a folder of images or a MedMNIST .npz is "
-                    "needed", "pass --data cxr, phantoms or PATH")
+    if path.suffix == ".h5" and path.is_file():
+        return _open_h5(path, size)
+    raise UserError(f"there is no data set {name}", "a folder of images, a MedMNIST .npz or "
+                    "PatchCamelyon's .h5 is needed", "pass --data cxr, histology, phantoms or PATH")
 
 
 def _open_phantoms(name, size, seed, count):
-    """Generated chests; each of their exact labels becomes a column of "0" and "1"."""
+    """Generated chests, each of their exact labels a column of "0" and "1", or histology patches
+    with a label (healthy, cancer) and their true morphology."""
     with user_errors():
-        images, masks, labels = chest_phantoms(count, size, seed)
-    columns = {label: [str(cell) for cell in column]
-               for label, column in zip(CHEST_LABELS, labels.T.tolist())}
-    absent = "no folder data/cxr/, so " if name == "cxr" else ""
+        if name == "histology":
+            images, masks, labels, kinds = histology_phantoms(count, size, seed)
+            columns = {"label": [TUMOUR[str(label)] for label in labels.tolist()],
+                       "morphology": [HISTOLOGY_MORPHOLOGIES[kind] for kind in kinds.tolist()]}
+        else:
+            images, masks, labels = chest_phantoms(count, size, seed)
+            columns = {label: [str(cell) for cell in column]
+                       for label, column in zip(CHEST_LABELS, labels.T.tolist())}
+    absent = f"no folder data/{name}/, so " * (name != "phantoms")
     note = f"{absent}{count:,} generated phantoms, not real images ({size} px, seed {seed})"
     return ImageSet(name, note, size, [f"phantom_{i:06d}" for i in range(count)], columns,
                     masks={"masks": masks}, cache=dict(enumerate(images.expand(-1, 3, -1, -1))))
@@ -434,6 +455,48 @@ def _open_npz(path, size):
     test = [i for i, file in enumerate(files) if file.startswith("test")]
     return ImageSet(path.stem, f"{len(files):,} images from {path}", size, files, columns, images,
                     official_test=test)
+
+
+class _H5Images:
+    """Row i of the array `x` in an .h5 file; opened anew in each process that reads it."""
+
+    def __init__(self, path):
+        self.path, self.file, self.owner = path, None, None
+
+    def __getitem__(self, i):
+        if self.owner != os.getpid():
+            import h5py
+            self.file, self.owner = h5py.File(self.path, "r"), os.getpid()
+        return self.file["x"][i]
+
+    def __getstate__(self):
+        return {"path": self.path, "file": None, "owner": None}
+
+
+def _open_h5(path, size):
+    """PatchCamelyon as published: NAME_x.h5 with x (N, H, W, 3) uint8, NAME_y.h5 with y (N, ...) of
+    0 and 1. h5py is asked for only here."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f"{path} is an .h5 file", "the package h5py is needed to read it",
+                        "pip install h5py") from error
+    stem = path.stem.removesuffix("_x").removesuffix("_y")
+    x_path, y_path = (path.with_name(f"{stem}_{part}.h5") for part in "xy")
+    try:
+        with h5py.File(x_path, "r") as x, h5py.File(y_path, "r") as y:
+            shape, kind, labels = x["x"].shape, x["x"].dtype, np.asarray(y["y"]).reshape(-1)
+    except Exception as error:  # h5py raises nearly any type for a damaged file
+        raise UserError(f"{x_path} and {y_path} cannot be read ({str(error)[:120]})", "a pair "
+                        "NAME_x.h5, NAME_y.h5 is needed", "unpack both into one folder") from error
+    if len(labels) != shape[0] or len(shape) != 4 or shape[3] != 3 or kind != np.uint8:
+        raise UserError(f"{x_path} holds {kind} of shape {tuple(shape)}, {y_path} {len(labels)} "
+                        "labels", "RGB images of uint8 and as many labels are needed",
+                        "download the pair again")
+    cells = [str(int(label)) for label in labels]
+    return ImageSet(stem, f"{len(labels):,} images from {x_path}", size,
+                    [f"{stem}_{i:06d}" for i in range(len(labels))],
+                    {"label": [TUMOUR.get(cell, cell) for cell in cells]}, _H5Images(x_path))
 
 
 def _below(folder, *parts):
@@ -473,8 +536,10 @@ def _why_unreadable(path, folder, whole):
 
 
 def _open_folder(folder, size, whole):
-    """A folder of images with optional labels.csv and masks*/."""
+    """A folder of images with optional labels.csv (or train_labels.csv) and masks*/."""
     root = _below(folder, "images") if (folder / "images").is_dir() else folder
+    if (folder / "train_labels.csv").is_file() and (folder / "train").is_dir():
+        root = _below(folder, "train")  # Kaggle's test/ has no labels
     found, columns, masks, problems, reasons = list_images(root), {}, {}, [], []
 
     def note_lost(what, names):
@@ -497,10 +562,15 @@ def _open_folder(folder, size, whole):
         raise UserError(problems[0], "at least 90 % must be readable", "replace or remove them")
     files = [path.relative_to(root).as_posix() for path in paths]
     note = f"{len(files):,} images from {root}, "
-    table = _below(root if (root / "labels.csv").is_file() else root.parent, "labels.csv")
-    if table.is_file():
+    tables = [(place, name) for place in (root, root.parent) for name in TABLES]
+    table = next((_below(*path) for path in tables if Path(*path).is_file()), None)
+    if table:
         rows = _read_table(table)
         matched, lost = _match(files, [row["file"] for row in rows])
+        if lost and table.name == "train_labels.csv":
+            raise UserError(f"{table} names {len(lost):,} images that {root} has not (first: "
+                            f"{lost[0]})", "each id needs its .tif", "unpack the images again, or "
+                            "delete those rows")
         bare = [file for file, row in zip(files, matched) if row is None]
         note_lost(f"rows of {table} without an image", lost)
         note_lost(f"images without a row in {table}", bare)
@@ -515,7 +585,7 @@ def _open_folder(folder, size, whole):
         masks[place.name] = [None if row is None else _below(place, names[row])
                              for row in matched]
         note += f"{len(names) - len(lost):,} {place.name}, "
-    note += f"labels.csv with {', '.join(columns)}" if columns else "no labels.csv"
+    note += f"{table.name} with {', '.join(columns)}" if columns else "no labels.csv"
     return ImageSet(folder.resolve().name, one_line(note), size, files, columns, paths, masks,
                     problems, unreadable)
 
@@ -533,7 +603,8 @@ def _match(files, names):
 
 
 def _read_table(path, errors="strict"):
-    """Rows of a CSV with a column `file`, as dicts; comma or semicolon, BOM and CRLF are fine."""
+    """Rows of a CSV with a column `file`, as dicts; comma or semicolon, BOM and CRLF are fine.
+    Kaggle's PatchCamelyon has `id` in its place, and labels 0 and 1 that become words."""
     rows = []
     try:
         text = Path(path).read_text("utf-8-sig", errors)
@@ -548,6 +619,11 @@ def _read_table(path, errors="strict"):
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error})", "a CSV file in UTF-8 is needed",
                         "save it as CSV UTF-8") from error
+    if Path(path).name == "train_labels.csv" and "file" not in names and "id" in names:
+        names = ["file"]
+        for row in rows:
+            row["file"] = row.pop("id")
+            row["label"] = TUMOUR.get(row.get("label"), row.get("label", ""))
     if "file" not in names or len(set(names)) < len(names):
         raise UserError(f"{path} has the columns {', '.join(names)[:200] or 'none'}",
                         "one must be called file, no two alike", "correct its first line")
@@ -614,11 +690,10 @@ def split_holdout(dataset, holdout, seed, group_column=None):
 
 def write_split(path, dataset, train, test, group_column=None):
     """Write who is held out: a CSV of file, split (train or test), group."""
-    groups, table = image_groups(dataset, group_column), io.StringIO()
+    groups = image_groups(dataset, group_column)
     rows = [[dataset.files[i], split, groups[i]]
             for split, part in (("train", train), ("test", test)) for i in part.tolist()]
-    csv.writer(table, lineterminator="\n").writerows([["file", "split", "group"]] + rows)
-    write_text_atomic(path, table.getvalue())
+    write_csv(path, [["file", "split", "group"]] + rows)
 
 
 def read_split(path, dataset):
@@ -632,6 +707,25 @@ def read_split(path, dataset):
     sides = [split.get(file) for file in dataset.files]
     return tuple(torch.tensor([i for i, side in enumerate(sides) if side == part],
                               dtype=torch.int64) for part in ("train", "test"))
+
+
+def find_outliers(images, dark=0.2, pale=0.9, grey=0.05, blurred=150.0):
+    """Of histology patches (B, 3, H, W) in [-1, 1] those that show nothing: a str each, or "".
+
+    Seen at 64 pixels a side. "black": mean brightness (HSV value) below `dark`. "out of focus":
+    variance of the Laplacian, of grey in 0..255, below `blurred`. "blank": brighter than `pale`,
+    mean saturation below `grey` and few edges (4 x `blurred`), for fat is bright and pale as well.
+    Source: the idea of arXiv:2312.09792; the limits are ours. Not meant for X-rays.
+    """
+    x = F.adaptive_avg_pool2d((images + 1) / 2, 64)
+    value = x.amax(1)
+    brightness = value.mean((1, 2))
+    saturation = (1 - x.amin(1) / value.clamp(min=1e-3)).mean((1, 2))
+    kernel = x.new_tensor([[[[0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
+    edges = F.conv2d(x.mean(1, keepdim=True) * 255, kernel).flatten(1).var(1)
+    return ["black" if b < dark else "blank" if b > pale and s < grey and e < 4 * blurred else
+            "out of focus" if e < blurred else ""
+            for b, s, e in zip(brightness.tolist(), saturation.tolist(), edges.tolist())]
 
 
 # ---- progress ----------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ zero terminal SNR (Lin 2024); min-SNR weights (Hang 2023). a_t below is `alphas_
     guidance     f   = f(null) + guidance_scale (f(context) - f(null)), 1.0 = off        (5)
     context      c_k = W (token_k - mean_k) / std_k + position_k                         (6)
 
+Instead of (6) the condition may be a prompt that was derived from the image (prompts.py, arXiv
+2312.09792), a bare label prompt, or nothing.
+
 Shapes: image (B, 3, H, W) in [-1, 1]; latent x0 (B, C, h, w), about N(0, 1) per channel; global
 tokens (B, G, D); context (B, K, context_dim); t (B,) int64 in 0..T-1.
 
@@ -28,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dino import VISION_TRANSFORMERS, ViTConfig, VisionTransformer, conditioning_tokens
-from prompts import kmeans
+from prompts import PromptEncoder, build_prompts, kmeans, vocabulary_of, words_of
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
@@ -162,14 +165,19 @@ def ddpm_sample(model, x, schedule, steps=None, generators=None, timesteps=None)
     return x
 
 
-def guided(unet, context, null_context, guidance_scale):
-    """Equation (5) as a model(x, t): both halves in one pass; 1.0 is the conditional run itself."""
+def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=None):
+    """Equation (5) as a model(x, t): both halves in one pass; 1.0 is the conditional run itself.
+
+    mask, null_mask (B, K) bool: which context tokens count, for prompts of unequal length.
+    """
     if guidance_scale == 1.0:
-        return lambda x, t: unet(x, t, context)
+        own_mask = () if mask is None else (mask,)
+        return lambda x, t: unet(x, t, context, *own_mask)
     both = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
+    masks = () if mask is None else (torch.cat([null_mask, mask]),)
 
     def model(x, t):
-        null, conditional = unet(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        null, conditional = unet(torch.cat([x, x]), torch.cat([t, t]), both, *masks).chunk(2)
         return null + guidance_scale * (conditional - null)
     return model
 
@@ -298,14 +306,30 @@ class DinoDiffusionConfig:
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
     vit: ViTConfig = VISION_TRANSFORMERS["tiny"]
-    condition: str = "dino"              # dino, or none (the unconditional control)
+    condition: str = "dino"              # dino, prompts, labels, or none (the control)
     tokens: str = "global"               # which tokens condition: see dino.conditioning_tokens
     token_shape: tuple = (1, 384)        # (G, D) of those tokens
+    template: str = ""                   # of the prompts: see prompts.py
+    labels: tuple = ()                   # what <label> may be
+    clusters: int = 0                    # K of K-means on the tokens: what <index> counts
     schedule: str = "scaled_linear"      # scaled_linear, linear, cosine
     prediction: str = "v"                # v, eps
     zero_terminal_snr: bool = True
     drop_condition: float = 0.1          # share of training samples that see the null context
     min_snr_gamma: float = 0.0           # 0 = off; 5 is the paper's. It harms short runs
+
+    @property
+    def prompts(self):
+        """Every prompt: number `label * clusters + cluster`, where a part that is not used has 1.
+
+        The label of a prompt is looked up by this number, never read out of its text.
+        """
+        if self.condition not in ("prompts", "labels"):
+            return ()
+        pairs = [(label, k) for label in self.labels or [None] for k in range(self.clusters or 1)]
+        return tuple(build_prompts([k for _, k in pairs] if self.clusters else None,
+                                   [label for label, _ in pairs] if self.labels else None,
+                                   self.template))
 
     def __post_init__(self):
         if self.vae.latent_channels != self.unet.in_channels:
@@ -332,7 +356,13 @@ class DinoDiffusion(nn.Module):
         self.vae.requires_grad_(False).eval()
         self.embedder.requires_grad_(False).eval()
         self.unet = UNet(config.unet)
-        self.projection = TokenProjection(*config.token_shape, config.unet.context_dim)
+        self.prompts, width = config.prompts, config.unet.context_dim
+        if self.prompts:
+            self.projection = PromptEncoder(
+                vocabulary_of(self.prompts), width,
+                max_words=max(len(words_of(prompt)) for prompt in self.prompts))
+        else:
+            self.projection = TokenProjection(*config.token_shape, width)
         self.schedule = NoiseSchedule(1000, config.schedule, config.prediction,
                                       config.zero_terminal_snr)
         C = config.vae.latent_channels
@@ -340,6 +370,10 @@ class DinoDiffusion(nn.Module):
         self.register_buffer("scale", torch.ones(C, 1, 1))
         self.register_buffer("token_mean", torch.zeros(config.token_shape))
         self.register_buffer("token_std", torch.ones(config.token_shape))
+        G, D = config.token_shape
+        self.register_buffer("centers", torch.zeros(config.clusters, G * D))  # of K-means
+        self.register_buffer("prompt_counts",                         # training images of each
+                             torch.zeros(len(self.prompts), dtype=torch.int64))
         self.embedding_sampler = None                                 # set after training
 
     @property
@@ -367,17 +401,31 @@ class DinoDiffusion(nn.Module):
         """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]."""
         return self.vae.decode(x0 / self.scale + self.shift).clamp(-1, 1)
 
-    def context(self, tokens, batch):
-        """Standardised tokens (B, G, D), or None for no condition -> (batch, K, context_dim)."""
-        return self.projection.null(batch) if tokens is None else self.projection(tokens)
+    def cluster_of(self, tokens):
+        """Standardised tokens (B, G, D) -> number of the nearest K-means centre, (B,) int64."""
+        return torch.cdist(tokens.flatten(1), self.centers).argmin(1)
+
+    def context(self, condition, batch):
+        """Standardised tokens (B, G, D), B prompts, or None for no condition ->
+        context (batch, K, context_dim), and mask (batch, K) bool for prompts or else None.
+
+        Raises ValueError for a prompt with unknown words.
+        """
+        if not self.prompts:
+            return (self.projection.null(batch) if condition is None
+                    else self.projection(condition)), None
+        context, mask = self.projection([""] * batch if condition is None else condition)
+        more = 1 + self.projection.max_words - context.shape[1]  # one K, whatever the batch holds
+        return F.pad(context, (0, 0, 0, more)), F.pad(mask, (0, more))
 
     # ---- training
 
-    def loss(self, mean, std, tokens, generator):
+    def loss(self, mean, std, condition, generator):
         """One training step's loss: mean (prediction - target)^2 over uniform t.
 
-        mean, std (B, C, h, w): the VAE's posterior, drawn anew each step. tokens (B, G, D)
-        standardised. Returns (loss, {}): a dict of values to log, as all losses for `fit` do.
+        mean, std (B, C, h, w): the VAE's posterior, drawn anew each step. condition: standardised
+        tokens (B, G, D), or numbers of prompts (B,) int64. Returns (loss, {}): a dict of values to
+        log, as all losses for `fit` do.
         """
         B = mean.shape[0]
         draw = dict(generator=generator, device=mean.device)
@@ -386,12 +434,16 @@ class DinoDiffusion(nn.Module):
         noise = torch.randn(x0.shape, **draw)
         t = torch.randint(self.schedule.num_train_timesteps, (B,), **draw)
         dropped = torch.rand(B, **draw) < self.config.drop_condition
-        if self.config.condition == "none":
-            context = self.projection.null(B)
+        if self.prompts:  # the empty prompt is the null condition
+            words = ["" if drop else self.prompts[number]
+                     for number, drop in zip(condition.tolist(), dropped.tolist())]
+            context, mask = self.context(words, B)
+        elif self.config.condition == "none":
+            context, mask = self.context(None, B)
         else:
-            context = torch.where(dropped[:, None, None], self.projection.null(B),
-                                  self.projection(tokens))
-        prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, context)
+            context, mask = torch.where(dropped[:, None, None], self.projection.null(B),
+                                        self.projection(condition)), None
+        prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, context, mask)
         error = F.mse_loss(prediction.float(), self.schedule.target(x0, noise, t), reduction="none")
         error = error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
         if self.config.min_snr_gamma:
@@ -401,11 +453,11 @@ class DinoDiffusion(nn.Module):
     # ---- sampling
 
     @torch.no_grad()
-    def sample(self, tokens, seeds, steps=50, guidance_scale=1.0, eta=0.0, sampler="ddim",
+    def sample(self, condition, seeds, steps=50, guidance_scale=1.0, eta=0.0, sampler="ddim",
                batch=64, start=None, strength=1.0):
         """New images (N, 3, H, W) in [-1, 1], one for each seed, on the model's device.
 
-        tokens (N, G, D) standardised, or None for no condition. start (N, 3, H, W) with
+        condition: tokens (N, G, D) standardised, N prompts, or None. start (N, 3, H, W) with
         strength < 1 begins from that image with noise of the timestep at that share of the way
         (img2img). Image i depends on its seed and condition alone, not on `batch`.
         Raises ValueError for steps outside 1..T, a strength outside (0, 1], an unknown sampler.
@@ -427,9 +479,12 @@ class DinoDiffusion(nn.Module):
             if strength < 1:
                 t = torch.full((n,), timesteps[0], device=x.device)
                 x = self.schedule.add_noise(self.encode(start[i:i + batch].to(x.device)), x, t)
-            part = None if tokens is None else tokens[i:i + batch].to(x.device)
-            model = guided(self.unet, self.context(part, n), self.context(None, n),
-                           1.0 if part is None else guidance_scale)
+            part = None if condition is None else condition[i:i + batch]
+            if torch.is_tensor(part):
+                part = part.to(x.device)
+            (context, mask), (null, null_mask) = self.context(part, n), self.context(None, n)
+            model = guided(self.unet, context, null, 1.0 if part is None else guidance_scale,
+                           mask, null_mask)
             if sampler == "ddim":
                 x = ddim_sample(model, x, self.schedule, steps, eta, generators, timesteps)
             else:
@@ -448,8 +503,8 @@ class DinoDiffusion(nn.Module):
             "vae": self.vae.state_dict(),
             "unet": self.unet.state_dict(),
             "projection": self.projection.state_dict(),
-            "statistics": {n: getattr(self, n)
-                           for n in ("shift", "scale", "token_mean", "token_std")},
+            "statistics": {n: getattr(self, n) for n in (
+                "shift", "scale", "token_mean", "token_std", "centers", "prompt_counts")},
             "embedding_sampler": None if gmm is None else gmm.state_dict(),
         }
 
@@ -458,6 +513,7 @@ class DinoDiffusion(nn.Module):
         """The inverse, in eval mode. Raises ValueError if the parts do not fit each other."""
         try:
             raw = dict(checkpoint["config"])
+            raw["labels"] = tuple(raw.get("labels", ()))
             for name, kind in (("vae", VAEConfig), ("unet", UNetConfig), ("vit", ViTConfig)):
                 raw[name] = kind(**raw[name])
             model = cls(DinoDiffusionConfig(**raw))

@@ -3,6 +3,8 @@
     python evaluate.py resemble                      do samples resemble their source?
     python evaluate.py probe --tokens global cls     what do the embedder's tokens know?
     python evaluate.py fidelity REAL SYNTHETIC       two folders of images
+    python evaluate.py clusters                      do K-means clusters find true morphologies?
+    python evaluate.py classify --train FOLDER       is a synthetic training set of use?
 
 Features are (N, D), torch or NumPy; every metric computes in float64 on the CPU. Deliberate
 choices: the trace term of the Frechet distance by eigenvalues (always real, faster than `sqrtm`); a
@@ -12,6 +14,7 @@ makes, bias them), of AUC by bootstrap; equal counts and the real-real floor bes
 """
 import argparse
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +23,16 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import nn
+from torch.utils.data import Dataset
 
 from data import (UserError, fraction, load_checkpoint, open_dataset, pick_device, positive_int,
                   read_split, resolve_checkpoint, run_script, save_grid, split_holdout,
-                  user_errors, write_text_atomic)
+                  step_seed, user_errors, write_text_atomic)
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
 from dinodiff import DinoDiffusion
 from phantoms import CHEST_LABELS
+from prompts import kmeans, standardise
+from train import fit
 
 
 # ---------------------------------------------------------------- distances between feature sets
@@ -129,6 +135,38 @@ def cohen_kappa(a, b):
     return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
 
 
+def cluster_agreement(truth, clusters):
+    """How well clusters (N,) find known classes (N,): a dict, 1 is perfect.
+
+    homogeneity = 1 - H(truth | clusters) / H(truth): is each cluster of one class? completeness:
+    the other way round. V-measure: their harmonic mean (Rosenberg & Hirschberg 2007). adjusted
+    Rand: pairs that both keep together, 0 by chance (Hubert & Arabie 1985). More clusters than
+    classes cannot hurt homogeneity, but hurt the others.
+    Source: the formulas of scikit-learn's functions of these names, natural logarithms.
+    """
+    truth, clusters = (np.unique(values, return_inverse=True)[1] for values in (truth, clusters))
+    table = np.zeros((truth.max() + 1, clusters.max() + 1))
+    np.add.at(table, (truth, clusters), 1)
+    n, rows, columns = len(truth), table.sum(1), table.sum(0)
+
+    def entropy(counts):
+        share = counts[counts > 0] / n
+        return -(share * np.log(share)).sum()
+
+    def pairs(counts):
+        return (counts * (counts - 1) / 2).sum()
+
+    shared = entropy(rows) + entropy(columns) - entropy(table)  # mutual information
+    homogeneity, completeness = (shared / entropy(x) if entropy(x) > 0 else 1.0
+                                 for x in (rows, columns))
+    both = homogeneity + completeness
+    chance = pairs(rows) * pairs(columns) / pairs(np.array([n]))
+    best = (pairs(rows) + pairs(columns)) / 2
+    return {"homogeneity": homogeneity, "completeness": completeness,
+            "V-measure": 2 * homogeneity * completeness / both if both else 0.0,
+            "adjusted Rand": (pairs(table) - chance) / (best - chance) if best > chance else 1.0}
+
+
 def ridge_weights(x, y, strength):
     """argmin |x w - y|^2 + strength N |w|^2, solved in the smaller of N and D dimensions."""
     n, d = x.shape
@@ -177,10 +215,14 @@ def subsample_interval(metric, a, b, rounds=50, seed=0):
 
 
 def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
-    """95 % percentile interval (low, high) of metric(*arrays), rows drawn together (Efron 1979)."""
-    rng, n = np.random.default_rng(seed), len(arrays[0])
-    draws = [metric(*(x[rows] for x in arrays))
-             for rows in (rng.integers(n, size=n) for _ in range(rounds))]
+    """95 % percentile interval (low, high) of metric(*arrays), rows drawn together (Efron 1979).
+
+    Draws for which the metric is not defined (ValueError: of one class only) are left out.
+    """
+    rng, n, draws = np.random.default_rng(seed), len(arrays[0]), []
+    for rows in (rng.integers(n, size=n) for _ in range(rounds)):
+        with suppress(ValueError):
+            draws.append(metric(*(x[rows] for x in arrays)))
     return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
@@ -372,6 +414,9 @@ def resemblance(model, sources, training, seeds, judge, steps=50, guidance=1.0, 
 def resemble(args):
     """do samples resemble their source, and as a set the data?"""
     run, model, flags, images, train, test = open_run(args)
+    if model.prompts:
+        raise UserError("this model follows prompts", "resemble needs one that follows images",
+                        "compare sample.py --random by: evaluate.py fidelity")
     judge = RandomFeatures().to(next(model.buffers()).device)
     with user_errors():
         reference, results, pictures = resemblance(
@@ -501,10 +546,136 @@ def fidelity(args):
         **table, "brightness": grey})
 
 
+def clusters(args):
+    """do clusters of the training tokens find what a column of the labels knows?"""
+    run, model, flags, images, *_ = open_run(args)
+    train, _ = read_split(run / "split.csv", images)
+    name = (args.label_column or ["morphology"])[0]
+    if name not in images.columns:
+        raise UserError(f"there is no column {name!r}", f"the data have "
+                        f"{', '.join(images.columns) or 'no columns'}", "pass --label-column")
+    truth = [images.columns[name][i] for i in train.tolist()]
+    tokens = torch.from_numpy(np.load(run / "cache" / "tokens.npy", allow_pickle=False))
+    features = {f"{model.config.tokens} tokens ({flags['embedder']})": tokens.flatten(1),
+                "16x16 RGB pixels": torch.cat([F.adaptive_avg_pool2d(x, 16).flatten(1) for x in
+                                               batches_of(images, train, args.batch)])}
+    table = {}
+    for what, x in features.items():
+        for k in args.clusters or sorted({len(set(truth)), model.config.clusters or 33}):
+            with user_errors():
+                fits = [cluster_agreement(truth, kmeans(standardise(x), k, seed)[1].numpy())
+                        for seed in args.seeds]
+            table[f"{what}, K = {k}"] = {score: float(np.mean([fit[score] for fit in fits]))
+                                         for score in fits[0]}
+    print(f"{len(train)} training images, {len(set(truth))} values of {name}; K-means on "
+          f"standardised features, mean of seeds {args.seeds}")
+    print_table(table)
+    write_json(run / "clusters.json", table)
+
+
+class SmallCNN(nn.Sequential):
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, labels): five stride-2 convolutions, a mean."""
+
+    def __init__(self, labels, width=32):
+        sides = [3, width, 2 * width, 4 * width, 4 * width]
+        blocks = [layer for a, b in zip(sides, sides[1:]) for layer in (
+            nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())]
+        super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(sides[-1], labels))
+
+
+class Labelled(Dataset):
+    """Images and their labels (N, L), by row, for `fit`."""
+
+    def __init__(self, images, rows, labels):
+        self.images, self.rows, self.labels = images, rows, torch.as_tensor(labels).float()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, rows):
+        return self.images.batch(self.rows[rows].tolist()), self.labels[rows]
+
+
+def augment(images, generator, turns):
+    """Training images, varied: shifts to an eighth, brightness and contrast by 15 %, and, where
+    direction means nothing (`turns`), flips and quarter turns."""
+    B, _, H, W = images.shape
+    draw = torch.rand(6, generator=generator, device=generator.device).tolist()
+    gain = 1 + 0.3 * (torch.rand(2, B, 1, 1, 1, generator=generator, device=images.device) - 0.5)
+    x = images * gain[0] + gain[1] - 1
+    pad = H // 8
+    top, left = int(draw[0] * (2 * pad + 1)), int(draw[1] * (2 * pad + 1))
+    x = F.pad(x, (pad,) * 4, mode="reflect")[:, :, top:top + H, left:left + W]
+    if turns:
+        x = x.rot90(int(4 * draw[2]), (2, 3))
+        x = x.flip(3) if draw[3] < 0.5 else x
+    return x
+
+
+def train_classifier(images, rows, labels, steps, batch, seed, turns, device):
+    """A SmallCNN fitted to labels (N, L) of 0 and 1; returns it in eval mode."""
+    torch.manual_seed(step_seed(seed, "classifier") % 2 ** 31)
+    net = SmallCNN(np.shape(labels)[1]).to(device)
+
+    def loss_fn(part, step, generator):
+        x, y = part
+        return F.binary_cross_entropy_with_logits(net(augment(x, generator, turns)), y), {}
+
+    for _ in fit("classifier", net, loss_fn, Labelled(images, rows, labels), steps=steps,
+                 batch=batch, lr=1e-3, device=device, seed=seed, weight_decay=0.05):
+        pass
+    return net
+
+
+def classify(args):
+    """train a small CNN on each labelled set of images, test it on the run's held-out images"""
+    run, model, flags, images, train, test = open_run(args)
+    column = (args.label_column or ["label"])[0]
+    device, sets = pick_device(args.device), {"real": (images, train)}
+    for path in args.train or []:
+        other = open_dataset(path, model.config.image_size)
+        sets[str(path)] = other, torch.arange(len(other))
+    cells = {}
+    for name, (dataset, rows) in {**sets, "test": (images, test)}.items():
+        if column not in dataset.columns:
+            raise UserError(f"{name} has no column {column!r}", "the same labels are needed on "
+                            "every side", "pass --label-column, or another set")
+        cells[name] = [dataset.columns[column][i] for i in rows.tolist()]
+    values = sorted(set(cells["test"]))
+    values = values[:1] if len(values) == 2 else values
+    if len(set(cells["test"])) < 2 or "" in cells["test"]:
+        raise UserError(f"column {column!r} of the held-out images holds {set(cells['test'])}",
+                        "two labels or more, and no empty cell, are needed", "pass --label-column")
+    truth = {name: np.array([[cell == value for value in values] for cell in own], float)
+             for name, own in cells.items()}
+
+    def mean_auc(y, score):
+        return float(np.mean([roc_auc(*column) for column in zip(y.T, score.T)]))
+
+    table, shown = {}, images.batch(test.tolist())
+    for name, (dataset, rows) in sets.items():
+        aucs = []
+        for seed in args.seeds:
+            net = train_classifier(dataset, rows, truth[name], args.cnn_steps, 32, seed,
+                                   args.turns, device)
+            with torch.inference_mode():
+                score = torch.cat([net(x.to(device)).cpu() for x in shown.split(args.batch)])
+            score = score.numpy()
+            aucs.append(mean_auc(truth["test"], score))
+        table[name] = {"images": len(rows), "AUC": float(np.mean(aucs)),
+                       "sd": float(np.std(aucs, ddof=1)) if aucs[1:] else None,
+                       "95 % of the last": bootstrap_interval(mean_auc, truth["test"], score)}
+    print(f"AUC of {', '.join(values)} on {len(test)} held-out real images; CNN of "
+          f"{args.cnn_steps} steps, seeds {args.seeds}")
+    print_table(table)
+    write_json(run / "classify.json", table)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for run in (fidelity, resemble, probe):
+    for run in (fidelity, resemble, probe, clusters, classify):
         command = commands.add_parser(run.__name__, help=run.__doc__,
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
@@ -530,8 +701,18 @@ def main(argv=None):
             a("--steps", type=positive_int, default=50, help="DDIM steps")
             a("--guidance", type=float, default=1.0, help="guidance scale, 1.0 = off")
             a("--eta", type=fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM")
+            continue
+        a("--label-column", nargs="+", help="of labels.csv (default: findings of probe, morphology "
+          "of clusters, label of classify)")
+        if run is clusters:
+            a("--clusters", type=positive_int, nargs="+", help="K (default: the true number, and "
+              "the run's)")
+        elif run is classify:
+            a("--train", nargs="+", metavar="FOLDER", help="labelled sets, e.g. of sample.py "
+              "--each-prompt; the run's own training images come first")
+            a("--cnn-steps", type=positive_int, default=600, help="steps of the small CNN")
+            a("--turns", action="store_true", help="augment by flips and turns: for histology only")
         else:
-            a("--label-column", nargs="+", help="of labels.csv (default: findings)")
             a("--tokens", choices=TOKEN_KINDS, nargs="+", default=["global", "cls", "patch"])
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU

@@ -4,14 +4,16 @@
     python sample.py --interpolate a.png b.png --frames 8
     python sample.py --prototypes 8                      # K-means centres of the training tokens
     python sample.py --random --count 16                 # no source image: tokens from a mixture
+    python sample.py --prompt "Histology image of cancer tissue, morphology type two" --count 16
+    python sample.py --each-prompt 10                    # a balanced labelled data set
 
-Writes images/*.png, grid.png (sources at the left) and samples.csv with each image's provenance:
-strategy, sources and weights, seed, settings, and the labels it inherits with the rule that gave
-them. Image j uses seed `--seed + j` and does not depend on the batch size.
+The last two are for a model trained with --condition prompts or labels; its --random draws prompts
+as often as its training images had them. Writes images/*.png, grid.png (sources at the left) and
+samples.csv with each image's provenance: strategy, sources and weights or prompt, seed, settings,
+and the labels it inherits with the rule that gave them. Image j uses seed `--seed + j` and does not
+depend on the batch size.
 """
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
@@ -39,8 +41,8 @@ def find_sources(paths):
 
 
 def plan_samples(args, model, run_folder):
-    """What to make -> (rows of samples.csv without file names, tokens (N, G, D) or None,
-    start images (N, 3, H, W) or None, list of (source images, rows) for the grid)."""
+    """What to make -> (rows of samples.csv without file names, tokens (N, G, D) or N prompts or
+    None, start images (N, 3, H, W) or None, list of (source images, rows) for the grid)."""
     size, device = model.config.image_size, model.shift.device
     rows, tokens, start, strips = [], [], [], []
     seeds = iter(range(args.seed, args.seed + 10 ** 9))
@@ -53,6 +55,14 @@ def plan_samples(args, model, run_folder):
             rows.append({"strategy": strategy, "seed": own_seed, **details})
         return list(range(first, len(rows)))
 
+    if model.prompts and not (args.prompt is not None or args.each_prompt or args.random):
+        raise UserError("this model follows prompts, not images: pass --prompt, --each-prompt or "
+                        "--random")
+    if (args.prompt is not None or args.each_prompt) and not model.prompts:
+        raise UserError(f"this model was trained with --condition {model.config.condition}: it "
+                        "knows no prompts: pass --from-image or --random, or another --checkpoint")
+    if model.prompts:
+        return plan_prompts(args, model)
     if args.from_image:
         for path in find_sources(args.from_image):
             image = data.load_image(path, size)[None]
@@ -117,17 +127,47 @@ def plan_samples(args, model, run_folder):
             torch.cat(start) if args.strength < 1 else None, strips)
 
 
+def plan_prompts(args, model):
+    """The same for a model that follows prompts; the grid has a line for each prompt."""
+    known, counts = model.prompts, model.prompt_counts.cpu()
+    used = counts.nonzero()[:, 0].tolist()
+    if args.prompt is not None:
+        model.projection.tokenize([args.prompt])  # refuses unknown words
+        plan = [(args.prompt, args.count)]
+        if args.prompt not in [known[number] for number in used]:
+            print(f"note: no training image had the prompt {args.prompt!r}")
+    elif args.each_prompt:
+        plan = [(known[number], args.each_prompt) for number in used]
+    else:
+        draws = torch.multinomial(counts.double(), args.count, replacement=True,
+                                  generator=torch.Generator().manual_seed(args.seed))
+        plan = [(known[number], 1) for number in draws.tolist()]
+    rows, strips, seeds = [], [], iter(range(args.seed, args.seed + 10 ** 9))
+    no_source = torch.empty(0, 3, model.config.image_size, model.config.image_size)
+    for prompt, count in plan:
+        labels, first = {}, len(rows)
+        if model.config.labels and prompt in known:  # looked up, never read out of the text
+            number = known.index(prompt) // (model.config.clusters or 1)
+            labels = {"label": model.config.labels[number]}
+        rows += [{"strategy": "prompt", "sources": "", "weights": "", "prompt": prompt,
+                  "seed": next(seeds), "labels": labels,
+                  "label_rule": "of the prompt" if labels else ""} for _ in range(count)]
+        strips.append((no_source, list(range(first, len(rows)))))
+    if len(plan) == 1 or args.random:
+        strips = [(no_source, list(range(i, min(i + 8, len(rows)))))
+                  for i in range(0, len(rows), 8)]
+    return rows, [row["prompt"] for row in rows], None, strips
+
+
 def write_table(path, rows, settings):
-    """samples.csv: one line for each image; label columns are prefixed with `label_`."""
+    """samples.csv: one line for each image; label columns are `label` or begin with `label_`."""
     columns = sorted({name for row in rows for name in row.get("labels") or {}})
-    head = ["file", "strategy", "sources", "weights", "seed", *settings, "label_rule"]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(head + [f"label_{name}" for name in columns])
+    head = ["file", "strategy", "sources", "weights", "prompt", "seed", *settings, "label_rule"]
+    table = [head + [name if name == "label" else f"label_{name}" for name in columns]]
     for row in rows:
-        table.writerow([{**settings, **row}.get(name, "") for name in head]
-                       + [(row.get("labels") or {}).get(name, "") for name in columns])
-    data.write_text_atomic(path, text.getvalue())
+        table.append([{**settings, **row}.get(name, "") for name in head]
+                     + [(row.get("labels") or {}).get(name, "") for name in columns])
+    data.write_csv(path, table)
 
 
 def parse(argv=None):
@@ -139,12 +179,14 @@ def parse(argv=None):
     a("--interpolate", nargs=2, metavar=("A", "B"), help="go from image A to image B")
     a("--prototypes", type=data.positive_int, metavar="K", help="centres of K clusters")
     a("--random", action="store_true", help="no source image")
+    a("--prompt", metavar="TEXT", help="words of the training prompts")
+    a("--each-prompt", type=data.positive_int, metavar="N", help="N images of every prompt")
     a = p.add_argument_group("how far from the source").add_argument
     a("--perturb", type=data.not_negative, default=0.0,
       help="noise on the tokens, in training-set standard deviations")
     a("--strength", type=data.share_above_zero, default=1.0,
       help="below 1: start from the source image with this share of the noise (img2img)")
-    a("--frames", type=data.positive_int, default=8, help="images from A to B")
+    a("--frames", type=data.batch_int, default=8, help="images from A to B")
     a("--mix", choices=("slerp", "lerp"), default="slerp", help="how --interpolate mixes")
     a = p.add_argument_group("sampling").add_argument
     a("--count", type=data.positive_int, default=1, help="images for each source")
@@ -155,7 +197,7 @@ def parse(argv=None):
     a("--eta", type=data.fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM; 0.5 "
       "gave the smallest Frechet distance")
     a("--seed", type=data.not_negative_int, default=0, help="of the first image; the next has +1")
-    a("--batch", type=data.positive_int, default=32, help="images at a time")
+    a("--batch", type=data.batch_int, default=32, help="images at a time")
     a = p.add_argument_group("machine and files").add_argument
     a("--checkpoint", help="a run's folder or a model.pt (default: the newest run)")
     a("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -202,9 +244,11 @@ def main(argv=None):
     status.close()
     data.save_grid(out / "grid.png", [
         torch.cat([source[:1], torch.stack([shown[row] for row in own]), source[1:]])
-        for source, own in strips[:16]])
+        for source, own in strips[:16]], captions=[
+            rows[own[0]]["prompt"].rpartition(" image of ")[2] for _, own in strips[:16]]
+        if args.each_prompt else None)
     if len(strips) > 16:
-        print(f"grid.png shows the first 16 of {len(strips)} sources")
+        print(f"grid.png shows the first 16 of {len(strips)} sources or prompts")
     print(f"{len(rows)} images, grid.png and samples.csv: {out}")
     return 0
 

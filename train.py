@@ -2,15 +2,18 @@
 
     python train.py --data cxr                                     # a laptop, ten minutes
     python train.py --data FOLDER --preset base --out runs/mine    # your X-rays on a GPU
+    python train.py --data histology --condition prompts           # 33 morphologies x 2 labels
 
 Stages, each a loss of a few lines around `fit`:
     1 embedder  DINO self-distillation            (skipped when --embedder names trained weights)
     2 vae       L1 + KL                           (skipped when --vae names trained weights)
     3 cache     latents (mean and std) and tokens of every training image -> memory-mapped .npy
-    4 unet      mean squared error of v (or eps)  on the cache alone
+    4 unet      mean squared error of v (or eps)  on the cache alone, given the image's tokens or,
+                with --condition prompts, the words that K-means on the tokens gives it
 
 A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (what
-sample.py reads), state.pt (what --resume reads), cache/, held_out/ (a few sources to try).
+sample.py reads), state.pt (what --resume reads), cache/, held_out/ (a few sources to try); with
+prompts also prompts.csv and morphologies.png; outliers.csv where histology patches were dropped.
 All randomness derives from (seed, stage, step), so a resumed run equals one that was never stopped
 (bit for bit on a CPU).
 """
@@ -38,6 +41,7 @@ from data import StatusLine, UserError, run_script, step_seed, user_errors
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
+from prompts import BASELINE, ENRICHED, UNLABELLED, balance, kmeans
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 
@@ -323,18 +327,28 @@ class Pictures(Dataset):
 
 
 class Latents(Dataset):
-    """The cache: rows of (mean, std, raw tokens), read from memory-mapped files."""
+    """The cache: rows of (mean, std, raw tokens), read from memory-mapped files. With the number of
+    each image's prompt, these take the place of tokens, and every prompt comes equally often."""
 
-    def __init__(self, folder):
-        self.latents = np.load(folder / "latents.npy", mmap_mode="r", allow_pickle=False)
-        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    def __init__(self, folder, prompts=None, seed=0):
+        with user_errors(f"{folder} must be whole", "delete it, and pass --resume"):
+            self.latents = np.load(folder / "latents.npy", mmap_mode="r", allow_pickle=False)
+            self.tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+        self.prompts, self.order = prompts, torch.arange(len(self.tokens))
+        if prompts is not None:
+            counts = prompts.bincount()
+            n = int(counts.max() * (counts > 0).sum())  # one round for each image of the commonest
+            self.order = balance(prompts.tolist(), n, seed)
 
     def __len__(self):
-        return len(self.tokens)
+        return len(self.order)
 
     def __getitems__(self, rows):
+        rows = self.order[rows]
         latents = torch.from_numpy(self.latents[rows].astype(np.float32))
-        return latents[:, 0], latents[:, 1], torch.from_numpy(self.tokens[rows])
+        condition = (torch.from_numpy(self.tokens[rows]) if self.prompts is None
+                     else self.prompts[rows])
+        return latents[:, 0], latents[:, 1], condition
 
 
 def fingerprint(tensors):
@@ -377,8 +391,8 @@ def build_cache(run, model, images, indices, batch, workers):
         for name in files:
             claim_disk(folder / f"{name}.npy")
     if not done:
-        rows = [f"{row},{images.files[i]}" for row, i in enumerate(indices.tolist())]
-        data.write_text_atomic(folder / "index.csv", "\n".join(["row,file"] + rows) + "\n")
+        data.write_csv(folder / "index.csv", [["row", "file"]] + [
+            [row, images.files[i]] for row, i in enumerate(indices.tolist())])
     if done == n:
         return
     status = StatusLine(n, "cache", done)
@@ -402,7 +416,61 @@ def build_cache(run, model, images, indices, batch, workers):
 
 # ---------------------------------------------------------------------------- the stages
 
-def build_model(args, images):
+def find_labels(args, images, rows):
+    """The label of each image in lower case, or None if there are none to put into prompts."""
+    default = "label" if "label" in images.columns or args.condition == "labels" else "none"
+    name = args.label_column or default
+    if name == "none" and args.condition != "labels":
+        return None
+    if name not in images.columns:
+        raise UserError(f"there is no label column {name!r}: {images.name} has "
+                        f"{', '.join(images.columns) or 'no labels.csv'}: pass another "
+                        "--label-column, or --condition prompts --label-column none")
+    labels = [cell.strip().lower() for cell in images.columns[name]]
+    empty = [images.files[i] for i in rows if not labels[i]]
+    if empty:
+        raise UserError(f"column {name!r} is empty for {len(empty):,} images (first: {empty[0]}): "
+                        "each image needs a label: fill the cells, or pass --label-column none")
+    if len({labels[i] for i in rows}) < 2:
+        raise UserError(f"column {name!r} holds only {labels[rows[0]]!r}: two labels are needed to "
+                        "tell apart: pass another --label-column, or --label-column none")
+    return labels
+
+
+def plan_prompts(args, labels, rows):
+    """(template, labels, clusters) of the model's prompts; refuses what cannot work."""
+    if args.condition not in ("prompts", "labels"):
+        return "", (), 0
+    values = tuple(sorted({labels[i] for i in rows})) if labels else ()
+    clusters = 0 if args.condition == "labels" else args.clusters or (33 if values else 10)
+    if clusters > min(len(rows), 1000):
+        raise UserError(f"--clusters {clusters} for {len(rows)} training images: need no more "
+                        "clusters than images, and at most 1,000: pass a smaller --clusters")
+    template = args.template or (UNLABELLED if not values else ENRICHED if clusters else BASELINE)
+    for word, used in (("<label>", values), ("<index>", clusters)):
+        if bool(used) != (word in template):
+            raise UserError(f"--template {template!r} {'lacks' if used else 'holds'} {word}: it "
+                            f"must hold {word} if {word[1:-1]}s are used, and else not: correct it")
+    return template, values, clusters
+
+
+def find_outliers(args, images, batch=256):
+    """(number, reason) of each histology patch that shows nothing; none for grey images."""
+    first = images.batch(range(min(16, len(images))))
+    if not (args.drop_outliers if args.drop_outliers is not None
+            else (first.amax(1) - first.amin(1)).max() > 0.1):
+        return []
+    found, status = [], StatusLine(len(images), "outliers")
+    for i in range(0, len(images), batch):
+        part = range(i, min(i + batch, len(images)))
+        reasons = data.find_outliers(images.batch(part))
+        found += [(number, reason) for number, reason in zip(part, reasons) if reason]
+        status.update(part.stop, images=len(part))
+    status.close()
+    return found
+
+
+def build_model(args, images, template, labels, clusters):
     """The bundle, with published weights where flags name them; everything that can be refused is
     refused here, before anything is written."""
     side = min(args.size, 128)  # what a ViT trained here sees
@@ -419,8 +487,9 @@ def build_model(args, images):
     model = DinoDiffusion(DinoDiffusionConfig(
         image_size=args.size, vae=getattr(vae, "config", vae), unet=getattr(unet, "config", unet),
         vit=vit.config, condition=args.condition, tokens=args.tokens,
-        token_shape=tuple(tokens.shape[1:]), schedule=args.schedule, prediction=args.prediction,
-        zero_terminal_snr=args.zero_snr, min_snr_gamma=args.min_snr))
+        token_shape=tuple(tokens.shape[1:]), template=template, labels=labels, clusters=clusters,
+        schedule=args.schedule, prediction=args.prediction, zero_terminal_snr=args.zero_snr,
+        min_snr_gamma=args.min_snr))
     for mine, given in ((model.embedder, vit), (model.vae, vae), (model.unet, unet)):
         if isinstance(given, torch.nn.Module):
             mine.load_state_dict(given.state_dict())
@@ -480,29 +549,81 @@ def measure_statistics(args, model, cache):
     model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
 
 
-def preview(model, images, sources, step, folder):
-    """grid_STEP.png: real held-out images, their VAE reconstructions, samples made from them."""
-    device = model.shift.device
+def prompt_numbers(config, labels, clusters):
+    """The number in `config.prompts` of images with these labels (list) and clusters (N,)."""
+    if not config.labels:
+        return clusters
+    own = torch.tensor([config.labels.index(label) for label in labels])
+    return own * (config.clusters or 1) + clusters
+
+
+def derive_prompts(args, run, model, images, train, labels):
+    """The paper's step: K-means on the training tokens, label x cluster -> the number of each
+    image's prompt, (N,) int64. Writes prompts.csv and the sheet morphologies.png."""
+    config, cache = model.config, Latents(run.folder / "cache")
+    if "prompts" not in run.finished:
+        fit_of = {"cluster": torch.zeros(len(train), dtype=torch.int64), "centers": model.centers}
+        if config.clusters:
+            tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
+            with user_errors():
+                fit_of["centers"], cluster = kmeans(model.standardise(tokens).flatten(1),
+                                                    config.clusters, args.seed)
+            fit_of["cluster"] = cluster.cpu()
+        run.finish("prompts", fit_of)
+    model.centers.copy_(run.finished["prompts"]["centers"])
+    cluster = run.finished["prompts"]["cluster"]
+    numbers = prompt_numbers(config, labels and [labels[i] for i in train], cluster)
+    model.prompt_counts.copy_(numbers.bincount(minlength=len(model.prompts)))
+    data.write_csv(run.folder / "prompts.csv", [["file", "label", "cluster", "prompt"]] + [
+        [images.files[i], labels[i] if labels else "", k if config.clusters else "",
+         model.prompts[number]] for i, k, number in zip(
+            train.tolist(), cluster.tolist(), numbers.tolist())])
+    print(f"{(model.prompt_counts > 0).sum()} of {len(model.prompts)} prompts in use, e.g. "
+          f"{model.prompts[numbers[0]]!r}; balanced; {run.folder / 'prompts.csv'}")
+    if config.clusters:
+        members = [train[cluster == k] for k in range(config.clusters)]
+        shuffle = torch.Generator().manual_seed(args.seed)
+        rows = [images.batch(own[torch.randperm(len(own), generator=shuffle)[:10]])
+                for own in members]
+        data.save_grid(run.folder / "morphologies.png", rows, captions=[
+            f"{k}: {len(own)} images" for k, own in enumerate(members)])
+    return numbers
+
+
+def preview(model, images, sources, labels, step, folder):
+    """grid_STEP.png: real held-out images, their VAE reconstructions, samples made from them, or
+    from the prompts that fit them."""
+    device, config = model.shift.device, model.config
     real = images.batch(sources).to(device)
-    tokens = None if model.config.condition == "none" else model.embed(real)
-    samples = model.sample(tokens, seeds=list(range(len(sources))), steps=25, eta=0.5)
+    condition = None if config.condition == "none" else model.embed(real)
+    if model.prompts:
+        cluster = (model.cluster_of(condition).cpu() if config.clusters
+                   else torch.zeros(len(real), dtype=torch.int64))
+        numbers = prompt_numbers(config, labels and [labels[i] for i in sources], cluster)
+        condition = [model.prompts[number] for number in numbers]
+    samples = model.sample(condition, seeds=list(range(len(sources))), steps=25, eta=0.5)
     data.save_grid(folder / f"grid_{step:06d}.png",
                    [real.cpu(), model.decode(model.encode(real)).cpu(), samples.cpu()],
                    captions=["source", "VAE reconstruction", f"sample, step {step}"])
 
 
-def train_unet(args, run, model, images, sources, dtype):
+def train_unet(args, run, model, images, train, sources, labels, dtype):
     """The diffusion model itself, on cached latents and tokens; the model ends with EMA weights."""
     cache, steps, trained = Latents(run.folder / "cache"), args.unet_steps, model.trained
-    torch.set_float32_matmul_precision("high")  # not before: tokens need all of float32
     measure_statistics(args, model, cache)
+    if model.prompts:
+        numbers = derive_prompts(args, run, model, images, train, labels)
+        cache = Latents(run.folder / "cache", numbers, args.seed)
+    torch.set_float32_matmul_precision("high")  # not before: tokens need all of float32
     ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
     if args.compile:
         model.unet.compile()
 
     def loss_fn(batch, step, generator):
-        mean, std, tokens = batch
-        return model.loss(mean, std, model.standardise(tokens), generator)
+        mean, std, condition = batch
+        if not model.prompts:
+            condition = model.standardise(condition)
+        return model.loss(mean, std, condition, generator)
 
     if "unet" not in run.finished:
         for step in fit("unet", trained, loss_fn, cache, steps=steps, batch=args.batch, lr=args.lr,
@@ -511,7 +632,7 @@ def train_unet(args, run, model, images, sources, dtype):
             if step % max(1, steps // args.grids) == 0:
                 trained.eval()
                 with swapped(trained, ema):
-                    preview(model, images, sources, step, run.folder)
+                    preview(model, images, sources, labels, step, run.folder)
                     write_model(run, model)
                 draw_curves(run)
                 trained.train()
@@ -541,11 +662,15 @@ def parse(argv=None):
         description="Train DiNO-Diffusion. The default runs on a laptop without downloads.",
         formatter_class=data.Help)
     a = p.add_argument_group("data").add_argument
-    a("--data", default="cxr", help="cxr, phantoms, a folder of images, or a MedMNIST .npz")
-    a("--size", type=data.positive_int, help="image side in pixels (default: the preset's)")
+    a("--data", default="cxr", help="cxr, histology, phantoms, a folder of images, a MedMNIST "
+      ".npz, or PatchCamelyon's .h5")
+    a("--size", type=data.batch_int, help="image side in pixels (default: the preset's)")
     a("--holdout", default="0.15", help="share of groups that training never sees, or a file")
     a("--group-column", help="labels.csv column whose groups stay together (default: patient)")
     a("--count", type=data.positive_int, default=2400, help="how many phantoms to generate")
+    a("--label-column", help="labels.csv column for prompts (default: label if there; or none)")
+    a("--drop-outliers", action=argparse.BooleanOptionalAction,
+      help="leave out black, blank and blurred patches (default: of colour images)")
     a = p.add_argument_group("model").add_argument
     a("--preset", choices=PRESETS, default="tiny", help="64, 128, 256 or 512 px")
     a("--embedder", help="tiny, random, a path, or one of: " + ", ".join(
@@ -554,7 +679,11 @@ def parse(argv=None):
     a("--unet", help="train, a path, or sd15 (default: the preset's)")
     a("--tokens", choices=TOKEN_KINDS, default="global", help="which tokens condition; patch "
       "kinds are for the ablation: the model may copy")
-    a("--condition", choices=("dino", "none"), default="dino", help="none: unconditional control")
+    a("--condition", choices=("dino", "prompts", "labels", "none"), default="dino",
+      help="tokens; words from clusters of tokens (and labels); labels alone; unconditional")
+    a("--clusters", type=data.positive_int,
+      help="morphology types of --condition prompts (default: 33 with labels, 10 without)")
+    a("--template", help="of prompts, with <label> and <index> (default: the paper's)")
     a("--schedule", choices=("scaled_linear", "linear", "cosine"), default="scaled_linear",
       help="noise schedule")
     a("--prediction", choices=("v", "eps"), help="what the U-Net predicts (default v; sd15 eps)")
@@ -564,9 +693,9 @@ def parse(argv=None):
     a("--steps", type=data.positive_int, help="caps every stage")
     for stage in STAGES:
         a(f"--{stage}-steps", type=data.positive_int, help="overrides the preset and --steps")
-    a("--batch", type=data.positive_int, help="images a step of the U-Net")
-    a("--vae-batch", type=data.positive_int, help="of the VAE: small batches learn it faster")
-    a("--embedder-batch", type=data.positive_int, help="of the embedder")
+    a("--batch", type=data.batch_int, help="images a step of the U-Net")
+    a("--vae-batch", type=data.batch_int, help="of the VAE: small batches learn it faster")
+    a("--embedder-batch", type=data.batch_int, help="of the embedder")
     a("--accumulate", type=data.positive_int, default=1, help="parts a batch is cut into")
     a("--lr", type=data.positive_float, help="peak learning rate of the U-Net")
     a("--vae-lr", type=data.positive_float, help="peak learning rate of the VAE")
@@ -578,7 +707,7 @@ def parse(argv=None):
     a("--device", default="auto", help="auto, cuda, mps or cpu")
     a("--dtype", choices=("auto", "float32", "bf16"), default="auto", help="autocast")
     a("--compile", action="store_true", help="torch.compile the U-Net (minutes of warm-up)")
-    a("--workers", type=data.not_negative_int, default=0, help="processes that read images")
+    a("--workers", type=data.workers_int, default=0, help="processes that read images")
     a("--grids", type=data.positive_int, default=5, help="sample grids drawn in a run")
     a("--out", help="the run's folder (default: runs/NAME)")
     a("--resume", action="store_true", help="go on where the run stopped")
@@ -625,19 +754,35 @@ def main(argv=None):
                           "unet_config": asdict(UNETS[args.preset])}, indent=2))
         return 0
     began, device = time.time(), data.pick_device(args.device)
-    images = data.open_dataset(args.data, args.size, seed=args.seed, count=args.count)
+    images = data.open_dataset(args.data, args.size, args.seed, args.count, whole=True)
     print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
     train, test = data.split_holdout(images, args.holdout, args.seed, args.group_column)
+    outliers = find_outliers(args, images)
+    dropped = torch.tensor([number for number, _ in outliers], dtype=torch.int64)
+    train, test = (part[~torch.isin(part, dropped)] for part in (train, test))
+    if not len(train):
+        raise UserError(f"all {len(images)} images are outliers, or held out: some must be left to "
+                        "train on: pass --no-drop-outliers")
+    rows, labels = torch.cat([train, test]).tolist(), None
+    if args.condition in ("prompts", "labels"):
+        labels = find_labels(args, images, rows)
     with user_errors():
-        model = build_model(args, images).to(device)
+        model = build_model(args, images, *plan_prompts(args, labels, rows)).to(device)
     run = Run(args.out, config, args.resume)
     run.catch_signals()
     run.write_split(images, train, test, args.group_column)
+    if images.unreadable:
+        data.write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable])
+    if outliers:
+        data.write_csv(run.folder / "outliers.csv", [["file", "reason"]] + [
+            [images.files[i], reason] for i, reason in outliers])
+        print(f"{len(outliers)} outliers left out, named in {run.folder / 'outliers.csv'}")
     print(f"{len(train)} images to train on, {len(test)} held out; {args.size} px; {device}, "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads; run: {run.folder}")
     print(f"U-Net and projection: {sum(p.numel() for p in model.trained.parameters()) / 1e6:.1f} M "
-          f"parameters; context {tuple(model.projection.null_context.shape)} from {args.tokens} "
-          f"tokens {model.config.token_shape} of embedder {args.embedder}")
+          f"parameters; context {tuple(model.context(None, 1)[0].shape[1:])}; condition "
+          f"{args.condition}; {args.tokens} tokens {model.config.token_shape} of embedder "
+          f"{args.embedder}")
     if args.tokens.startswith("patch"):
         print("note: patch tokens hold the layout of the source; the model may copy it")
     half, pictures = data.autocast_dtype(device, args.dtype), Pictures(images, train)
@@ -650,7 +795,7 @@ def main(argv=None):
         build_cache(run, model, images, train, 4 * args.vae_batch, args.workers)
         if device.type == "cpu" and args.dtype == "auto":
             half = torch.float32  # bf16 brings the U-Net nothing on a CPU (measured)
-        train_unet(args, run, model, images, sources, half)
+        train_unet(args, run, model, images, train, sources, labels, half)
     except Stopped as stopped:
         print(f"saved. Go on with: python train.py --resume --out {shlex.quote(args.out)}")
         return 128 + stopped.args[0]
@@ -663,19 +808,21 @@ def main(argv=None):
                                                        seed=args.seed)
     write_model(run, model)
     draw_curves(run)
-    table = [",".join(["file", *images.columns])]
+    table = [["file", *images.columns]]
     for i in sources.tolist():
         example = run.folder / "held_out" / f"{Path(images.files[i]).stem}.png"
+        if example.name in {row[0] for row in table}:  # another folder's image of that name
+            example = example.with_stem(f"{i}_{example.stem}"[:60])
         data.save_png(example, images[i])
-        cells = [column[i].replace(",", ";") for column in images.columns.values()]
-        table.append(",".join([example.name, *cells]))
-    data.write_text_atomic(run.folder / "held_out" / "labels.csv", "\n".join(table) + "\n")
+        table.append([example.name, *(column[i] for column in images.columns.values())])
+    data.write_csv(run.folder / "held_out" / "labels.csv", table)
     (run.folder / "lock").unlink()
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     print(f"done in {(time.time() - began) / 60:.1f} minutes: {run.folder}/model.pt\n"
           f"next: python sample.py --checkpoint {shlex.quote(args.out)} " + (
               "--random --count 16" if args.condition == "none" else
+              f"--prompt {shlex.quote(model.prompts[0])} --count 16" if model.prompts else
               f"--from-image {shlex.quote(str(example))} --count 4"))
     return 0
 

@@ -3,7 +3,9 @@
 import argparse
 import io
 import os
+import pickle
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,6 +313,93 @@ def patients(tmp_path, count=60):
     rows = [f"{i:03d}.png,p{i // 3},{i % 2},one" for i in range(count)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,Patient ID,sex,same"] + rows))
     return opened(tmp_path)
+
+
+def kaggle_folder(tmp_path, ids, rows):
+    for name in ids:
+        image = Image.fromarray(np.full((8, 8, 3), 100, np.uint8))
+        (tmp_path / "train").mkdir(exist_ok=True)
+        image.save(tmp_path / "train" / f"{name}.tif")
+    (tmp_path / "test").mkdir()
+    image.save(tmp_path / "test" / "unseen.tif")
+    (tmp_path / "train_labels.csv").write_text("id,label\n" + "".join(
+        f"{name},{label}\n" for name, label in rows))
+    return tmp_path
+
+
+def test_patchcamelyon_of_kaggle(tmp_path):
+    """train_labels.csv with id,label beside train/*.tif: labels become words, test/ is left out;
+    the folder train/ alone reads the same."""
+    folder = kaggle_folder(tmp_path, ["aa", "bb", "cc"], [("cc", 1), ("aa", 0), ("bb", 1)])
+    for place in (folder, folder / "train"):
+        images = data.open_dataset(place, 8)
+        assert images.files == ["aa.tif", "bb.tif", "cc.tif"]
+        assert images.columns == {"label": ["healthy", "cancer", "cancer"]}
+
+
+def test_kaggle_rows_without_images_are_refused(tmp_path):
+    """An id without its .tif: one error with the count and the first name."""
+    folder = kaggle_folder(tmp_path, ["aa"], [("aa", 0), ("gone", 1), ("lost", 1)])
+    with pytest.raises(UserError, match="names 2 images that .*gone.*unpack"):
+        data.open_dataset(folder, 8)
+
+
+@pytest.fixture
+def h5py_of_dicts(monkeypatch):
+    """A stand-in for h5py, which reads .npz files: so the pair is tested without the package."""
+    def opened(path, mode):
+        return np.load(open(path, "rb"), allow_pickle=False)
+
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=opened))
+
+
+def write_pair(folder, x, y):
+    for part, array in (("x", x), ("y", y)):
+        with open(folder / f"camelyon_valid_{part}.h5", "wb") as file:
+            np.savez(file, **{part: array})
+    return folder / "camelyon_valid_x.h5"
+
+
+def test_patchcamelyon_as_h5(tmp_path, h5py_of_dicts):
+    """The published pair: images by row, y (N, 1, 1, 1) becomes words, either file names both."""
+    x = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    path = write_pair(tmp_path, x, np.array([0, 1, 1, 0]).reshape(4, 1, 1, 1))
+    for name in (path, tmp_path / "camelyon_valid_y.h5"):
+        images = data.open_dataset(name, None)
+        assert images.columns == {"label": ["healthy", "cancer", "cancer", "healthy"]}
+        assert torch.equal(images[2], torch.from_numpy(x[2]).permute(2, 0, 1) / 127.5 - 1)
+    assert pickle.loads(pickle.dumps(images.sources))[1].shape == (8, 8, 3)  # for workers
+
+
+@pytest.mark.parametrize("x,y", [
+    (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3)),
+    (np.zeros((4, 8, 8, 3), np.float32), np.zeros(4)),
+    (np.zeros((4, 8, 8), np.uint8), np.zeros(4)), (None, None)])
+def test_bad_h5_is_refused(tmp_path, h5py_of_dicts, x, y):
+    """Unequal lengths, other types or shapes, a missing half."""
+    path = tmp_path / "camelyon_valid_x.h5"
+    path.write_bytes(b"no h5") if x is None else write_pair(tmp_path, x, y)
+    with pytest.raises(UserError, match="camelyon_valid_x.h5"):
+        data.open_dataset(path, 8)
+
+
+def test_h5_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    """h5py is asked for only where such a file is given."""
+    (tmp_path / "a_x.h5").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UserError, match="pip install h5py"):
+        data.open_dataset(tmp_path / "a_x.h5", 8)
+
+
+def test_outliers():
+    """Black, blank and blurred patches are found; sharp tissue, and bright fat with walls, stay."""
+    tissue = data.open_dataset("histology", 96, count=40).batch(range(40))
+    assert data.find_outliers(tissue) == [""] * 40
+    fat = torch.full((1, 3, 96, 96), 0.9)
+    fat[..., ::12] = 0.1
+    odd = torch.cat([torch.full((1, 3, 96, 96), -0.9), torch.full((1, 3, 96, 96), 0.95),
+                     torch.nn.functional.avg_pool2d(tissue[:1], 25, 1, 12), fat])
+    assert data.find_outliers(odd) == ["black", "blank", "out of focus", ""]
 
 
 def test_split_keeps_patients_together(tmp_path):

@@ -284,6 +284,195 @@ def test_samples_can_be_judged_as_they_lie(finished, tmp_path):
                      str(tmp_path / "a")])
 
 
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory):
+    """A finished run on histology phantoms: 3 clusters x 2 labels."""
+    folder = tmp_path_factory.mktemp("runs") / "prompted"
+    assert train.main([*TINY, "--data", "histology", "--condition", "prompts", "--clusters", "3",
+                       "--out", str(folder)]) == 0
+    return folder
+
+
+def test_prompts_are_derived_from_the_images(prompted):
+    """prompts.csv: every training image with its label, its cluster and the words for both; the
+    clusters are K-means on the cached tokens, and the sheet has a row for each."""
+    rows = list(csv.DictReader(open(prompted / "prompts.csv")))
+    split = {r["file"]: r["split"] for r in csv.DictReader(open(prompted / "split.csv"))}
+    assert {row["file"] for row in rows} == {f for f, part in split.items() if part == "train"}
+    words = ("zero", "one", "two")
+    for row in rows:
+        assert row["prompt"] == (f"Histology image of {row['label']} tissue, morphology type "
+                                 f"{words[int(row['cluster'])]}")
+    images = data.open_dataset("histology", 32, count=40)
+    truth = dict(zip(images.files, images.columns["label"]))
+    assert all(row["label"] == truth[row["file"]] for row in rows)
+    model, _ = sample.load_model(prompted, torch.device("cpu"))
+    tokens = torch.from_numpy(np.load(prompted / "cache/tokens.npy"))
+    assert model.cluster_of(model.standardise(tokens)).tolist() == [int(r["cluster"]) for r in rows]
+    assert model.prompt_counts.sum() == len(rows)
+    assert Image.open(prompted / "morphologies.png").height > 3 * 128
+
+
+@pytest.mark.parametrize("condition,clusters,prompts", [
+    ("prompts", None, 10), ("labels", None, 2), ("prompts", "4", 8)])
+def test_conditions_make_their_prompts(tmp_path, condition, clusters, prompts):
+    """X-rays without labels: ten types; labels alone: two prompts; 4 clusters x 2 labels: eight."""
+    source = "phantoms" if prompts == 10 else "histology"
+    flags = ["--clusters", clusters] if clusters else []
+    assert train.main([*TINY, "--steps", "1", "--data", source, "--condition", condition, *flags,
+                       "--out", str(tmp_path / "run")]) == 0
+    model, _ = sample.load_model(tmp_path / "run", torch.device("cpu"))
+    assert len(model.prompts) == prompts
+    assert model.prompts[-1] == {
+        10: "Chest X-Ray image with morphology type nine", 2: "Histology image of healthy tissue",
+        8: "Histology image of healthy tissue, morphology type three"}[prompts]
+
+
+def test_a_resumed_prompt_run_equals_one_never_stopped(prompted, tmp_path, monkeypatch):
+    """Stopped in the U-Net stage and resumed: the clusters are kept, weights equal bit for bit."""
+    look = train.Run.log
+
+    def stop(self, **row):
+        look(self, **row)
+        if (row["stage"], row["step"]) == ("unet", 2):
+            self.stop_signal = signal.SIGINT
+
+    flags = [*TINY, "--data", "histology", "--condition", "prompts", "--clusters", "3",
+             "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log", stop)
+        assert train.main(flags) == 130
+    monkeypatch.setattr(train, "kmeans", None)  # a second fit would fail
+    assert train.main([*flags, "--resume"]) == 0
+    ours, theirs = (torch.load(f / "model.pt", weights_only=True)
+                    for f in (tmp_path / "run", prompted))
+    for part in ("unet", "projection", "statistics"):
+        for name, tensor in theirs[part].items():
+            assert torch.equal(ours[part][name], tensor), name
+
+
+def test_every_prompt_comes_equally_often(prompted):
+    """One epoch of the balanced cache holds each prompt the same number of times, and all images
+    of the commonest one."""
+    numbers = torch.tensor([0] * 20 + [2] * 5 + [3] * 9)
+    cache = train.Latents(prompted / "cache", numbers)
+    mean, std, condition = cache.__getitems__(list(range(len(cache))))
+    assert condition.bincount().tolist() == [20, 0, 20, 20]
+    assert mean.shape == std.shape and len(set(cache.order[condition == 0].tolist())) == 20
+
+
+def test_samples_by_prompt_and_a_balanced_labelled_set(prompted, tmp_path):
+    """--prompt writes --count images of the words; --each-prompt N of every prompt in use, with
+    labels from the table; the folder opens as a labelled data set."""
+    flags = ["--checkpoint", str(prompted), "--steps", "2", "--device", "cpu"]
+    words = "Histology image of cancer tissue, morphology type two"
+    assert sample.main(["--prompt", words, "--count", "3", *flags, "--out",
+                        str(tmp_path / "a")]) == 0
+    rows = list(csv.DictReader(open(tmp_path / "a/samples.csv")))
+    assert [(r["prompt"], r["label"], r["seed"]) for r in rows] == [
+        (words, "cancer", str(i)) for i in range(3)]
+    assert sample.main(["--each-prompt", "2", *flags, "--out", str(tmp_path / "b")]) == 0
+    used = {row["prompt"] for row in csv.DictReader(open(prompted / "prompts.csv"))}
+    made = data.open_dataset(tmp_path / "b", 32)
+    assert sorted(made.columns["prompt"]) == sorted([*used, *used])
+    assert all(label in prompt for label, prompt in zip(made.columns["label"],
+                                                        made.columns["prompt"]))
+    assert sample.main(["--random", "--count", "4", "--guidance", "3", *flags, "--out",
+                        str(tmp_path / "c")]) == 0
+
+
+def test_the_same_prompt_and_seed_give_the_same_image_whatever_the_company(prompted):
+    """A prompt's length does not change its neighbours: padding is masked, K is one for all."""
+    model, _ = sample.load_model(prompted, torch.device("cpu"))
+    short, long = "cancer", model.prompts[0]
+    alone = model.sample([short], [5], steps=2, guidance_scale=2.0)
+    beside = model.sample([long, short], [4, 5], steps=2, guidance_scale=2.0)
+    assert torch.allclose(alone[0], beside[1], atol=1e-5)  # float32 sums in another order
+    other = model.sample([long], [5], steps=2)
+    assert not torch.allclose(alone[0], other[0], atol=1e-5)  # after four steps they differ little
+
+
+def test_the_empty_prompt_is_the_null_condition(prompted):
+    """At guidance 1 the empty prompt and no condition give one and the same image."""
+    model, _ = sample.load_model(prompted, torch.device("cpu"))
+    assert torch.equal(model.sample([""], [0], steps=2), model.sample(None, [0], steps=2))
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--from-image", "x.png"], "--prompt"),
+    (["--prompt", "image of a seventeen legged cat"], "cat"),
+    (["--prompt", "cancer " * 40], "at most"),
+])
+def test_a_prompt_model_refuses_what_it_cannot_follow(prompted, tmp_path, flags, says):
+    """Unknown words list the known ones; images are no condition here; nothing is written."""
+    with pytest.raises(UserError, match=says):
+        sample.main([*flags, "--checkpoint", str(prompted), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_clusters_and_classify_print_and_write(prompted, tmp_path, capsys):
+    """The two tables of evaluate.py on a prompt run: clusters against the true morphologies, and
+    a classifier trained on samples alone."""
+    flags = ["--checkpoint", str(prompted), "--seeds", "0", "--device", "cpu"]
+    sample.main(["--each-prompt", "2", "--checkpoint", str(prompted), "--steps", "1", "--out",
+                 str(tmp_path / "made")])
+    evaluate.main(["clusters", *flags])
+    table = json.loads((prompted / "clusters.json").read_text())
+    assert any("K = 3" in name for name in table)
+    assert all(0 <= row["homogeneity"] <= 1 for row in table.values())
+    evaluate.main(["classify", *flags, "--cnn-steps", "2", "--turns", "--train",
+                   str(tmp_path / "made")])
+    table = json.loads((prompted / "classify.json").read_text())
+    assert [row["images"] for row in table.values()] == [len(list(csv.DictReader(open(
+        prompted / "prompts.csv")))), len(list((tmp_path / "made/images").iterdir()))]
+    with pytest.raises(UserError, match="follows prompts"):
+        evaluate.main(["resemble", *flags])
+
+
+def test_outliers_are_left_out_and_named(tmp_path):
+    """Black, blank and blurred patches of a colour folder are dropped and listed with a reason."""
+    images = data.open_dataset("histology", 64, count=24)
+    for i in range(24):
+        data.save_png(tmp_path / f"patches/{i:02d}.png", images[i])
+    data.save_png(tmp_path / "patches/black.png", torch.full((3, 64, 64), -0.95))
+    data.save_png(tmp_path / "patches/white.png", torch.full((3, 64, 64), 0.95))
+    data.save_png(tmp_path / "patches/blur.png", torch.nn.functional.avg_pool2d(
+        images[3][None], 31, 1, 15)[0])
+    flags = [*TINY, "--steps", "1", "--data", str(tmp_path / "patches"), "--size", "64"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    rows = {r["file"]: r["reason"] for r in csv.DictReader(open(tmp_path / "run/outliers.csv"))}
+    assert rows == {"black.png": "black", "white.png": "blank", "blur.png": "out of focus"}
+    listed = {r["file"] for r in csv.DictReader(open(tmp_path / "run/split.csv"))}
+    assert not listed & set(rows) and len(listed) == 24
+    assert train.main([*flags, "--no-drop-outliers", "--out", str(tmp_path / "all")]) == 0
+    assert not (tmp_path / "all/outliers.csv").exists()
+
+
+@pytest.mark.parametrize("table,flags,says", [
+    (None, ["--condition", "labels"], "no label column 'label'"),
+    ("file,label\n00.png,a\n01.png,b\n", ["--label-column", "grade"], "no label column 'grade'"),
+    ("file,label\n" + "".join(f"{i:02d}.png,a\n" for i in range(12)), [], "holds only 'a'"),
+    ("file,label\n" + "".join(f"{i:02d}.png,{'ab'[i % 2] * (i > 0)}\n" for i in range(12)), [],
+     "is empty for 1 images"),
+    ("file,label\n" + "".join(f"{i:02d}.png,{'ab'[i % 2]}\n" for i in range(12)),
+     ["--clusters", "50"], "--clusters 50 for"),
+    ("file,label\n" + "".join(f"{i:02d}.png,{'ab'[i % 2]}\n" for i in range(12)),
+     ["--clusters", "2", "--template", "a photo of <label>"], "lacks <index>"),
+])
+def test_labels_that_make_no_prompts_are_refused(tmp_path, table, flags, says):
+    """Missing or one-valued columns, empty cells, too many clusters, a template that does not fit:
+    one clear error each, nothing written."""
+    images = data.open_dataset("phantoms", 32, count=12)
+    for i in range(12):
+        data.save_png(tmp_path / f"in/{i:02d}.png", images[i])
+    if table:
+        (tmp_path / "in/labels.csv").write_text(table)
+    with pytest.raises(UserError, match=says):
+        train.main([*TINY, "--data", str(tmp_path / "in"), "--condition", "prompts", *flags,
+                    "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resume_with_other_images_is_refused(tmp_path, monkeypatch):
     """Images that came or went since the start: an error, and split.csv stays as it was."""
     log = train.Run.log

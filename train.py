@@ -344,7 +344,7 @@ class Latents(Dataset):
         return len(self.order)
 
     def __getitems__(self, rows):
-        rows = self.order[rows]
+        rows = self.order[rows].numpy()  # a tensor of one row would index like a number
         latents = torch.from_numpy(self.latents[rows].astype(np.float32))
         condition = (torch.from_numpy(self.tokens[rows]) if self.prompts is None
                      else self.prompts[rows])

@@ -35,15 +35,16 @@ from evaluate import (RandomFeatures, batches_of, bootstrap_interval, choose, co
 
 STYLE = """*{box-sizing:border-box} [hidden]{display:none} h1,figcaption,p{overflow-wrap:anywhere}
 body{margin:0;background:#f5f6f8;color:#1d2733;font:16px/1.5 system-ui,sans-serif}
-main{max-width:1120px;margin:auto;padding:0 1rem} figure{margin:0} h2,h3{margin:0 0 .5rem}
+main{max-width:1120px;margin:auto;padding:0 1rem} figure,p{margin:0} h2,h3,h4{margin:0 0 .5rem}
 section{background:#fff;border:1px solid #dde2e8;border-radius:10px;padding:1rem;margin:0 0 1rem}
 .grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .grid>*{min-width:0} .wide{grid-column:1/-1} .wide img{min-width:min(40rem,160vw)}
 .box{overflow:auto;max-height:36rem} img{display:block;max-width:100%} svg{max-width:40rem}
 figcaption,.note{color:#566373;font-size:.88rem} text{font-size:11px;fill:#566373}
 table{border-collapse:collapse;font-size:.88rem;margin:0 0 1rem} tr>:first-child{text-align:left}
-td,th{padding:.25rem .7rem;border-bottom:1px solid #e6eaee;text-align:right;min-width:5rem}
-.row{display:flex;flex-wrap:wrap;gap:.6rem;justify-content:center} progress{width:100%}
+td,th{padding:.25rem .7rem;border-bottom:1px solid #e6eaee;text-align:right}
+td+td{white-space:nowrap} progress{width:100%}
+.row{display:flex;flex-wrap:wrap;gap:.6rem;justify-content:center;margin:.6rem}
 button{font:inherit;padding:.7rem 1.1rem;border:1px solid #b6c0cb;border-radius:8px}
 .main{background:#00629b;color:#fff} #picture{width:min(100%,58vh);margin:auto}"""
 
@@ -60,7 +61,8 @@ function act(state, event, total) {  // -> the state after a key; shortcuts and 
 }
 function table(state, ids) {  // -> the CSV file of answers
   const reader = '"' + state.reader.replaceAll('"', '""') + '"';
-  return "reader,file,answer\\n" + ids.map((id, i) => [reader, id, state.answers[i]] + "\\n").join("");
+  const rows = ids.map((id, i) => [reader, id, state.answers[i]].join());
+  return ["reader,file,answer", ...rows, ""].join("\\n");
 }
 """
 SCREEN = """
@@ -73,11 +75,11 @@ function show(next) {
   try { localStorage.setItem(place, JSON.stringify(state)); }
   catch { find("kept").textContent = "This browser keeps nothing: please finish in one go."; }
   const done = state.at === total, answer = state.answers[state.at];
-  find("picture").hidden = done;
+  for (const part of ["picture", "real", "synthetic"]) find(part).hidden = done;
   find("save").hidden = !done;
   find("bar").value = state.at / total;
   find("count").textContent = done ? "All are answered, thank you: now save your answers."
-    : `${state.at + 1} of ${total}` + (answer ? `, so far ${answer}` : "");
+    : `${state.at + 1} of ${total}` + (answer ? `, so far: ${answer}` : "");
   if (!done) find("picture").src = "data:image/png;base64," + pictures[state.at];
 }
 document.onkeydown = event => {
@@ -98,13 +100,15 @@ find("save").onclick = () => {
 };
 show(state);
 """
-READERS = """<h1>Real or synthetic?</h1><section><p>Some of these {count} images are real, some were
-made by a computer. Say of each what you think it is. Nothing leaves this page: at the end you save a
-file of your answers, and hand it in.</p><progress id="bar"></progress><p id="count" class="row"></p>
-<img id="picture" alt="the image to judge"><p class="row"><button id="save" class="main">Save the
-answers</button><button value="r" class="main">Real (R)</button><button value="s" class="main">
-Synthetic (S)</button><button value="backspace">Back (&larr;)</button><button id="anew">Another
-reader</button></p><p id="kept" class="note"></p></section>
+READERS = """<h1>Real or synthetic?</h1><section><p>Some of these {count} images are real, some
+were made by a computer. Say of each what you think it is. Nothing leaves this page: at the end you
+save a file of your answers, and hand it in.</p><progress id="bar"></progress>
+<p id="count" class="row"></p><img id="picture" alt="the image to judge"><p class="row">
+<button id="save" class="main">Save the answers</button>
+<button id="real" value="r" class="main">Real (R)</button>
+<button id="synthetic" value="s" class="main">Synthetic (S)</button>
+<button value="backspace">Back (&larr;)</button><button id="anew">Another reader</button></p>
+<p id="kept" class="note"></p></section>
 <script>const ids = {ids}, pictures = {pictures};{script}</script>"""
 
 
@@ -124,7 +128,8 @@ style-src 'unsafe-inline'; script-src {scripts}; form-action 'none'; base-uri 'n
 def text_of(leaf):
     """A leaf of JSON as short text; two values are an interval."""
     if isinstance(leaf, list):
-        return (" to " if len(leaf) == 2 else ", ").join(map(text_of, leaf))
+        more = [f"... ({len(leaf):,} values)"] * (len(leaf) > 8)
+        return (" to " if len(leaf) == 2 else ", ").join([*map(text_of, leaf[:8]), *more])
     return "" if leaf is None else f"{leaf:.4g}" if isinstance(leaf, float) else str(leaf)
 
 
@@ -140,27 +145,31 @@ def html_table(rows):
     ).replace("td>", "th>", 2 * len(lines[0])) + "</table></div>"
 
 
-def walk(value, path=()):
-    """(path, leaf) of each leaf of any JSON; a list of dicts is a dict numbered from 1."""
+def walk(value, way=()):
+    """(way, leaf) of each leaf of any JSON; a list of dicts is a dict numbered from 1."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         value = dict(enumerate(value, 1))
-    if not (isinstance(value, dict) and value):
-        yield path, value
-        return
-    for name, item in value.items():
-        yield from walk(item, (*path, str(name)))
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from walk(item, (*way, str(name)))
+    else:
+        yield way, value
 
 
-def html_json(value):
-    """Tables of any JSON: the outermost dict around a leaf that itself holds leaves is its row."""
-    leaves, tables = dict(walk(value)), {}
-    holders = {path[:-1] for path in leaves}
-    for path, leaf in leaves.items():
-        k = next((k for k in range(1, len(path)) if path[:k] in holders), 0)  # 0: not in any row
-        rows = tables.setdefault(path[:k - 1] if k else None, {})
-        rows.setdefault(path[k - 1] if k else "", {})[" ".join(path[k:])] = leaf
-    return "".join(f"<h4>{escape(' '.join(title or ()))}</h4>{html_table(rows)}"
-                   for title, rows in tables.items())
+def html_json(path):
+    """A JSON file as tables: a leaf's row is the outermost dict on its way that holds leaves."""
+    leaves, line, tables = dict(walk(json.loads(path.read_bytes()))), [], {}
+    holders = {way[:-1] for way in leaves}
+    for way, leaf in leaves.items():
+        k = next((k for k in range(1, len(way)) if way[:k] in holders), 0)
+        if k:
+            rows = tables.setdefault(" ".join(way[:k - 1]), {})
+            rows.setdefault(way[k - 1], {})[" ".join(way[k:])] = leaf
+        else:
+            line.append(f"{escape(' '.join(way))} <b>{escape(text_of(leaf))}</b>")
+    parts = [f"<h4>{escape(title)}</h4>{html_table(rows)}" for title, rows in tables.items()]
+    return (f"<div class=wide><h3>{escape('/'.join(path.parts[-2:]))}</h3>"
+            f"<p>{' &middot; '.join(line)}</p>{''.join(parts)}</div>")
 
 
 def svg_chart(series, xlabel, ylabel, dots=False):
@@ -172,13 +181,14 @@ def svg_chart(series, xlabel, ylabel, dots=False):
     every = np.concatenate(list(series.values()))
     low, size = every.min(axis=0), np.ptp(every, axis=0)
     low, size = low - size / 25 - 1e-9, 1.08 * size + 2e-9
+    digits = ".2g" if dots else ".0f"  # steps are whole
     parts = [f'<text x="50" y="14">{escape(ylabel)}</text>'
              f'<text x="390" y="278" text-anchor="end">{escape(xlabel)}</text>']
     for k in (0.1, 0.3, 0.5, 0.7, 0.9):  # grid lines with their values
         (x, y), right, down = low + k * size, 50 + 340 * k, 240 - 215 * k
         parts.append(f'<path d="M50 {down}H390M{right} 25V240" stroke="#e6eaee"/><text x="45" y='
                      f'"{down + 4}" text-anchor="end">{y if dots else 10 ** y:.2g}</text><text x='
-                     f'"{right}" y="256" text-anchor="middle">{x:.4g}</text>')
+                     f'"{right}" y="256" text-anchor="middle">{x:{digits}}</text>')
     for colour, points in zip(COLOURS, series.values()):
         places = [f"{50 + 340 * x:.1f},{240 - 215 * y:.1f}" for x, y in (points - low) / size]
         path = "".join(f"M{p}h0" for p in places) if dots else "M" + "L".join(places)
@@ -207,8 +217,8 @@ def html_picture(path):
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         wide = " class=wide" * (image.width > 1.8 * image.height)
     return (f'<figure{wide}><div class=box><img alt="" src="data:image/png;base64,'
-            f'{base64.b64encode(content).decode()}"></div><figcaption>{escape(path.parent.name)}/'
-            f"{escape(path.name)}</figcaption></figure>")
+            f'{base64.b64encode(content).decode()}"></div>'
+            f"<figcaption>{escape('/'.join(path.parts[-2:]))}</figcaption></figure>")
 
 
 def feature_map(run, config, where, count):
@@ -217,6 +227,8 @@ def feature_map(run, config, where, count):
     Mean and axes come from the real images and serve all: sets scaled apart would seem alike.
     """
     files, size = sorted(run.glob("samples/*/images/*.png")), config["size"]
+    if not files:
+        raise ValueError("no samples yet: make some with python sample.py --random --count 64")
     images = open_dataset(where or config["data"], size, config["seed"], config["count"])
     parts = zip(("training", "held out"), read_split(run / "split.csv", images))
     sets = {name: batches_of(images, choose(rows, count), 32) for name, rows in parts if len(rows)}
@@ -232,57 +244,56 @@ def feature_map(run, config, where, count):
 
 
 def report(args):
-    """Write one page about a run: all that its folder holds; what cannot be shown is named there."""
+    """Write one page about a run, of all that its folder holds; it names what it cannot show."""
     run = Path(args.run or resolve_checkpoint().parent)
     try:
         config = dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{run} is no run ({error})", "a folder with config.json is needed",
                         "pass runs/NAME") from error
-
-    def table(path):
-        name, value = path.relative_to(run).as_posix(), json.loads(path.read_bytes())
-        return f"<div class=wide><h3>{escape(name)}</h3>{html_json(value)}</div>"
-
     body, notes, seen = f"<h1>Run {escape(run.resolve().name)}</h1>", [], {run / "curves.png"}
     for title, pattern, show in (
-            ("Training loss", "log.jsonl", loss_charts),
+            ("Settings", "config.json", html_json), ("Training loss", "log.jsonl", loss_charts),
             ("Sources, their VAE reconstructions, samples", "grid_*.png", html_picture),
-            ("Samples and interpolations, sources at the sides", "samples/*/grid.png", html_picture),
-            ("Real and synthetic images on one map", "samples",
+            ("Samples and interpolations, beside sources", "samples/*/grid.png", html_picture),
+            ("Real and synthetic images on one map", "split.csv",
              lambda path: feature_map(run, config, args.data, args.count or 200)),
-            ("Settings", "config.json", table), ("Evaluation", "**/*.json", table),
-            ("More pictures", "**/*.png", html_picture)):
-        paths = [path for path in sorted(run.glob(pattern), reverse=True) if path not in seen
-                 and not {"cache", "held_out", "images"} & set(path.relative_to(run).parts)]
+            ("Evaluation", "**/*.json", html_json), ("More pictures", "**/*.png", html_picture)):
+        paths = [path for path in sorted(run.glob(pattern), reverse=True) if not (
+            path in seen or {"cache", "held_out"} & set(path.relative_to(run).parts)
+            or path.parent.name == "images" and path.suffix == ".png")]  # single samples
+        missing = [f"there is no {pattern}"] * (not paths)
+        missing += [f"{path}: not shown, beyond 24 files" for path in paths[24:]]
         body += f"<section><h2>{title}</h2><div class=grid>"
-        notes += [f"{title}: there is no {pattern}"] * (not paths)
-        notes += [f"{title}: not shown, beyond 24 files: {path}" for path in paths[24:]]
         for path in paths[:24]:
             try:
                 if not path.resolve().is_relative_to(run.resolve()):
                     raise ValueError("a link out of the run's folder")
                 body += show(path)
             except Exception as error:  # a damaged file makes readers raise nearly any type
-                notes.append(f"{title}: {path}: {str(error) or type(error).__name__}")
-        body += "</div></section>"
+                missing.append(f"{path}: {str(error) or type(error).__name__}")
+        lines = "".join(f"<p class=note>{escape(note)}</p>" for note in missing)
+        body += f"{lines}</div></section>"
+        notes += [f"note: {title}: {note}" for note in missing]
         seen |= set(paths)
-    body += "".join(f"<p class=note>{escape(note)}</p>" for note in [
-        *notes, "Not for clinical use. A generated image shows no patient."])
+    body += "<p class=note>Not for clinical use. A generated image shows no patient.</p>"
     out = Path(args.out or run / "report.html")
     write_text_atomic(out, page(f"Run {run.resolve().name}", body))
-    print(*(f"note: {note}" for note in notes), f"wrote {out}", sep="\n")
+    print(*notes, f"wrote {out}", sep="\n")
 
 
 # ---------------------------------------------------------------- the readers
 
 def make(args):
-    """Write the readers' page, which knows no truth, and the key, which does."""
+    """Write the readers' page, which knows no truth, and the key, which does.
+
+    All images become grey if the real ones are: a tint would give the synthetic ones away.
+    """
     sheet, key = Path(args.out, "readers.html"), Path(args.out, "key", "key.csv")
     if key.exists():
         raise UserError(f"{key} exists", "a key must not be lost", "pass another --out")
     seed, chosen, rows = secrets.randbits(63) if args.seed is None else args.seed, [], []
-    sets = {truth: open_dataset(path, None) for truth, path in zip(("real", "synthetic"), args.make)}
+    sets = dict(zip(("real", "synthetic"), (open_dataset(path, None) for path in args.make)))
     count = min(args.count or 50, *map(len, sets.values()))
     for truth, images in sets.items():
         print(f"{truth}: {count} of {images.note}", *images.problems, sep="\n  note: ")
@@ -302,8 +313,9 @@ def make(args):
         Image.fromarray(pixels.numpy()).save(file := io.BytesIO(), "PNG", compress_level=0)
         rows.append([f"{step_seed(seed, 'name', truth, source):016x}", truth, source, seed,
                      base64.b64encode(file.getvalue()).decode()])
-    if len({row[-1] for row in rows}) < len(rows):
-        raise UserError("some images are equal", "each must be of one kind", "look at the folders")
+    if len({row[-1] for row in rows}) < len({(row[1], row[-1]) for row in rows}):
+        raise UserError("a picture is on both sides", "each must be real or synthetic",
+                        "name other folders")
     rows.sort()  # by a hash: shuffled
     csv.writer(text := io.StringIO(), lineterminator="\n").writerows(
         [["file", "truth", "source", "seed"], *(row[:4] for row in rows)])
@@ -338,9 +350,10 @@ def score(args):
         readers, answers = ({row.get(column, "") for row in rows.values()}
                             for column in ("reader", "answer"))
         for bad, what, need, do in (
-                (rows.keys() - key.keys(), "unknown images", "images of the key are", "pass the key "
-                 "of that page"), (key.keys() - rows.keys(), "no answer to", "one to each image is",
-                                   "let the reader finish the page"),
+                (rows.keys() - key.keys(), "unknown images", "images of the key are",
+                 "pass the key of that page"),
+                (key.keys() - rows.keys(), "no answer to", "one to each image is",
+                 "let the reader finish the page"),
                 (answers - {"real", "synthetic"}, "other answers", "real or synthetic is",
                  "correct the file"),
                 (readers if len(readers) > 1 else readers & {"", *said}, "readers", "one "
@@ -356,14 +369,15 @@ def score(args):
         for name, columns in [*zip(names, part.T[:, :, None]), ("median", part)]:
             table[name] |= {figure: float(np.median(columns.mean(axis=0))), f"{figure}, 95 %":
                             bootstrap_interval(lambda x: np.median(x.mean(axis=0)), columns)}
-    print(f"{len(names)} readers, {synthetic.sum()} synthetic (positive) and {(~synthetic).sum()} "
-          "real images; intervals by bootstrap over images: they say nothing of other readers")
+    print(f"readers: {len(names)}; images: {synthetic.sum()} synthetic (positive), "
+          f"{(~synthetic).sum()} real; intervals by bootstrap over images, not over readers")
     print_table(table)
     agreement = {}
     for kind, part in (("real", said[~synthetic]), ("synthetic", said[synthetic])):
-        low, high = bootstrap_interval(lambda x: pair_kappas(x)[0], part, rounds=200)
-        figures = dict(zip(("mean", "sd", "pairs", "low", "high"), (*pair_kappas(part), low, high)))
-        agreement[kind] = {name: float(x) if math.isfinite(x) else None for name, x in figures.items()}
+        mean, sd, pairs = pair_kappas(part)
+        row = {"mean": mean, "sd": sd, "pairs": pairs, "95 %": bootstrap_interval(
+            lambda x: pair_kappas(x)[0], part, rounds=200)}
+        agreement[kind] = {name: x if np.isfinite(x).all() else None for name, x in row.items()}
     if len(names) < 2:
         print("Cohen's kappa is not defined for one reader: two are needed: pass more files")
     else:

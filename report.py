@@ -259,11 +259,12 @@ def report(args):
             ("Real and synthetic images on one map", "split.csv",
              lambda path: feature_map(run, config, args.data, args.count or 200)),
             ("Evaluation", "**/*.json", html_json), ("More pictures", "**/*.png", html_picture)):
-        paths = [path for path in sorted(run.glob(pattern), reverse=True) if not (
+        paths = sorted((path for path in run.glob(pattern) if not (
             path in seen or {"cache", "held_out"} & set(path.relative_to(run).parts)
-            or path.parent.name == "images" and path.suffix == ".png")]  # single samples
+            or path.parent.name == "images" and path.suffix == ".png")),  # single samples
+            key=lambda path: (len(path.parts), path), reverse=pattern == "grid_*.png")
         missing = [f"there is no {pattern}"] * (not paths)
-        missing += [f"{path}: not shown, beyond 24 files" for path in paths[24:]]
+        missing += [f"{len(paths) - 24} more files, from {path} on" for path in paths[24:25]]
         body += f"<section><h2>{title}</h2><div class=grid>"
         for path in paths[:24]:
             try:
@@ -311,7 +312,8 @@ def make(args):
         image = image.mean(dim=0, keepdim=True) if is_grey else image
         pixels = (image.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).squeeze(-1)
         Image.fromarray(pixels.numpy()).save(file := io.BytesIO(), "PNG", compress_level=0)
-        rows.append([f"{step_seed(seed, 'name', truth, source):016x}", truth, source, seed,
+        rows.append([f"{step_seed(seed, 'name', truth, source):016x}", truth,
+                     source.encode(errors="replace").decode(), seed,
                      base64.b64encode(file.getvalue()).decode()])
     if len({row[-1] for row in rows}) < len({(row[1], row[-1]) for row in rows}):
         raise UserError("a picture is on both sides", "each must be real or synthetic",

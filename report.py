@@ -142,7 +142,7 @@ def html_table(rows):
                              for name, row in rows.items())]
     return "<div class=box><table>" + "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
-    ).replace("td>", "th>", 2 * len(lines[0])) + "</table></div>"
+    ).replace("td>", "th>", 2 * len(lines[0])) + "</table></div>"  # the first line holds heads
 
 
 def walk(value, way=()):

@@ -265,8 +265,8 @@ def test_script_finds_what_it_asks_for(folders):
 # ---------------------------------------------------------------- scores
 
 ANSWERS = {  # first four images are real, the others synthetic; 1: said synthetic
-    "Ann": [0, 0, 0, 1, 1, 1, 1, 0], "Bob": [0, 0, 1, 1, 1, 1, 0, 0],
-    "Cy": [1, 0, 0, 0, 1, 0, 1, 1]}
+    "Ann": [0, 0, 0, 1, 1, 1, 1, 1], "Bob": [0, 0, 1, 1, 1, 0, 0, 0],
+    "Cy": [1, 0, 0, 0, 1, 1, 0, 0]}
 
 
 def write_study(folder, answers=ANSWERS, edit=lambda name, text: text):
@@ -290,14 +290,15 @@ def test_scores_are_those_counted_by_hand(tmp_path, capsys):
     result = json.loads((tmp_path / "readers.json").read_text())
     rows = result["readers"]
     assert result["positive"] == "synthetic"
-    assert [rows[r]["sensitivity"] for r in ANSWERS] == [0.75, 0.5, 0.75]
+    assert [rows[r]["sensitivity"] for r in ANSWERS] == [1, 0.25, 0.5]
     assert [rows[r]["specificity"] for r in ANSWERS] == [0.75, 0.5, 0.75]
-    assert [rows[r]["accuracy"] for r in ANSWERS] == [0.75, 0.5, 0.75]
-    assert rows["median"]["sensitivity"] == rows["median"]["specificity"] == 0.75
+    assert [rows[r]["accuracy"] for r in ANSWERS] == [7 / 8, 3 / 8, 5 / 8]
+    assert [rows["median"][f] for f in ("sensitivity", "specificity", "accuracy")] == [
+        0.5, 0.75, 5 / 8]
     for reader in rows.values():
         for figure in ("sensitivity", "specificity", "accuracy"):
             low, high = reader[f"{figure}, 95 %"]
-            assert 0 <= low <= reader[figure] <= high <= 1 and low < high
+            assert 0 <= low <= reader[figure] <= high <= 1 and (low < high or low == 1)
     # real: Ann-Bob agree on 3 of 4, by chance (3*2 + 1*2)/16 = 1/2: kappa 1/2; Ann-Cy 2 of 4,
     # by chance (3*3 + 1*1)/16 = 5/8: -1/3; Bob-Cy 1 of 4, by chance 1/2: -1/2
     want = [0.5, -1 / 3, -0.5]
@@ -317,7 +318,7 @@ def test_kappa_that_is_not_defined(tmp_path, capsys):
     assert "kappa is not defined for one reader: two are needed" in capsys.readouterr().out
     alone = json.loads((tmp_path / "readers.json").read_text())
     assert alone["kappa"]["real"] == {"mean": None, "sd": None, "pairs": 0, "95 %": None}
-    assert alone["readers"]["Ann"]["sensitivity"] == 0.75
+    assert alone["readers"]["Ann"]["sensitivity"] == 1
     trusting = [0, 0, 0, 0, 1, 0, 1, 0]
     report.main(write_study(tmp_path, {"Ann": ANSWERS["Ann"], "Di": trusting, "Ed": trusting}))
     kappas = json.loads((tmp_path / "readers.json").read_text())["kappa"]

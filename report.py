@@ -29,7 +29,7 @@ from PIL import Image
 
 from data import (COLOURS, Help, UserError, load_image, not_negative_int, open_dataset,
                   positive_int, read_jsonl, read_split, resolve_checkpoint, run_script, step_seed,
-                  write_text_atomic, _read_table)
+                  write_text_atomic, read_table)
 from evaluate import (RandomFeatures, batches_of, bootstrap_interval, choose, cohen_kappa, describe,
                       print_table, write_json)
 
@@ -342,13 +342,13 @@ def pair_kappas(said):
 
 def score(args):
     """Print each reader's figures, the medians, and the readers' agreement; write them as JSON."""
-    key = {row["file"]: row.get("truth") for row in _read_table(args.key)}
+    key = {row["file"]: row.get("truth") for row in read_table(args.key)}
     if set(key.values()) != {"real", "synthetic"}:
         raise UserError(f"{args.key} does not hold real and synthetic images", "both are needed",
                         "pass the key.csv that --make wrote")
     synthetic, said = np.array([truth == "synthetic" for truth in key.values()]), {}
     for path in args.score:
-        rows = {row["file"]: row for row in _read_table(path)}
+        rows = {row["file"]: row for row in read_table(path)}
         readers, answers = ({row.get(column, "") for row in rows.values()}
                             for column in ("reader", "answer"))
         for bad, what, need, do in (

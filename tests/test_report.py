@@ -231,7 +231,7 @@ def test_script_answers_goes_back_and_saves(folders, capsys):
     capsys.readouterr()
     report.main(["readers", "--score", str(folders / "answers.csv"), "--key",
                  str(folders / "test/key/key.csv")])
-    answers = {row["file"]: row for row in data._read_table(folders / "answers.csv")}
+    answers = {row["file"]: row for row in data.read_table(folders / "answers.csv")}
     assert [answers[name]["answer"] for name in ids] == ["real", "real", *["synthetic"] * 4]
     assert {row["reader"] for row in answers.values()} == {'Ann "B", Ö'}
     assert "readers: 1; images: 3 synthetic" in capsys.readouterr().out

@@ -565,7 +565,7 @@ def _open_folder(folder, size, whole):
     tables = [(place, name) for place in (root, root.parent) for name in TABLES]
     table = next((_below(*path) for path in tables if Path(*path).is_file()), None)
     if table:
-        rows = _read_table(table)
+        rows = read_table(table)
         matched, lost = _match(files, [row["file"] for row in rows])
         if lost and table.name == "train_labels.csv":
             raise UserError(f"{table} names {len(lost):,} images that {root} has not (first: "
@@ -602,7 +602,7 @@ def _match(files, names):
     return matched, [name for row, name in enumerate(names) if row not in used]
 
 
-def _read_table(path, errors="strict"):
+def read_table(path, errors="strict"):
     """Rows of a CSV with a column `file`, as dicts; comma or semicolon, BOM and CRLF are fine.
     Kaggle's PatchCamelyon has `id` in its place, and labels 0 and 1 that become words."""
     rows = []
@@ -639,7 +639,7 @@ def labels_of(path):
     path = Path(path).absolute()
     for table in (place / "labels.csv" for place in path.parents[:3]):
         if table.is_file():
-            rows, file = _read_table(table), path.relative_to(table.parent).as_posix()
+            rows, file = read_table(table), path.relative_to(table.parent).as_posix()
             row = _match([file.removeprefix("images/")], [row["file"] for row in rows])[0][0]
             if row is not None:
                 return {name: cell for name, cell in rows[row].items() if name != "file"}
@@ -699,7 +699,7 @@ def write_split(path, dataset, train, test, group_column=None):
 def read_split(path, dataset):
     """(train, test) numbers, int64, from a CSV of file and split; without split all are test."""
     split = {row["file"]: row.get("split", "test")
-             for row in _read_table(path, "surrogateescape")}  # as write_text_atomic wrote it
+             for row in read_table(path, "surrogateescape")}  # as write_text_atomic wrote it
     unknown = sorted(set(split) - set(dataset.files))
     if unknown:
         raise UserError(f"{path} names {', '.join(unknown[:3])}, which {dataset.name} has not",

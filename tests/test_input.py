@@ -800,7 +800,7 @@ def fuzz_cases(tmp_path):
     return {
         "images": (2700, pictures, ".png", lambda path: load_image(path, 8), ours),
         "tables": (700, [table, b"file,split\nphantom_000000,test\n"], ".csv",
-                   data._read_table, ours),
+                   data.read_table, ours),
         "folders with tables": (200, [table], ".csv", read_folder, ours),
         "splits": (100, [b"file,split\nphantom_000000,test\nphantom_000001,train\n"], ".csv",
                    read_split, ours),

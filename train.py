@@ -258,10 +258,14 @@ class Run:
     def rows(self):
         return data.read_jsonl(self.folder / "log.jsonl")
 
-    def log(self, **row):
+    def stay(self):
+        """Do not make a deleted folder anew, half of it."""
         if not (self.folder / "config.json").exists():
             raise UserError(f"{self.folder} was moved or deleted: a run needs its folder: put it "
                             "back and pass --resume, or start anew with --out DIR")
+
+    def log(self, **row):
+        self.stay()
         data.append_jsonl(self.folder / "log.jsonl", row)
 
     def catch_signals(self):
@@ -289,6 +293,7 @@ class Run:
         self.write()
 
     def write(self):
+        self.stay()
         data.save_atomic(self.folder / "state.pt", {
             "version": data.CHECKPOINT_VERSION, "config": self.config,
             "finished": self.finished, "state": self.state})
@@ -720,8 +725,11 @@ def parse(argv=None):
             raise UserError(f"{out} already holds a run: need a new folder, or --resume to go on; "
                             "pass --out DIR or --resume")
         with user_errors(f"{saved} is damaged", "copy it again, or start anew with --out DIR"):
-            before = {k: v for k, v in dict(json.loads(saved.read_text())).items()
-                      if k in vars(args) and k not in ("resume", "dry_run")}
+            before = json.loads(saved.read_text())
+            if not isinstance(before, dict):
+                raise ValueError("no settings")
+        before = {k: v for k, v in before.items()
+                  if k in vars(args) and k not in ("resume", "dry_run")}
         args = p.parse_args(argv, argparse.Namespace(**before))
     args.out = str(out)
     preset = PRESETS[args.preset]

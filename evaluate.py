@@ -2,15 +2,18 @@
 
     python evaluate.py resemble                      do samples resemble their source?
     python evaluate.py probe --tokens global cls     what do the embedder's tokens know?
-    python evaluate.py fidelity REAL SYNTHETIC       two folders of images
+    python evaluate.py fidelity REAL SYNTHETIC       folders, a run's images, .npz statistics
+    python evaluate.py privacy SAMPLES               are samples copies of training images?
 
 Features are (N, D), torch or NumPy; every metric computes in float64 on the CPU. Deliberate
 choices: the trace term of the Frechet distance by eigenvalues (always real, faster than `sqrtm`); a
 fixed-seed random network as the default judge, never the features that conditioned the model under
 test; intervals of distances by subsampling without replacement (duplicates, which a bootstrap
 makes, bias them), of AUC by bootstrap; equal counts and the real-real floor beside every figure.
+Frechet distances compare only with those of the same extractor, resize rule and counts.
 """
 import argparse
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -20,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import nn
+from torchvision.models import inception
 
-from data import (UserError, fraction, load_checkpoint, open_dataset, pick_device, positive_int,
-                  read_split, resolve_checkpoint, run_script, save_grid, split_holdout,
-                  user_errors, write_text_atomic)
-from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
+from data import (UserError, atomic_file, fraction, load_checkpoint, open_dataset, pick_device,
+                  positive_int, read_split, resolve_checkpoint, run_script, save_grid,
+                  split_holdout, user_errors, write_text_atomic)
+from data import _read_table as read_table
+from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens, load_dino
 from dinodiff import DinoDiffusion
 from phantoms import CHEST_LABELS
 
@@ -43,18 +48,47 @@ def as_features(*sets, least=2):
     return sets
 
 
-def frechet_distance(a, b):
+def moments(x):
+    """(N, mean (D,), scatter (D, D) = sum of (x - mean)(x - mean)^T) of features (N, D)."""
+    x, = as_features(x, least=1)
+    mean = x.mean(dim=0)
+    return len(x), mean, (x - mean).T @ (x - mean)
+
+
+def merge_moments(a, b):
+    """Moments of two sets in one, so that none needs to be kept. Source: Chan et al. 1979."""
+    (n, mean, scatter), (m, other, scatter_b) = a, b
+    shift, total = other - mean, n + m
+    return (total, mean + shift * (m / total),
+            scatter + scatter_b + torch.outer(shift, shift) * (n * m / total))
+
+
+def frechet_of_moments(a, b):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Source: Heusel et al. 2017, equation 6.
 
-    The last trace sums the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
+    The last trace sums the roots of the eigenvalues of S1 S2; the symmetric A^T S2 A has the same
+    ones, where S1 = A A^T.
+    """
+    (n, mu1, s1), (m, mu2, s2) = a, b
+    s1, s2 = s1 / (n - 1), s2 / (m - 1)
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp(min=0).sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ s2 @ root).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
+
+
+def frechet_distance(a, b):
+    """The same of two feature sets; with fewer images than dimensions by a smaller matrix.
+
+    S1 = A^T A and S2 = B^T B of centred features A, B: the roots are the singular values of A B^T.
     """
     a, b = as_features(a, b)
-    mu1, mu2 = a.mean(dim=0), b.mean(dim=0)
-    s1, s2 = ((x - mu).T @ (x - mu) / (len(x) - 1) for x, mu in ((a, mu1), (b, mu2)))
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
+    if min(len(a), len(b)) > a.shape[1]:
+        return frechet_of_moments(moments(a), moments(b))
+    shift = a.mean(dim=0) - b.mean(dim=0)
+    a, b = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return sum(x.square().sum() for x in (shift, a, b)).sub(2 * cross).item()
 
 
 def off_diagonal_mean(k):
@@ -69,12 +103,16 @@ def kernel_distance(a, b, subsets=0, subset_size=1000, seed=0):
     """
     a, b = as_features(a, b)
     if subsets:
-        draw, m = torch.Generator().manual_seed(seed), min(subset_size, len(a), len(b))
-        parts = ([x[torch.randperm(len(x), generator=draw)[:m]] for x in (a, b)]
-                 for _ in range(subsets))
-        return float(np.mean([kernel_distance(*part) for part in parts]))
+        return kernel_subsets(a, b, subsets, subset_size, seed).mean().item()
     aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     return off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean().item()
+
+
+def kernel_subsets(a, b, subsets=50, subset_size=1000, seed=0):
+    """kernel_distance of random subsets, drawn without replacement: array (subsets,)."""
+    draw, m = torch.Generator().manual_seed(seed), min(subset_size, len(a), len(b))
+    return np.array([kernel_distance(*(x[torch.randperm(len(x), generator=draw)[:m]]
+                                       for x in (a, b))) for _ in range(subsets)])
 
 
 def prdc(real, fake, k=5):
@@ -217,6 +255,98 @@ class RandomFeatures(nn.Module):
         return torch.cat([0.5 * (texture - contrast), 0.5 * contrast, *layout], dim=1)
 
 
+FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               "pt_inception-2015-12-05-6726825d.pth")
+
+
+def with_pool(block, pool):
+    """torchvision's Inception block, with another pool before its last branch."""
+    class Block(block):
+        def forward(self, x):  # torchvision's own last branch goes unused: a few percent of work
+            return torch.cat([*self._forward(x)[:-1], self.branch_pool(pool(x))], dim=1)
+    return Block
+
+
+class FIDInception(inception.Inception3):
+    """The Inception network of FID: images (B, 3, H, W) in [0, 1] -> (B, 2048); names of its file.
+
+    Its weights, unlike torchvision's, want average pools that leave the padding out, a max pool in
+    the last block and 1008 classes; 299 px by bilinear without antialias, as pytorch-fid. Sources:
+    Szegedy et al. 2016; Heusel et al. 2017.
+    """
+
+    def __init__(self):
+        mean = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+        a, c, e = (with_pool(block, mean) for block in (
+            inception.InceptionA, inception.InceptionC, inception.InceptionE))
+        super().__init__(1008, aux_logits=False, init_weights=False, inception_blocks=[
+            inception.BasicConv2d, a, inception.InceptionB, c, inception.InceptionD, e, None])
+        largest = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+        self.Mixed_7c = with_pool(inception.InceptionE, largest)(2048)
+
+    def forward(self, x):
+        x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
+        for layer in list(self.children())[:-2]:  # without dropout and classes
+            x = layer(x)
+        return x.flatten(1)
+
+
+def load_weights(net, source):
+    """Fill a network from a file, or an address whose file name ends in the start of its hash."""
+    options = {"map_location": "cpu", "weights_only": True}  # nothing in the file is executed
+    try:
+        net.load_state_dict(
+            torch.hub.load_state_dict_from_url(source, check_hash=True, **options)
+            if source.startswith("https:") else torch.load(source, **options))
+    except Exception as error:  # zip, pickle, torch and network each raise their own
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{source} cannot be loaded ({reason})", f"a state dict of "
+                        f"{type(net).__name__} is needed", "pass it as --weights FILE (without "
+                        f"network), or delete a damaged download in {torch.hub.get_dir()}") from None
+
+
+def feature_extractor(args, device, model=None):
+    """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of --features and --weights.
+
+    The name tells weights and resize rule: figures of two names do not compare.
+    """
+    if args.features == "random":
+        return "random network, seed 0, no resize", RandomFeatures().to(device)
+    if args.features == "inception":
+        net = FIDInception()
+        load_weights(net, args.weights or FID_WEIGHTS)
+        rule, extract = "bilinear to 299 px without antialias", lambda x: net((x + 1) / 2)
+    elif args.features == "xrv":  # the package runs code that its own download pickles
+        try:
+            from torchxrayvision.models import DenseNet
+            net = DenseNet(weights=None if args.weights else "densenet121-res224-all")
+        except (ImportError, OSError) as error:
+            raise UserError(f"--features xrv cannot start ({error})", "the package and its weights "
+                            "are needed", "pip install torchxrayvision; without network also pass "
+                            "--weights FILE, a state dict of its DenseNet") from error
+        if args.weights:
+            load_weights(net, args.weights)
+        rule = "bilinear with antialias to 224 px, grey in [-1024, 1024]"
+        extract = lambda x: net.features2(F.interpolate(  # noqa: E731
+            1024 * x.mean(dim=1, keepdim=True), (224, 224), mode="bilinear", antialias=True))
+    else:
+        with user_errors():
+            if args.weights:
+                net = load_dino(args.weights)
+                rule, extract = "CLS", partial(conditioning_tokens, net, kind="cls")
+            else:
+                print("note: never judge samples by the tokens that conditioned them")
+                model = model or DinoDiffusion.from_checkpoint(
+                    load_checkpoint(resolve_checkpoint(args.checkpoint))).to(device)
+                net, rule, extract = model.embedder, f"{model.config.tokens} tokens", model.embed
+        rule += f", bicubic with antialias to {net.input_side} px"
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    net.eval().to(device)
+    return f"{args.features} {digest.hexdigest()[:8]}, {rule}", extract
+
+
 def pixel_rows(images):
     """Grey values (N, P) in [0, 1] of images (N, 3, H, W); sides above 64 are averaged to 64."""
     grey = (images.mean(dim=1) + 1) / 2
@@ -246,13 +376,20 @@ def psnr(a, b):
     return (10 * (4 / error).log10()).mean().item()
 
 
-def brightness(pixels):
-    """Mean grey over images, its spread between images and the mean spread within, in [0, 1]."""
-    means = pixels.mean(dim=1)
-    return {"mean": means.mean().item(), "between": means.std().item(),
-            "within": pixels.std(dim=1).mean().item()}
+def grey_values(images):
+    """Mean grey, contrast, colour (largest minus smallest channel) of images, in [0, 1]: (N, 3)."""
+    pixels, colour = pixel_rows(images), images.amax(dim=1) - images.amin(dim=1)
+    return torch.stack([pixels.mean(dim=1), pixels.std(dim=1), colour.mean(dim=(1, 2)) / 2], dim=1)
 
 
+def brightness(grey):
+    """Mean grey, its spread between images, means of contrast and colour: grey_values' moments."""
+    n, mean, scatter = grey
+    return {"mean": mean[0].item(), "between": (scatter[0, 0] / (n - 1)).sqrt().item(),
+            "within": mean[1].item(), "colour": mean[2].item()}
+
+
+@torch.no_grad()
 def describe(batches, extractor, device="cpu"):
     """Features (N, D) and pixel rows (N, P) on the CPU of an iterator of image batches."""
     parts = [(extractor(x.to(device)).flatten(1).cpu(), pixel_rows(x).cpu()) for x in batches]
@@ -300,9 +437,9 @@ def batches_of(dataset, indices, batch):
     return (dataset.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(batch))
 
 
-def open_run(args):
+def open_run(args, checkpoint=None):
     """(folder, model, the flags of its training, data set, training and held-out numbers)."""
-    path = resolve_checkpoint(args.checkpoint)
+    path = resolve_checkpoint(checkpoint or args.checkpoint)
     checkpoint = load_checkpoint(path)
     with user_errors():
         model = DinoDiffusion.from_checkpoint(checkpoint).to(pick_device(args.device))
@@ -340,7 +477,8 @@ def resemblance(model, sources, training, seeds, judge, steps=50, guidance=1.0, 
         best = best_correlations(pixels, train_pixels).mean().item()
         return pixels, {"Frechet to training": frechet_distance(features, train_features),
                         "best correlation with a training image": best,
-                        **{f"brightness {k}": v for k, v in brightness(pixels).items()}}
+                        **{f"brightness {k}": v
+                           for k, v in brightness(moments(grey_values(images))).items()}}
 
     source_pixels, reference = look(sources)
     floor = reference["Frechet to training"]
@@ -440,9 +578,8 @@ def probe(args):
     plans["16x16 grey pixels"] = lambda x: F.adaptive_avg_pool2d(x.mean(dim=1), 16)
     table = {}
     for name, extract in plans.items():
-        with torch.no_grad():
-            train_x, test_x = (describe(batches_of(images, part, args.batch), extract, device)[0]
-                               for part in (train, test))
+        train_x, test_x = (describe(batches_of(images, part, args.batch), extract, device)[0]
+                           for part in (train, test))
         aucs, scores = linear_probe(train_x, train_y, test_x, test_y)
         interval = bootstrap_interval(lambda y, s: np.mean([roc_auc(*c) for c in zip(y.T, s.T)]),
                                       test_y, scores, rounds=200)
@@ -454,76 +591,253 @@ def probe(args):
     write_json(run / "probe.json", table)
 
 
+STATISTICS = ("extractor", "side", "count", "mean", "scatter")
+
+
+def load_statistics(path, extractor):
+    """What `survey` returns, of a file of --save-stats; None of MedMNIST's images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if any(name.endswith("_images") for name in file.files):
+                return None
+            name, side, n, *arrays = (file[key] for key in STATISTICS)
+        mean, scatter = map(torch.from_numpy, arrays)
+        if n < 2 or scatter.shape != 2 * mean.shape or not scatter.isfinite().all():
+            raise ValueError("damaged")
+    except Exception as error:  # a damaged file makes NumPy raise nearly any type
+        raise UserError(f"{path} holds no statistics of a named extractor ({error})",
+                        "a file of --save-stats is needed", "write it anew") from error
+    if str(name) != extractor:
+        raise UserError(f"{path} holds features of {name}", f"those of {extractor} are needed",
+                        "pass the --features and --weights of that file, or write it anew")
+    return int(side), (int(n), mean, scatter), []
+
+
+def one_side(sides):
+    """The only number of pixels in a set; UserError for several, and for less than 32."""
+    if len(sides) > 1 or min(sides) < 32:
+        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed, 32 or "
+                        "more, for resizing changes figures", f"pass --size {max(32, min(sides))}")
+    return min(sides)
+
+
+@torch.no_grad()
+def survey(path, is_real, extractor, extract, device, args):
+    """(side, moments of grey_values and features, features of each part) of a set of images.
+
+    Images pass by in a stream; features of max_features images are kept. The parts of a run are
+    its training and its held-out images, of other real images two halves, patients apart.
+    """
+    stored = load_statistics(path, extractor) if Path(path).suffix == ".npz" else None
+    if stored:
+        return stored
+    if is_real and Path(path, "model.pt").is_file():
+        _, _, _, images, *parts = open_run(args, path)
+    else:
+        images = open_dataset(path, args.size)
+        if len(images) < 12:
+            raise UserError(f"got {len(images)} images in {path}", "12 are needed, for five "
+                            "neighbours in each half", "add images")
+        parts = split_holdout(images, 0.5, args.seed) if is_real else [range(len(images))]
+    parts = [choose(part, args.count) for part in parts]
+    side = one_side({images[i].shape[-1] for part in parts for i in part})
+    total, kept = None, []
+    for part in parts:
+        rows, limit = [], args.max_features // len(parts)
+        for x in batches_of(images, part, args.batch):
+            features = extract(x.to(device)).flatten(1).cpu()
+            rows.append(features[:max(0, limit - sum(map(len, rows)))])
+            new = moments(torch.cat([grey_values(x), features], dim=1))
+            total = merge_moments(total, new) if total else new
+        kept.append(torch.cat(rows))
+    return side, total, kept
+
+
 def fidelity(args):
-    """how far are two folders of images apart, as sets?"""
-    real, synthetic = (open_dataset(path, args.size) for path in (args.real, args.synthetic))
-    halves = [choose(half, args.count) for half in split_holdout(real, 0.5, args.seed)]
-    sets = ((real, torch.cat(halves)), (synthetic, choose(range(len(synthetic)), args.count)))
-    if min(len(real), len(synthetic)) < 12:
-        raise UserError(f"got {len(real)} real and {len(synthetic)} synthetic images",
-                        "12 a side are needed, for five neighbours in each half", "add images")
-    sides = {args.size} if args.size else {dataset[i].shape[-1] for dataset, rows in sets
-                                           for i in rows}
-    side = min(sides)
-    if side < 32:
-        raise UserError(f"images of {side} pixels a side", "the random network needs 32",
-                        "pass --size 32 or more")
-    if len(sides) > 1:
-        raise UserError(f"got images of {sorted(sides)} pixels a side",
-                        "one side is needed, for resizing changes figures", f"pass --size {side}")
-    device, judge = pick_device(args.device), RandomFeatures()
-    if args.features == "dino":
-        print("note: never judge samples by the tokens that conditioned them")
-        checkpoint = load_checkpoint(resolve_checkpoint(args.checkpoint))
-        with user_errors():
-            judge = DinoDiffusion.from_checkpoint(checkpoint)
-    extractor = getattr(judge.to(device), "embed", judge)  # of DinoDiffusion: its tokens
-    (a, a_grey), (b, b_grey) = (describe(batches_of(dataset, rows, args.batch), extractor, device)
-                                for dataset, rows in sets)
-    half, other, n = a[:len(halves[0])], a[len(halves[0]):], min(*map(len, halves), len(b))
+    """how far are two sets of images apart?"""
+    device, draw = pick_device(args.device), torch.Generator().manual_seed(args.seed)
+    extractor, extract = feature_extractor(args, device)
     with user_errors():
-        floor, equal, full = compare(half[:n], other[:n]), compare(half[:n], b[:n]), compare(a, b)
-        low, high = subsample_interval(compare, a, b, rounds=20, seed=args.seed)
-    print(f"features: {args.features}, {a.shape[1]} dimensions; {side} px, centre square, bicubic "
-          f"with antialias where resized; {len(a)} real, {len(b)} synthetic images")
-    if min(len(a), len(b)) <= a.shape[1]:
-        print(f"warning: fewer images than the {a.shape[1]} dimensions: the covariance has no full "
+        sides, totals, kept = zip(*(survey(path, is_real, extractor, extract, device, args)
+                                    for path, is_real in ((args.real, True),
+                                                          (args.synthetic, False))))
+        side = one_side(set(sides))
+        grey = dict(zip(("real", "synthetic"), map(brightness, totals)))
+        colours = [figures["colour"] for figures in grey.values()]
+        if min(colours) < 0.01 and max(colours) > 0.05:  # the tint of a VAE stays far below
+            raise UserError("one set is grey, the other in colour", "one mode is needed, for else "
+                            "every figure shows that", "convert one of them")
+        if args.save_stats:
+            with atomic_file(args.save_stats) as file:
+                np.savez(file, **dict(zip(STATISTICS, (extractor, side, *totals[0]))))
+        (n, mean, _), (m, _, _) = totals
+        dimensions = len(mean) - 3  # behind three grey values
+        print(f"features: {extractor}, {dimensions} dimensions; {side} px, centre square, bicubic "
+              f"with antialias where resized; {n} real, {m} synthetic images")
+        columns, streamed = {}, frechet_of_moments(
+            *((n, mean[3:], scatter[3:, 3:]) for n, mean, scatter in totals))
+        if all(kept):
+            (half, other), (b,), a = *kept, torch.cat(kept[0])
+            equal = min(len(half), len(other), len(b))
+            noise = (2 * torch.rand(len(part), 1, side, side, generator=draw).expand(-1, 3, -1, -1)
+                     - 1 for part in torch.arange(equal).split(args.batch))
+            rivals = {"floor": other, "equal": b, "noise": describe(noise, extract, device)[0]}
+            columns = {name: compare(half[:equal], x[:equal]) for name, x in rivals.items()}
+            columns |= {"all": compare(a, b), "95 %": np.stack(
+                subsample_interval(compare, a, b, rounds=20, seed=args.seed), axis=1)}
+            size = min(1000, equal // 2)
+            draws = kernel_subsets(a, b, 50, size, args.seed)
+            print(f"{equal} real images against as many other real (floor), synthetic (equal) and "
+                  f"noise images; all: {len(a)} against {len(b)}, 95 % interval; subsets: {size} of "
+                  "each, 50 times; streamed: every image")
+    table = {metric: {name: column[i].tolist() for name, column in columns.items()}
+             for i, metric in enumerate(METRICS if columns else METRICS[:1])}
+    table["frechet"]["streamed"] = streamed
+    if columns:
+        table["kernel"] |= {"subsets' mean": draws.mean().item(), "sd": draws.std().item()}
+    if min(n, m) <= dimensions:
+        print(f"warning: fewer images than the {dimensions} dimensions: the covariance has no full "
               "rank, which raises the Frechet distance; read it beside its floor only")
-    print(f"floor: real/real, {n} each; equal: real/synthetic, {n} each; all: with 95 % interval")
-    names = "floor", "equal", "all", "interval"
-    table = {metric: dict(zip(names, values)) for metric, *values in zip(
-        METRICS, floor, equal, full, np.stack([low, high], axis=1).tolist())}
+    if n != m:
+        print(f"warning: {n} against {m} images: only floor, equal and noise have equal counts")
     print_table(table)
-    grey = {"real": brightness(a_grey), "synthetic": brightness(b_grey)}
     print_table({f"brightness, {name}": figures for name, figures in grey.items()})
-    write_json(Path(args.out or Path(args.synthetic) / "fidelity.json"), {
-        "features": args.features, "size": side, "real": len(a), "synthetic": len(b), "equal": n,
-        **table, "brightness": grey})
+    out = Path(args.synthetic)
+    out = out / "fidelity.json" if out.is_dir() else out.with_suffix(".json")
+    write_json(Path(args.out or out), {"features": extractor, "size": side, "real": n,
+                                       "synthetic": m, **table, "brightness": grey})
+
+
+def token_distances(a, b):
+    """Root of the mean squared difference of each row of (N, D) and each of (M, D): (N, M)."""
+    exact = "donot_use_mm_for_euclid_dist"  # the matrix product loses small distances
+    return torch.cdist(a, b, compute_mode=exact) / a.shape[1] ** 0.5
+
+
+def nearest(distances, queries, others, allowed, chunk=256):
+    """(distance, column) (M,) of the nearest allowed (M, N) row of others (N, D) to queries."""
+    found = [distances(part, others).masked_fill(~ok, torch.inf).min(dim=1)
+             for part, ok in zip(queries.split(chunk), allowed.split(chunk))]
+    return tuple(torch.cat(values) for values in zip(*found))
+
+
+def read_samples(folder, images, size, train):
+    """(samples, numbers of the images that each was made from, name of its group) of sample.py.
+
+    A source is known by its file's stem. If several images share it, all of them count as source.
+    """
+    samples, numbers = open_dataset(folder, size), {}
+    for i, file in enumerate(images.files):
+        numbers.setdefault(Path(file).stem, []).append(i)
+    rows = {row["file"].removeprefix("images/"): row
+            for row in read_table(Path(folder) / "samples.csv")}
+    lost = [file for file in samples.files if "sources" not in rows.get(file, ())]
+    if lost:
+        raise UserError(f"samples.csv in {folder} tells no source of {len(lost)} images ({lost[0]})",
+                        "all are needed", "pass a folder that sample.py wrote")
+    sources, groups, trained = [], [], set(train.tolist())
+    for row in (rows[file] for file in samples.files):
+        named = [] if row["strategy"] in ("random", "prototype") else row["sources"].split("|")
+        found = [numbers.get(Path(name).stem, []) for name in named]
+        sources.append(sum(found, []))
+        groups.append("no source" if not named else "training source"
+                      if trained.intersection(sources[-1]) else "held-out source"
+                      if all(found) else "source from elsewhere")
+    return samples, sources, groups
+
+
+def privacy(args):
+    """are samples nearer to training images than unseen real images are?"""
+    run, model, _, images, train, test = open_run(args)
+    device = next(model.buffers()).device
+    extractor, extract = feature_extractor(args, device, model)
+    places, sources = [(images, i) for i in test.tolist()], [[] for _ in test]
+    groups = ["held-out real"] * len(test)
+    for folder in args.samples:
+        samples, *known = read_samples(folder, images, model.config.image_size, train)
+        places += [(samples, i) for i in range(len(samples))]
+        sources, groups = sources + known[0], groups + known[1]
+    numbers = torch.unique(torch.cat([train, torch.tensor(sum(sources, []), dtype=torch.int64)]))
+    own = torch.stack([torch.isin(numbers, torch.tensor(x, dtype=torch.int64)) for x in sources])
+    trained, is_real = torch.isin(numbers, train), np.array(groups) == "held-out real"
+    batches = (torch.stack([dataset[i] for dataset, i in places[k:k + args.batch]])
+               for k in range(0, len(places), args.batch))
+    ours, others = (describe(x, extract, device)
+                    for x in (batches, batches_of(images, numbers, args.batch)))
+    measures = {"tokens": token_distances, "pixels": lambda a, b: 1 - correlations(a, b)}
+    table, pictures, pairs, rng = {}, {}, [], np.random.default_rng(0)
+
+    def share(held, x):
+        return (x < np.quantile(held, 0.01)).mean().item()
+
+    for (space, distances), a, b in zip(measures.items(), ours, others):
+        for rule, allowed in (("left out", trained & ~own), ("counted", trained | own)):
+            distance, column = (x.numpy() for x in nearest(distances, a, b, allowed))
+            for group in dict.fromkeys(groups):
+                members = np.array(groups) == group
+                x, held = distance[members], distance[is_real]
+                draws = [share(rng.choice(held, len(held)), rng.choice(x, len(x)))
+                         for _ in range(1000)]
+                name = f"{group}, {rule}" if own[members].any() else group
+                table.setdefault(name, {"images": len(x)}).update({
+                    f"{space}: least": x.min().item(), f"{space}: median": np.median(x).item(),
+                    f"{space}: share below": share(held, x),
+                    f"{space}: 95 %": np.quantile(draws, [0.025, 0.975]).tolist()})
+            for title, rows in (("held-out real", np.flatnonzero(is_real)),
+                                (f"sample, source {rule}", np.flatnonzero(~is_real))):
+                rows = rows[distance[rows].argsort()[:8]]
+                found = numbers[column[rows]].tolist()
+                shown = [places[row] for row in rows]
+                pictures[f"{title}, by {space}"] = torch.stack([x[i] for x, i in shown])
+                pictures[f"{title}, by {space}: nearest"] = images.batch(found)
+                pairs += [{"what": f"{title}, by {space}", "image": f"{x.name}/{x.files[i]}",
+                           "nearest": images.files[j], "is source": j in sources[row],
+                           "distance": distance[row].item()}
+                          for row, (x, i), j in zip(rows, shown, found)]
+    print(f"nearest of {len(train)} training images; tokens: {extractor}, root mean squared "
+          "difference; pixels: 1 - correlation at 64 px or less; share below the 1st percentile of "
+          f"{len(test)} held-out real images (their {-(-len(test) // 100)} nearest), 95 % by "
+          "bootstrap; an image's own source counted as neighbour, trained on or not, or left out")
+    print_table(table)
+    save_grid(run / "privacy.png", list(pictures.values()), captions=list(pictures))
+    print(f"wrote {run / 'privacy.png'}")
+    write_json(run / "privacy.json", {"tokens": extractor, "training_images": len(train),
+                                      "held_out_images": len(test), "samples": args.samples,
+                                      "distances": table, "closest": pairs})
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for run in (fidelity, resemble, probe):
+    for run in (fidelity, privacy, resemble, probe):
         command = commands.add_parser(run.__name__, help=run.__doc__,
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, features="dino", train_limit=None)
         a = command.add_argument
         a("--checkpoint", help="run folder or model.pt (default: the newest run)")
+        a("--data", help="where the run's images are now (default: as trained)")
         a("--batch", type=positive_int, default=64, help="images at once")
         a("--device", default="auto", help="auto, cuda, mps or cpu")
         a("--count", type=positive_int, default=256 if run is resemble else 5000,
-          help="at most so many images: of each folder, or held out")
+          help="at most so many images: of each set, or held out")
+        if run in (fidelity, privacy):
+            a("--weights", help="inception, xrv: a file of weights; dino: a published ViT's name "
+              "or a file (default: the embedder of --checkpoint)")
+        if run is privacy:
+            a("samples", nargs="+", help="folders that sample.py wrote")
+            continue
         if run is fidelity:
-            a("real", help="folder of real images")
-            a("synthetic", help="folder of synthetic images")
-            a("--features", choices=("random", "dino"), default="random", help="random network, "
-              "or the embedder of --checkpoint (not for samples it conditioned)")
+            a("real", help="a run (its training images), a folder, or a file of --save-stats")
+            a("synthetic", help="a folder, e.g. of a run's samples, or a file of --save-stats")
+            a("--features", choices=("random", "inception", "dino", "xrv"), default="random",
+              help="random network, FID's, a ViT (not the one that conditioned), TorchXRayVision's")
+            a("--max-features", type=positive_int, default=5000, help="keep features of so many "
+              "images a set; the others count in the streamed Frechet distance only")
+            a("--save-stats", metavar="FILE", help="write REAL's statistics, for later use as REAL")
             a("--size", type=positive_int, help="resize to this side (default: as they are)")
             a("--seed", type=int, default=0, help="of the halves and the intervals")
             a("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
             continue
-        a("--data", help="where the run's images are now (default: as trained)")
         a("--train-limit", type=positive_int, default=2000, help="at most so many training images")
         a("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples, or random weights")
         if run is resemble:

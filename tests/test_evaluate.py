@@ -14,7 +14,7 @@ from torch import nn
 
 import data
 import evaluate
-from evaluate import (RandomFeatures, best_correlations, binary_labels, bootstrap_interval,
+from evaluate import (FIDInception, RandomFeatures, best_correlations, binary_labels, bootstrap_interval,
                       cohen_kappa, compare, correlations, dice, first_share, frechet_distance,
                       kernel_distance, linear_probe, pixel_rows, prdc, psnr, resemblance,
                       ridge_weights, roc_auc, subsample_interval)
@@ -34,6 +34,20 @@ def chests():
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inception_case():
+    """Seeded weights for FID's Inception, and two pictures (2, 3, 80, 64) in [0, 1]."""
+    rng, weights = np.random.default_rng(0), {}
+    for name, value in FIDInception().state_dict().items():
+        x = torch.from_numpy(rng.standard_normal(tuple(value.shape), dtype=np.float32))
+        if value.ndim > 1:
+            x *= (2 / value[0].numel()) ** 0.5  # keeps the size of the signal through the layers
+        elif name.endswith(("bn.weight", "running_var")):
+            x = 1 + 0.5 * x.tanh()
+        weights[name] = x.long() * 0 if value.dtype == torch.int64 else x
+    pictures = torch.from_numpy(rng.random((2, 3, 80, 64), dtype=np.float32))
+    return weights, torch.stack([pictures[0], pictures[1] ** 8])
 
 
 def test_frechet_equals_scipy_sqrtm(stored):

@@ -299,10 +299,10 @@ def load_weights(net, source):
             torch.hub.load_state_dict_from_url(source, check_hash=True, **options)
             if source.startswith("https:") else torch.load(source, **options))
     except Exception as error:  # zip, pickle, torch and network each raise their own
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{source} cannot be loaded ({reason})", f"a state dict of "
-                        f"{type(net).__name__} is needed", "pass it as --weights FILE (without "
-                        f"network), or delete a damaged download in {torch.hub.get_dir()}") from None
+        raise UserError(f"cannot load {source} ({' '.join(str(error).split())[:160]})", "a state "
+                        f"dict of {type(net).__name__} is needed", "pass --weights FILE, or delete "
+                        f"a damaged download in {torch.hub.get_dir()}/checkpoints") from None
+    return net
 
 
 def feature_extractor(args, device, model=None):
@@ -310,41 +310,45 @@ def feature_extractor(args, device, model=None):
 
     The name tells weights and resize rule: figures of two names do not compare.
     """
-    if args.features == "random":
+    kind, weights = args.features, args.weights
+    if kind == "random":
         return "random network, seed 0, no resize", RandomFeatures().to(device)
-    if args.features == "inception":
-        net = FIDInception()
-        load_weights(net, args.weights or FID_WEIGHTS)
-        rule, extract = "bilinear to 299 px without antialias", lambda x: net((x + 1) / 2)
-    elif args.features == "xrv":  # the package runs code that its own download pickles
-        try:
+    if kind == "inception":
+        net, rule = load_weights(FIDInception(), weights or FID_WEIGHTS), "plain bilinear to 299 px"
+
+        def extract(x):
+            return net((x + 1) / 2)
+    elif kind == "xrv":
+        try:  # without --weights the package unpickles its own download, which can run code
             from torchxrayvision.models import DenseNet
-            net = DenseNet(weights=None if args.weights else "densenet121-res224-all")
+            net = DenseNet(weights=None if weights else "densenet121-res224-all")
         except (ImportError, OSError) as error:
-            raise UserError(f"--features xrv cannot start ({error})", "the package and its weights "
-                            "are needed", "pip install torchxrayvision; without network also pass "
-                            "--weights FILE, a state dict of its DenseNet") from error
-        if args.weights:
-            load_weights(net, args.weights)
-        rule = "bilinear with antialias to 224 px, grey in [-1024, 1024]"
-        extract = lambda x: net.features2(F.interpolate(  # noqa: E731
-            1024 * x.mean(dim=1, keepdim=True), (224, 224), mode="bilinear", antialias=True))
+            raise UserError(f"--features xrv cannot start ({error})", "torchxrayvision and its "
+                            "weights are needed", "pip install torchxrayvision; without network "
+                            "pass --weights FILE, a state dict of its DenseNet") from error
+        net, rule = load_weights(net, weights) if weights else net, "antialiased bilinear to 224 px"
+
+        def extract(x):
+            x = F.interpolate(x.mean(dim=1, keepdim=True), (224, 224), mode="bilinear",
+                              antialias=True)
+            return net.features2(1024 * x)  # the range it was trained with
     else:
         with user_errors():
-            if args.weights:
-                net = load_dino(args.weights)
-                rule, extract = "CLS", partial(conditioning_tokens, net, kind="cls")
+            if weights:
+                net, rule = load_dino(weights), "CLS, antialiased bicubic"
+                extract = partial(conditioning_tokens, net, kind="cls")
             else:
-                print("note: never judge samples by the tokens that conditioned them")
+                print("note: the tokens that conditioned samples do not judge them fairly")
                 model = model or DinoDiffusion.from_checkpoint(
                     load_checkpoint(resolve_checkpoint(args.checkpoint))).to(device)
-                net, rule, extract = model.embedder, f"{model.config.tokens} tokens", model.embed
-        rule += f", bicubic with antialias to {net.input_side} px"
+                net, extract = model.embedder, model.embed
+                rule = f"{model.config.tokens} tokens, antialiased bicubic"
+        rule += f" to {net.input_side} px"
     digest = hashlib.sha256()
     for value in net.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     net.eval().to(device)
-    return f"{args.features} {digest.hexdigest()[:8]}, {rule}", extract
+    return f"{kind} {digest.hexdigest()[:8]}, {rule}", extract
 
 
 def pixel_rows(images):
@@ -631,7 +635,9 @@ def survey(path, is_real, extractor, extract, device, args):
     stored = load_statistics(path, extractor) if Path(path).suffix == ".npz" else None
     if stored:
         return stored
-    if is_real and Path(path, "model.pt").is_file():
+    if Path(path, "model.pt").is_file():
+        if not is_real:
+            raise UserError(f"{path} is a run", "its samples are needed", "pass a folder of them")
         _, _, _, images, *parts = open_run(args, path)
     else:
         images = open_dataset(path, args.size)
@@ -665,8 +671,8 @@ def fidelity(args):
         grey = dict(zip(("real", "synthetic"), map(brightness, totals)))
         colours = [figures["colour"] for figures in grey.values()]
         if min(colours) < 0.01 and max(colours) > 0.05:  # the tint of a VAE stays far below
-            raise UserError("one set is grey, the other in colour", "one mode is needed, for else "
-                            "every figure shows that", "convert one of them")
+            raise UserError("one set is grey, the other in colour", "one mode is needed", "convert "
+                            "one of them")
         if args.save_stats:
             with atomic_file(args.save_stats) as file:
                 np.savez(file, **dict(zip(STATISTICS, (extractor, side, *totals[0]))))
@@ -683,13 +689,14 @@ def fidelity(args):
                      - 1 for part in torch.arange(equal).split(args.batch))
             rivals = {"floor": other, "equal": b, "noise": describe(noise, extract, device)[0]}
             columns = {name: compare(half[:equal], x[:equal]) for name, x in rivals.items()}
-            columns |= {"all": compare(a, b), "95 %": np.stack(
-                subsample_interval(compare, a, b, rounds=20, seed=args.seed), axis=1)}
+            interval = np.stack(subsample_interval(compare, a, b, rounds=20, seed=args.seed), 1)
+            interval[[2, 3, 5]] = interval[[2, 3, 5]].clip(0, 1)  # shares
+            columns |= {"all": compare(a, b), "interval": interval}
             size = min(1000, equal // 2)
             draws = kernel_subsets(a, b, 50, size, args.seed)
-            print(f"{equal} real images against as many other real (floor), synthetic (equal) and "
-                  f"noise images; all: {len(a)} against {len(b)}, 95 % interval; subsets: {size} of "
-                  "each, 50 times; streamed: every image")
+            print(f"{equal} real images against as many real (floor), synthetic (equal) and noise "
+                  f"images; all: {len(a)} against {len(b)}, with 95 % interval; subsets: {size} "
+                  "of each, 50 times; streamed: every image")
     table = {metric: {name: column[i].tolist() for name, column in columns.items()}
              for i, metric in enumerate(METRICS if columns else METRICS[:1])}
     table["frechet"]["streamed"] = streamed
@@ -699,7 +706,7 @@ def fidelity(args):
         print(f"warning: fewer images than the {dimensions} dimensions: the covariance has no full "
               "rank, which raises the Frechet distance; read it beside its floor only")
     if n != m:
-        print(f"warning: {n} against {m} images: only floor, equal and noise have equal counts")
+        print(f"warning: {n} against {m} images, and counts move distances: compare equal ones")
     print_table(table)
     print_table({f"brightness, {name}": figures for name, figures in grey.items()})
     out = Path(args.synthetic)
@@ -721,89 +728,93 @@ def nearest(distances, queries, others, allowed, chunk=256):
     return tuple(torch.cat(values) for values in zip(*found))
 
 
-def read_samples(folder, images, size, train):
+def read_samples(folder, images, train):
     """(samples, numbers of the images that each was made from, name of its group) of sample.py.
 
-    A source is known by its file's stem. If several images share it, all of them count as source.
+    A source is known by the stem of its file; where several images share it, by all of them.
     """
-    samples, numbers = open_dataset(folder, size), {}
+    samples, numbers, trained = open_dataset(folder, images.size), {}, set(train.tolist())
     for i, file in enumerate(images.files):
         numbers.setdefault(Path(file).stem, []).append(i)
-    rows = {row["file"].removeprefix("images/"): row
-            for row in read_table(Path(folder) / "samples.csv")}
+    table = read_table(Path(folder) / "samples.csv")
+    print(f"{folder}: {len(samples)} samples of {table[0].get('checkpoint') if table else None}")
+    rows = {row["file"].removeprefix("images/"): row for row in table}
     lost = [file for file in samples.files if "sources" not in rows.get(file, ())]
     if lost:
-        raise UserError(f"samples.csv in {folder} tells no source of {len(lost)} images ({lost[0]})",
-                        "all are needed", "pass a folder that sample.py wrote")
-    sources, groups, trained = [], [], set(train.tolist())
+        raise UserError(f"samples.csv tells no source of {len(lost)} images in {folder} "
+                        f"({lost[0]})", "all are needed", "pass a folder that sample.py wrote")
+    sources, groups = [], []
     for row in (rows[file] for file in samples.files):
-        named = [] if row["strategy"] in ("random", "prototype") else row["sources"].split("|")
+        named = [] if row.get("strategy") in ("random", "prototype") else row["sources"].split("|")
         found = [numbers.get(Path(name).stem, []) for name in named]
         sources.append(sum(found, []))
-        groups.append("no source" if not named else "training source"
-                      if trained.intersection(sources[-1]) else "held-out source"
-                      if all(found) else "source from elsewhere")
+        groups.append("no source" if not named else
+                      "training source" if trained & set(sources[-1]) else
+                      "held-out source" if all(found) else "source from elsewhere")
     return samples, sources, groups
+
+
+def share_below(held, x):
+    """Share of distances x (M,) below the 1st percentile of held (N,): 0.01 if alike."""
+    return (x < np.quantile(held, 0.01)).mean().item()
 
 
 def privacy(args):
     """are samples nearer to training images than unseen real images are?"""
     run, model, _, images, train, test = open_run(args)
-    device = next(model.buffers()).device
+    device, rng = next(model.buffers()).device, np.random.default_rng(0)
     extractor, extract = feature_extractor(args, device, model)
-    places, sources = [(images, i) for i in test.tolist()], [[] for _ in test]
+    shown, sources = [(images, i) for i in test.tolist()], [[] for _ in test]
     groups = ["held-out real"] * len(test)
     for folder in args.samples:
-        samples, *known = read_samples(folder, images, model.config.image_size, train)
-        places += [(samples, i) for i in range(len(samples))]
+        samples, *known = read_samples(folder, images, train)
+        shown += [(samples, i) for i in range(len(samples))]
         sources, groups = sources + known[0], groups + known[1]
+    groups = np.array(groups)
+    is_real = groups == "held-out real"
     numbers = torch.unique(torch.cat([train, torch.tensor(sum(sources, []), dtype=torch.int64)]))
     own = torch.stack([torch.isin(numbers, torch.tensor(x, dtype=torch.int64)) for x in sources])
-    trained, is_real = torch.isin(numbers, train), np.array(groups) == "held-out real"
-    batches = (torch.stack([dataset[i] for dataset, i in places[k:k + args.batch]])
-               for k in range(0, len(places), args.batch))
+    trained = torch.isin(numbers, train)
+    batches = (torch.stack([dataset[i] for dataset, i in shown[k:k + args.batch]])
+               for k in range(0, len(shown), args.batch))
     ours, others = (describe(x, extract, device)
                     for x in (batches, batches_of(images, numbers, args.batch)))
-    measures = {"tokens": token_distances, "pixels": lambda a, b: 1 - correlations(a, b)}
-    table, pictures, pairs, rng = {}, {}, [], np.random.default_rng(0)
-
-    def share(held, x):
-        return (x < np.quantile(held, 0.01)).mean().item()
-
-    for (space, distances), a, b in zip(measures.items(), ours, others):
-        for rule, allowed in (("left out", trained & ~own), ("counted", trained | own)):
-            distance, column = (x.numpy() for x in nearest(distances, a, b, allowed))
-            for group in dict.fromkeys(groups):
-                members = np.array(groups) == group
-                x, held = distance[members], distance[is_real]
-                draws = [share(rng.choice(held, len(held)), rng.choice(x, len(x)))
-                         for _ in range(1000)]
-                name = f"{group}, {rule}" if own[members].any() else group
-                table.setdefault(name, {"images": len(x)}).update({
-                    f"{space}: least": x.min().item(), f"{space}: median": np.median(x).item(),
-                    f"{space}: share below": share(held, x),
-                    f"{space}: 95 %": np.quantile(draws, [0.025, 0.975]).tolist()})
-            for title, rows in (("held-out real", np.flatnonzero(is_real)),
-                                (f"sample, source {rule}", np.flatnonzero(~is_real))):
-                rows = rows[distance[rows].argsort()[:8]]
-                found = numbers[column[rows]].tolist()
-                shown = [places[row] for row in rows]
-                pictures[f"{title}, by {space}"] = torch.stack([x[i] for x, i in shown])
-                pictures[f"{title}, by {space}: nearest"] = images.batch(found)
-                pairs += [{"what": f"{title}, by {space}", "image": f"{x.name}/{x.files[i]}",
-                           "nearest": images.files[j], "is source": j in sources[row],
-                           "distance": distance[row].item()}
-                          for row, (x, i), j in zip(rows, shown, found)]
     print(f"nearest of {len(train)} training images; tokens: {extractor}, root mean squared "
           "difference; pixels: 1 - correlation at 64 px or less; share below the 1st percentile of "
           f"{len(test)} held-out real images (their {-(-len(test) // 100)} nearest), 95 % by "
-          "bootstrap; an image's own source counted as neighbour, trained on or not, or left out")
-    print_table(table)
+          "bootstrap; the own source is left out of the neighbours, or one of them")
+    measures = {"tokens": token_distances, "pixels": lambda a, b: 1 - correlations(a, b)}
+    tables, pictures, closest = {space: {} for space in measures}, {}, []
+    for (space, distances), a, b in zip(measures.items(), ours, others):
+        for rule, allowed in (("left out", trained & ~own), ("counted", trained | own)):
+            distance, column = (x.numpy() for x in nearest(distances, a, b, allowed))
+            held = distance[is_real]
+            for group in dict.fromkeys(groups.tolist()):
+                x = distance[groups == group]
+                draws = [share_below(rng.choice(held, len(held)), rng.choice(x, len(x)))
+                         for _ in range(1000)]
+                name = f"{group}, {rule}" if own[groups == group].any() else group
+                tables[space][name] = {
+                    "images": len(x), "least": x.min().item(), "median": np.median(x).item(),
+                    "share below": share_below(held, x),
+                    "95 %": np.quantile(draws, [0.025, 0.975]).tolist()}
+            for title, mask in (("held-out real", is_real), (f"samples, source {rule}", ~is_real)):
+                rows = np.where(mask, distance, np.inf).argsort()[:min(8, mask.sum())]
+                pairs = [(row, *shown[row], numbers[column[row]].item()) for row in rows]
+                title = f"{title}, by {space}"
+                pictures[title] = torch.stack([dataset[i] for _, dataset, i, _ in pairs])
+                pictures[f"{title}: nearest"] = images.batch([j for *_, j in pairs])
+                closest += [{
+                    "row": title, "image": f"{dataset.name}/{dataset.files[i]}",
+                    "nearest": images.files[j], "is source": j in sources[row],
+                    "distance": distance[row].item()} for row, dataset, i, j in pairs]
+        print(f"\n{space}:")
+        print_table(tables[space])
     save_grid(run / "privacy.png", list(pictures.values()), captions=list(pictures))
     print(f"wrote {run / 'privacy.png'}")
     write_json(run / "privacy.json", {"tokens": extractor, "training_images": len(train),
                                       "held_out_images": len(test), "samples": args.samples,
-                                      "distances": table, "closest": pairs})
+                                      "distances": tables, "closest": closest})
 
 
 def main(argv=None):

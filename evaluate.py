@@ -25,8 +25,8 @@ from scipy.stats import rankdata
 from torch import nn
 from torchvision.models import inception
 
-from data import (UserError, atomic_file, fraction, load_checkpoint, open_dataset, pick_device,
-                  positive_int, read_split, resolve_checkpoint, run_script, save_grid,
+from data import (Help, UserError, atomic_file, fraction, load_checkpoint, open_dataset,
+                  pick_device, positive_int, read_split, resolve_checkpoint, run_script, save_grid,
                   split_holdout, user_errors, write_text_atomic)
 from data import _read_table as read_table
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens, load_dino
@@ -607,9 +607,9 @@ def load_statistics(path, extractor):
             name, side, n, *arrays = (file[key] for key in STATISTICS)
         mean, scatter = map(torch.from_numpy, arrays)
         if n < 2 or scatter.shape != 2 * mean.shape or not scatter.isfinite().all():
-            raise ValueError("damaged")
+            raise ValueError
     except Exception as error:  # a damaged file makes NumPy raise nearly any type
-        raise UserError(f"{path} holds no statistics of a named extractor ({error})",
+        raise UserError(f"{path} is missing, damaged, or without its extractor's name",
                         "a file of --save-stats is needed", "write it anew") from error
     if str(name) != extractor:
         raise UserError(f"{path} holds features of {name}", f"those of {extractor} are needed",
@@ -736,13 +736,15 @@ def read_samples(folder, images, train):
     samples, numbers, trained = open_dataset(folder, images.size), {}, set(train.tolist())
     for i, file in enumerate(images.files):
         numbers.setdefault(Path(file).stem, []).append(i)
-    table = read_table(Path(folder) / "samples.csv")
-    print(f"{folder}: {len(samples)} samples of {table[0].get('checkpoint') if table else None}")
+    path = Path(folder, "samples.csv")
+    table = read_table(path) if path.is_file() else []
     rows = {row["file"].removeprefix("images/"): row for row in table}
     lost = [file for file in samples.files if "sources" not in rows.get(file, ())]
     if lost:
-        raise UserError(f"samples.csv tells no source of {len(lost)} images in {folder} "
-                        f"({lost[0]})", "all are needed", "pass a folder that sample.py wrote")
+        raise UserError(f"{path} tells no source of {len(lost)} images ({lost[0]})",
+                        "all are needed", "pass a folder that sample.py wrote")
+    made_by = sorted({row.get("checkpoint", "?") for row in table})
+    print(f"{folder}: {len(samples)} samples of {', '.join(made_by)}")
     sources, groups = [], []
     for row in (rows[file] for file in samples.files):
         named = [] if row.get("strategy") in ("random", "prototype") else row["sources"].split("|")
@@ -821,8 +823,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for run in (fidelity, privacy, resemble, probe):
-        command = commands.add_parser(run.__name__, help=run.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=Help)
         command.set_defaults(run=run, features="dino", train_limit=None)
         a = command.add_argument
         a("--checkpoint", help="run folder or model.pt (default: the newest run)")

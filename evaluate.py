@@ -1,313 +1,115 @@
-"""Every number of this project: small metrics that read like their equations, and the tables.
+"""Every experiment of this project, as a table, a JSON file and, where it helps, a picture.
 
     python evaluate.py resemble                      do samples resemble their source?
     python evaluate.py probe --tokens global cls     what do the embedder's tokens know?
-    python evaluate.py fidelity REAL SYNTHETIC       two folders of images
+    python evaluate.py fidelity REAL SYNTHETIC       folders, a run's images, .npz statistics
+    python evaluate.py privacy SAMPLES               are samples copies of training images?
     python evaluate.py clusters                      do K-means clusters find true morphologies?
     python evaluate.py classify --train FOLDER       is a synthetic training set of use?
 
-Features are (N, D), torch or NumPy; every metric computes in float64 on the CPU. Deliberate
-choices: the trace term of the Frechet distance by eigenvalues (always real, faster than `sqrtm`); a
-fixed-seed random network as the default judge, never the features that conditioned the model under
-test; intervals of distances by subsampling without replacement (duplicates, which a bootstrap
-makes, bias them), of AUC by bootstrap; equal counts and the real-real floor beside every figure.
+The metrics stand in metrics.py. The default judge is a fixed-seed random network, never the
+features that conditioned the model under test; equal counts and the real-real floor stand beside
+every figure. Frechet distances compare only with those of the same extractor, resize rule and counts.
 """
 import argparse
+import hashlib
 import json
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import (UserError, fraction, load_checkpoint, open_dataset, pick_device, positive_int,
-                  read_split, resolve_checkpoint, run_script, save_grid, split_holdout,
-                  step_seed, user_errors, write_text_atomic)
-from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
+from data import (Help, UserError, atomic_file, fraction, load_checkpoint, open_dataset,
+                  pick_device, positive_int, read_split, read_table, resolve_checkpoint,
+                  run_script, save_grid, split_holdout, step_seed, user_errors, write_text_atomic)
+from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens, load_dino
 from dinodiff import DinoDiffusion
+# Some of these are here only for those who look for them in this file.
+from metrics import (METRICS, FIDInception, RandomFeatures, best_correlations, bootstrap_interval,
+                     brightness, cluster_agreement, cohen_kappa, compare, correlations, dice,
+                     first_share, frechet_distance, frechet_of_moments, grey_values,
+                     kernel_distance, kernel_subsets, linear_probe, merge_moments, moments,
+                     off_diagonal_mean, pixel_rows, prdc, psnr, roc_auc, subsample_interval)
 from phantoms import CHEST_LABELS
 from prompts import kmeans, standardise
 from train import fit
 
 
-# ---------------------------------------------------------------- distances between feature sets
+# ---------------------------------------------------------------- judges
 
-def as_features(*sets, least=2):
-    """Each set as float64 (N, D) on the CPU; ValueError for NaN, infinity, few rows, unlike D."""
-    sets = [torch.as_tensor(x).detach().to("cpu", torch.float64) for x in sets]
-    for x in sets:
-        bad = (~x.isfinite().all(dim=1)).sum().item()
-        if bad or len(x) < least or x.shape[1] != sets[0].shape[1]:
-            raise ValueError(f"got features {[tuple(x.shape) for x in sets]}, {bad} rows with NaN: "
-                             f"need {least} or more finite rows a set, of one extractor: add "
-                             "images, or look at them and at the extractor's weights")
-    return sets
+FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               "pt_inception-2015-12-05-6726825d.pth")
 
 
-def frechet_distance(a, b):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Source: Heusel et al. 2017, equation 6.
+def load_weights(net, source):
+    """Fill a network from a file, or an address whose file name ends in the start of its hash."""
+    options = {"map_location": "cpu", "weights_only": True}  # nothing in the file is executed
+    try:
+        net.load_state_dict(
+            torch.hub.load_state_dict_from_url(source, check_hash=True, **options)
+            if source.startswith("https:") else torch.load(source, **options))
+    except Exception as error:  # zip, pickle, torch and network each raise their own
+        raise UserError(f"cannot load {source} ({' '.join(str(error).split())[:160]})", "a state "
+                        f"dict of {type(net).__name__} is needed", "pass --weights FILE, or delete "
+                        f"a damaged download in {torch.hub.get_dir()}/checkpoints") from None
+    return net
 
-    The last trace sums the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
+
+def feature_extractor(args, device, model=None):
+    """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of --features and --weights.
+
+    The name tells weights and resize rule: figures of two names do not compare.
     """
-    a, b = as_features(a, b)
-    mu1, mu2 = a.mean(dim=0), b.mean(dim=0)
-    s1, s2 = ((x - mu).T @ (x - mu) / (len(x) - 1) for x, mu in ((a, mu1), (b, mu2)))
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
+    kind, weights = args.features, args.weights
+    if kind == "random":
+        return "random network, seed 0, no resize", RandomFeatures().to(device)
+    if kind == "inception":
+        net, rule = load_weights(FIDInception(), weights or FID_WEIGHTS), "plain bilinear to 299 px"
+
+        def extract(x):
+            return net((x + 1) / 2)
+    elif kind == "xrv":
+        try:  # without --weights the package unpickles its own download, which can run code
+            from torchxrayvision.models import DenseNet
+            net = DenseNet(weights=None if weights else "densenet121-res224-all")
+        except (ImportError, OSError) as error:
+            raise UserError(f"--features xrv cannot start ({error})", "torchxrayvision and its "
+                            "weights are needed", "pip install torchxrayvision; without network "
+                            "pass --weights FILE, a state dict of its DenseNet") from error
+        net, rule = load_weights(net, weights) if weights else net, "antialiased bilinear to 224 px"
+
+        def extract(x):
+            x = F.interpolate(x.mean(dim=1, keepdim=True), (224, 224), mode="bilinear",
+                              antialias=True)
+            return net.features2(1024 * x)  # the range it was trained with
+    else:
+        with user_errors():
+            if weights:
+                net, rule = load_dino(weights), "CLS, antialiased bicubic"
+                extract = partial(conditioning_tokens, net, kind="cls")
+            else:
+                print("note: the tokens that conditioned samples do not judge them fairly")
+                model = model or DinoDiffusion.from_checkpoint(
+                    load_checkpoint(resolve_checkpoint(args.checkpoint))).to(device)
+                net, extract = model.embedder, model.embed
+                rule = f"{model.config.tokens} tokens, antialiased bicubic"
+        rule += f" to {net.input_side} px"
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    net.eval().to(device)
+    return f"{kind} {digest.hexdigest()[:8]}, {rule}", extract
 
 
-def off_diagonal_mean(k):
-    """Mean of a square matrix without its diagonal."""
-    return ((k.sum() - k.trace()) / (len(k) * (len(k) - 1))).item()
-
-
-def kernel_distance(a, b, subsets=0, subset_size=1000, seed=0):
-    """Unbiased MMD^2, kernel (x.y / D + 1)^3; may be negative. Source: Binkowski et al. 2018.
-
-    Over all rows, or the mean over `subsets` draws without replacement of `subset_size` rows.
-    """
-    a, b = as_features(a, b)
-    if subsets:
-        draw, m = torch.Generator().manual_seed(seed), min(subset_size, len(a), len(b))
-        parts = ([x[torch.randperm(len(x), generator=draw)[:m]] for x in (a, b)]
-                 for _ in range(subsets))
-        return float(np.mean([kernel_distance(*part) for part in parts]))
-    aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    return off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean().item()
-
-
-def prdc(real, fake, k=5):
-    """Precision, recall, density, coverage: dict of floats; balls reach to the k-th neighbour.
-
-    Source: Kynkaanniemi et al. 2019, equation 2; Naeem et al. 2020, equations 5 and 6.
-    """
-    real, fake = as_features(real, fake, least=k + 1)
-    # exact differences: the faster matrix-product form loses small distances
-    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    # the smallest distance is that to the image itself, so its k-th neighbour is number k + 1
-    real_radius = distances(real, real).kthvalue(k + 1, dim=1, keepdim=True).values  # (N, 1)
-    fake_radius = distances(fake, fake).kthvalue(k + 1, dim=1).values  # (M,)
-    across = distances(real, fake)  # (N, M)
-    in_real_ball = across < real_radius
-    return {"precision": in_real_ball.any(dim=0).double().mean().item(),
-            "recall": (across < fake_radius).any(dim=1).double().mean().item(),
-            "density": in_real_ball.double().sum(dim=0).mean().item() / k,
-            "coverage": in_real_ball.any(dim=1).double().mean().item()}
-
-
-# ---------------------------------------------------------------- labels, masks, readers, intervals
-
-def roc_auc(labels, scores):
-    """P(score of a positive > of a negative), ties a half (Mann & Whitney 1947): (N,) and (N,)."""
-    labels, scores = np.asarray(labels).astype(bool), np.asarray(scores, dtype=np.float64)
-    positives, negatives = int(labels.sum()), int((~labels).sum())
-    if not (positives and negatives and np.isfinite(scores).all()):
-        raise ValueError(f"got {positives} positive and {negatives} negative labels, or NaN: "
-                         "an AUC needs both classes and numbers: check label, split and model")
-    rank_sum = rankdata(scores)[labels].sum()  # tied scores share their mean rank
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def dice(a, b):
-    """2 |A and B| / (|A| + |B|) of two masks of one shape (nonzero is inside); 1 if both empty."""
-    a, b = torch.as_tensor(a).bool(), torch.as_tensor(b).bool()
-    if a.shape != b.shape:
-        raise ValueError(f"masks of shape {tuple(a.shape)} and {tuple(b.shape)}: need the same")
-    total = a.sum() + b.sum()
-    return 1.0 if total == 0 else (2 * (a & b).sum() / total).item()
-
-
-def cohen_kappa(a, b):
-    """(observed - expected agreement) / (1 - expected) of answers (N,), (N,); Cohen 1960."""
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.size == 0:
-        raise ValueError(f"got {a.size} and {b.size} answers: kappa needs the same images, and one "
-                         "at least, from both readers")
-    observed = np.mean(a == b)
-    expected = sum(np.mean(a == c) * np.mean(b == c) for c in np.union1d(a, b))
-    return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
-
-
-def cluster_agreement(truth, clusters):
-    """How well clusters (N,) find known classes (N,): a dict, 1 is perfect.
-
-    homogeneity = 1 - H(truth | clusters) / H(truth): is each cluster of one class? completeness:
-    the other way round. V-measure: their harmonic mean (Rosenberg & Hirschberg 2007). adjusted
-    Rand: pairs that both keep together, 0 by chance (Hubert & Arabie 1985). More clusters than
-    classes cannot hurt homogeneity, but hurt the others.
-    Source: the formulas of scikit-learn's functions of these names, natural logarithms.
-    """
-    truth, clusters = (np.unique(values, return_inverse=True)[1] for values in (truth, clusters))
-    table = np.zeros((truth.max() + 1, clusters.max() + 1))
-    np.add.at(table, (truth, clusters), 1)
-    n, rows, columns = len(truth), table.sum(1), table.sum(0)
-
-    def entropy(counts):
-        share = counts[counts > 0] / n
-        return -(share * np.log(share)).sum()
-
-    def pairs(counts):
-        return (counts * (counts - 1) / 2).sum()
-
-    shared = entropy(rows) + entropy(columns) - entropy(table)  # mutual information
-    homogeneity, completeness = (shared / entropy(x) if entropy(x) > 0 else 1.0
-                                 for x in (rows, columns))
-    both = homogeneity + completeness
-    chance = pairs(rows) * pairs(columns) / pairs(np.array([n]))
-    best = (pairs(rows) + pairs(columns)) / 2
-    return {"homogeneity": homogeneity, "completeness": completeness,
-            "V-measure": 2 * homogeneity * completeness / both if both else 0.0,
-            "adjusted Rand": (pairs(table) - chance) / (best - chance) if best > chance else 1.0}
-
-
-def ridge_weights(x, y, strength):
-    """argmin |x w - y|^2 + strength N |w|^2, solved in the smaller of N and D dimensions."""
-    n, d = x.shape
-    penalty = strength * n * torch.eye(min(n, d), dtype=x.dtype)
-    if d <= n:
-        return torch.linalg.solve(x.T @ x + penalty, x.T @ y)
-    return x.T @ torch.linalg.solve(x @ x.T + penalty, y)
-
-
-def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 1.0, 10.0), seed=0):
-    """(AUC of each label, scores (M, L)) of a ridge regression on frozen features.
-
-    train_x (N, D), train_y (N, L) of 0 and 1. Features are standardised with training statistics;
-    each label's strength is the one with the least squared error on a fifth of the training set.
-    """
-    train_x, test_x = as_features(train_x, test_x)
-    train_y, test_y = torch.as_tensor(train_y).double(), torch.as_tensor(test_y)
-    mean, std = train_x.mean(dim=0), train_x.std(dim=0).clamp(min=1e-8)
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
-    train_y = train_y - train_y.mean(dim=0)
-    order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
-    check, fit = order[:len(order) // 5], order[len(order) // 5:]
-    errors = [(train_x[check] @ ridge_weights(train_x[fit], train_y[fit], s)
-               - train_y[check]).square().mean(dim=0) for s in strengths]
-    best = torch.stack(errors).argmin(dim=0).tolist()  # (strengths, L) -> (L,)
-    scores = torch.stack([test_x @ ridge_weights(train_x, train_y[:, j], strengths[k])
-                          for j, k in enumerate(best)], dim=1)
-    return [roc_auc(y, s) for y, s in zip(test_y.T, scores.T)], scores.numpy()
-
-
-def subsample_interval(metric, a, b, rounds=50, seed=0):
-    """95 % interval (low, high) of metric(a, b), which may be an array (Politis & Romano 1994).
-
-    Halves are drawn without replacement. A mean spreads over them as its standard error over the
-    whole set (1/m - 1/n = 1/n at m = n/2), so their deviations are laid around the full value.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def half(x):
-        return x[torch.randperm(len(x), generator=generator)[:len(x) // 2]]
-
-    draws = np.stack([metric(half(a), half(b)) for _ in range(rounds)])
-    low, high = np.quantile(draws - draws.mean(axis=0), [0.025, 0.975], axis=0)
-    full = metric(a, b)
-    return full + low, full + high
-
-
-def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
-    """95 % percentile interval (low, high) of metric(*arrays), rows drawn together (Efron 1979).
-
-    Draws for which the metric is not defined (ValueError: of one class only) are left out.
-    """
-    rng, n, draws = np.random.default_rng(seed), len(arrays[0]), []
-    for rows in (rng.integers(n, size=n) for _ in range(rounds)):
-        with suppress(ValueError):
-            draws.append(metric(*(x[rows] for x in arrays)))
-    return np.quantile(draws, [0.025, 0.975]).tolist()
-
-
-# ---------------------------------------------------------------- pictures into numbers
-
-class RandomFeatures(nn.Module):
-    """Fixed-seed random network: images (B, 3, H, W) in [-1, 1], side >= 32 -> (B, 217) features.
-
-    Texture: the log deviation of each of 104 channels of four convolutions, and apart from it their
-    mean, contrast, which would else count 104 times. Layout: 4x4 grids of the picture and the last
-    stage. Source: Naeem et al. 2020, section 5: random embeddings for images unlike ImageNet.
-    """
-
-    def __init__(self, seed=0):
-        super().__init__()
-        generator, width = torch.Generator().manual_seed(seed), 3  # a CPU generator: same anywhere
-        for i, channels in enumerate((16, 24, 32, 32)):
-            w = torch.randn(channels, width, 3, 3, generator=generator)
-            w = w - w.mean(dim=(2, 3), keepdim=True)  # sees edges; brightness is for the grid
-            w = w * (2 / w.square().sum(dim=(1, 2, 3), keepdim=True)).sqrt()
-            self.register_buffer(f"filters{i}", w)
-            width = channels
-
-    @torch.no_grad()
-    def forward(self, x):
-        layout, texture = [F.adaptive_avg_pool2d(x, 4).flatten(1) / 3 ** 0.5], []
-        for i, filters in enumerate(self.buffers()):
-            x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), filters, stride=1 if i == 0 else 2)
-            texture.append((x.std(dim=(2, 3)) + 0.05).log())  # 0.05: flat images stay finite
-            x = F.leaky_relu(x, 0.1)
-        layout.append(F.adaptive_avg_pool2d(x[:, :4], 4).flatten(1))  # (B, 4, h, w) -> (B, 64)
-        texture = torch.cat(texture, dim=1)
-        contrast = texture.mean(dim=1, keepdim=True)
-        return torch.cat([0.5 * (texture - contrast), 0.5 * contrast, *layout], dim=1)
-
-
-def pixel_rows(images):
-    """Grey values (N, P) in [0, 1] of images (N, 3, H, W); sides above 64 are averaged to 64."""
-    grey = (images.mean(dim=1) + 1) / 2
-    return F.adaptive_avg_pool2d(grey, min(64, grey.shape[-1])).flatten(1)
-
-
-def correlations(a, b):
-    """Pearson correlation over P of each row of (N, P) with each of (M, P): (N, M)."""
-    a, b = (F.normalize(x - x.mean(dim=1, keepdim=True), dim=1) for x in (a, b))
-    return a @ b.T
-
-
-def best_correlations(a, b, chunk=1024):
-    """Highest correlation of each row of a with any row of b: (N,), b in chunks to spare memory."""
-    return torch.stack([correlations(a, part).amax(dim=1) for part in b.split(chunk)]).amax(dim=0)
-
-
-def first_share(similarity):
-    """Share of the rows of (N, N) whose own column is the strict maximum; chance is 1 / N."""
-    others = similarity.clone().fill_diagonal_(-torch.inf).amax(dim=1)
-    return (similarity.diagonal() > others).double().mean().item()
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio, decibels, mean over images (N, 3, H, W) in [-1, 1] (peak 2)."""
-    error = (a - b).square().flatten(1).mean(dim=1).clamp(min=1e-12)
-    return (10 * (4 / error).log10()).mean().item()
-
-
-def brightness(pixels):
-    """Mean grey over images, its spread between images and the mean spread within, in [0, 1]."""
-    means = pixels.mean(dim=1)
-    return {"mean": means.mean().item(), "between": means.std().item(),
-            "within": pixels.std(dim=1).mean().item()}
-
-
+@torch.no_grad()
 def describe(batches, extractor, device="cpu"):
     """Features (N, D) and pixel rows (N, P) on the CPU of an iterator of image batches."""
     parts = [(extractor(x.to(device)).flatten(1).cpu(), pixel_rows(x).cpu()) for x in batches]
     return tuple(torch.cat(part) for part in zip(*parts))
-
-
-METRICS = ("frechet", "kernel", "precision", "recall", "density", "coverage")
-
-
-def compare(real, fake):
-    """All METRICS of two feature sets, array (6,)."""
-    return np.array([frechet_distance(real, fake), kernel_distance(real, fake),
-                     *prdc(real, fake).values()])
 
 
 # ---------------------------------------------------------------- sub-commands
@@ -342,9 +144,9 @@ def batches_of(dataset, indices, batch):
     return (dataset.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(batch))
 
 
-def open_run(args):
+def open_run(args, checkpoint=None):
     """(folder, model, the flags of its training, data set, training and held-out numbers)."""
-    path = resolve_checkpoint(args.checkpoint)
+    path = resolve_checkpoint(checkpoint or args.checkpoint)
     checkpoint = load_checkpoint(path)
     with user_errors():
         model = DinoDiffusion.from_checkpoint(checkpoint).to(pick_device(args.device))
@@ -382,7 +184,8 @@ def resemblance(model, sources, training, seeds, judge, steps=50, guidance=1.0, 
         best = best_correlations(pixels, train_pixels).mean().item()
         return pixels, {"Frechet to training": frechet_distance(features, train_features),
                         "best correlation with a training image": best,
-                        **{f"brightness {k}": v for k, v in brightness(pixels).items()}}
+                        **{f"brightness {k}": v
+                           for k, v in brightness(moments(grey_values(images))).items()}}
 
     source_pixels, reference = look(sources)
     floor = reference["Frechet to training"]
@@ -485,9 +288,8 @@ def probe(args):
     plans["16x16 grey pixels"] = lambda x: F.adaptive_avg_pool2d(x.mean(dim=1), 16)
     table = {}
     for name, extract in plans.items():
-        with torch.no_grad():
-            train_x, test_x = (describe(batches_of(images, part, args.batch), extract, device)[0]
-                               for part in (train, test))
+        train_x, test_x = (describe(batches_of(images, part, args.batch), extract, device)[0]
+                           for part in (train, test))
         aucs, scores = linear_probe(train_x, train_y, test_x, test_y)
         interval = bootstrap_interval(lambda y, s: np.mean([roc_auc(*c) for c in zip(y.T, s.T)]),
                                       test_y, scores, rounds=200)
@@ -499,51 +301,228 @@ def probe(args):
     write_json(run / "probe.json", table)
 
 
+STATISTICS = ("extractor", "side", "count", "mean", "scatter")
+
+
+def load_statistics(path, extractor):
+    """What `survey` returns, of a file of --save-stats; None of MedMNIST's images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if any(name.endswith("_images") for name in file.files):
+                return None
+            name, side, n, *arrays = (file[key] for key in STATISTICS)
+        mean, scatter = map(torch.from_numpy, arrays)
+        if n < 2 or scatter.shape != 2 * mean.shape or not scatter.isfinite().all():
+            raise ValueError
+    except Exception as error:  # a damaged file makes NumPy raise nearly any type
+        raise UserError(f"{path} is missing, damaged, or without its extractor's name",
+                        "a file of --save-stats is needed", "write it anew") from error
+    if str(name) != extractor:
+        raise UserError(f"{path} holds features of {name}", f"those of {extractor} are needed",
+                        "pass the --features and --weights of that file, or write it anew")
+    return int(side), (int(n), mean, scatter), []
+
+
+def one_side(sides):
+    """The only number of pixels in a set; UserError for several, and for less than 32."""
+    if len(sides) > 1 or min(sides) < 32:
+        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed, 32 or "
+                        "more, for resizing changes figures", f"pass --size {max(32, min(sides))}")
+    return min(sides)
+
+
+@torch.no_grad()
+def survey(path, is_real, extractor, extract, device, args):
+    """(side, moments of grey_values and features, features of each part) of a set of images.
+
+    Images pass by in a stream; features of max_features images are kept. The parts of a run are
+    its training and its held-out images, of other real images two halves, patients apart.
+    """
+    stored = load_statistics(path, extractor) if Path(path).suffix == ".npz" else None
+    if stored:
+        return stored
+    if Path(path, "model.pt").is_file():
+        if not is_real:
+            raise UserError(f"{path} is a run", "its samples are needed", "pass a folder of them")
+        _, _, _, images, *parts = open_run(args, path)
+    else:
+        images = open_dataset(path, args.size)
+        if len(images) < 12:
+            raise UserError(f"got {len(images)} images in {path}", "12 are needed, for five "
+                            "neighbours in each half", "add images")
+        parts = split_holdout(images, 0.5, args.seed) if is_real else [range(len(images))]
+    parts = [choose(part, args.count) for part in parts]
+    side = one_side({images[i].shape[-1] for part in parts for i in part})
+    total, kept = None, []
+    for part in parts:
+        rows, limit = [], args.max_features // len(parts)
+        for x in batches_of(images, part, args.batch):
+            features = extract(x.to(device)).flatten(1).cpu()
+            rows.append(features[:max(0, limit - sum(map(len, rows)))])
+            new = moments(torch.cat([grey_values(x), features], dim=1))
+            total = merge_moments(total, new) if total else new
+        kept.append(torch.cat(rows))
+    return side, total, kept
+
+
 def fidelity(args):
-    """how far are two folders of images apart, as sets?"""
-    real, synthetic = (open_dataset(path, args.size) for path in (args.real, args.synthetic))
-    halves = [choose(half, args.count) for half in split_holdout(real, 0.5, args.seed)]
-    sets = ((real, torch.cat(halves)), (synthetic, choose(range(len(synthetic)), args.count)))
-    if min(len(real), len(synthetic)) < 12:
-        raise UserError(f"got {len(real)} real and {len(synthetic)} synthetic images",
-                        "12 a side are needed, for five neighbours in each half", "add images")
-    sides = {args.size} if args.size else {dataset[i].shape[-1] for dataset, rows in sets
-                                           for i in rows}
-    side = min(sides)
-    if side < 32:
-        raise UserError(f"images of {side} pixels a side", "the random network needs 32",
-                        "pass --size 32 or more")
-    if len(sides) > 1:
-        raise UserError(f"got images of {sorted(sides)} pixels a side",
-                        "one side is needed, for resizing changes figures", f"pass --size {side}")
-    device, judge = pick_device(args.device), RandomFeatures()
-    if args.features == "dino":
-        print("note: never judge samples by the tokens that conditioned them")
-        checkpoint = load_checkpoint(resolve_checkpoint(args.checkpoint))
-        with user_errors():
-            judge = DinoDiffusion.from_checkpoint(checkpoint)
-    extractor = getattr(judge.to(device), "embed", judge)  # of DinoDiffusion: its tokens
-    (a, a_grey), (b, b_grey) = (describe(batches_of(dataset, rows, args.batch), extractor, device)
-                                for dataset, rows in sets)
-    half, other, n = a[:len(halves[0])], a[len(halves[0]):], min(*map(len, halves), len(b))
+    """how far are two sets of images apart?"""
+    device, draw = pick_device(args.device), torch.Generator().manual_seed(args.seed)
+    extractor, extract = feature_extractor(args, device)
     with user_errors():
-        floor, equal, full = compare(half[:n], other[:n]), compare(half[:n], b[:n]), compare(a, b)
-        low, high = subsample_interval(compare, a, b, rounds=20, seed=args.seed)
-    print(f"features: {args.features}, {a.shape[1]} dimensions; {side} px, centre square, bicubic "
-          f"with antialias where resized; {len(a)} real, {len(b)} synthetic images")
-    if min(len(a), len(b)) <= a.shape[1]:
-        print(f"warning: fewer images than the {a.shape[1]} dimensions: the covariance has no full "
+        sides, totals, kept = zip(*(survey(path, is_real, extractor, extract, device, args)
+                                    for path, is_real in ((args.real, True),
+                                                          (args.synthetic, False))))
+        side = one_side(set(sides))
+        grey = dict(zip(("real", "synthetic"), map(brightness, totals)))
+        colours = [figures["colour"] for figures in grey.values()]
+        if min(colours) < 0.01 and max(colours) > 0.05:  # the tint of a VAE stays far below
+            raise UserError("one set is grey, the other in colour", "one mode is needed", "convert "
+                            "one of them")
+        if args.save_stats:
+            with atomic_file(args.save_stats) as file:
+                np.savez(file, **dict(zip(STATISTICS, (extractor, side, *totals[0]))))
+        (n, mean, _), (m, _, _) = totals
+        dimensions = len(mean) - 3  # behind three grey values
+        print(f"features: {extractor}, {dimensions} dimensions; {side} px, centre square, bicubic "
+              f"with antialias where resized; {n} real, {m} synthetic images")
+        columns, streamed = {}, frechet_of_moments(
+            *((n, mean[3:], scatter[3:, 3:]) for n, mean, scatter in totals))
+        if all(kept):
+            (half, other), (b,), a = *kept, torch.cat(kept[0])
+            equal = min(len(half), len(other), len(b))
+            noise = (2 * torch.rand(len(part), 1, side, side, generator=draw).expand(-1, 3, -1, -1)
+                     - 1 for part in torch.arange(equal).split(args.batch))
+            rivals = {"floor": other, "equal": b, "noise": describe(noise, extract, device)[0]}
+            columns = {name: compare(half[:equal], x[:equal]) for name, x in rivals.items()}
+            interval = np.stack(subsample_interval(compare, a, b, rounds=20, seed=args.seed), 1)
+            interval[[2, 3, 5]] = interval[[2, 3, 5]].clip(0, 1)  # shares
+            columns |= {"all": compare(a, b), "interval": interval}
+            size = min(1000, equal // 2)
+            draws = kernel_subsets(a, b, 50, size, args.seed)
+            print(f"{equal} real images against as many real (floor), synthetic (equal) and noise "
+                  f"images; all: {len(a)} against {len(b)}, with 95 % interval; subsets: {size} "
+                  "of each, 50 times; streamed: every image")
+    table = {metric: {name: column[i].tolist() for name, column in columns.items()}
+             for i, metric in enumerate(METRICS if columns else METRICS[:1])}
+    table["frechet"]["streamed"] = streamed
+    if columns:
+        table["kernel"] |= {"subsets' mean": draws.mean().item(), "sd": draws.std().item()}
+    if min(n, m) <= dimensions:
+        print(f"warning: fewer images than the {dimensions} dimensions: the covariance has no full "
               "rank, which raises the Frechet distance; read it beside its floor only")
-    print(f"floor: real/real, {n} each; equal: real/synthetic, {n} each; all: with 95 % interval")
-    names = "floor", "equal", "all", "interval"
-    table = {metric: dict(zip(names, values)) for metric, *values in zip(
-        METRICS, floor, equal, full, np.stack([low, high], axis=1).tolist())}
+    if n != m:
+        print(f"warning: {n} against {m} images, and counts move distances: compare equal ones")
     print_table(table)
-    grey = {"real": brightness(a_grey), "synthetic": brightness(b_grey)}
     print_table({f"brightness, {name}": figures for name, figures in grey.items()})
-    write_json(Path(args.out or Path(args.synthetic) / "fidelity.json"), {
-        "features": args.features, "size": side, "real": len(a), "synthetic": len(b), "equal": n,
-        **table, "brightness": grey})
+    out = Path(args.synthetic)
+    out = out / "fidelity.json" if out.is_dir() else out.with_suffix(".json")
+    write_json(Path(args.out or out), {"features": extractor, "size": side, "real": n,
+                                       "synthetic": m, **table, "brightness": grey})
+
+
+def token_distances(a, b):
+    """Root of the mean squared difference of each row of (N, D) and each of (M, D): (N, M)."""
+    exact = "donot_use_mm_for_euclid_dist"  # the matrix product loses small distances
+    return torch.cdist(a, b, compute_mode=exact) / a.shape[1] ** 0.5
+
+
+def nearest(distances, queries, others, allowed, chunk=256):
+    """(distance, column) (M,) of the nearest allowed (M, N) row of others (N, D) to queries."""
+    found = [distances(part, others).masked_fill(~ok, torch.inf).min(dim=1)
+             for part, ok in zip(queries.split(chunk), allowed.split(chunk))]
+    return tuple(torch.cat(values) for values in zip(*found))
+
+
+def read_samples(folder, images, train):
+    """(samples, numbers of the images that each was made from, name of its group) of sample.py.
+
+    A source is known by the stem of its file; where several images share it, by all of them.
+    """
+    samples, numbers, trained = open_dataset(folder, images.size), {}, set(train.tolist())
+    for i, file in enumerate(images.files):
+        numbers.setdefault(Path(file).stem, []).append(i)
+    path = Path(folder, "samples.csv")
+    table = read_table(path) if path.is_file() else []
+    rows = {row["file"].removeprefix("images/"): row for row in table}
+    lost = [file for file in samples.files if "sources" not in rows.get(file, ())]
+    if lost:
+        raise UserError(f"{path} tells no source of {len(lost)} images ({lost[0]})",
+                        "all are needed", "pass a folder that sample.py wrote")
+    made_by = sorted({row.get("checkpoint", "?") for row in table})
+    print(f"{folder}: {len(samples)} samples of {', '.join(made_by)}")
+    sources, groups = [], []
+    for row in (rows[file] for file in samples.files):
+        named = [] if row.get("strategy") in ("random", "prototype") else row["sources"].split("|")
+        found = [numbers.get(Path(name).stem, []) for name in named]
+        sources.append(sum(found, []))
+        groups.append("no source" if not named else
+                      "training source" if trained & set(sources[-1]) else
+                      "held-out source" if all(found) else "source from elsewhere")
+    return samples, sources, groups
+
+
+def share_below(held, x):
+    """Share of distances x (M,) below the 1st percentile of held (N,): 0.01 if alike."""
+    return (x < np.quantile(held, 0.01)).mean().item()
+
+
+def privacy(args):
+    """are samples nearer to training images than unseen real images are?"""
+    run, model, _, images, train, test = open_run(args)
+    device, rng = next(model.buffers()).device, np.random.default_rng(0)
+    extractor, extract = feature_extractor(args, device, model)
+    shown, sources = [(images, i) for i in test.tolist()], [[] for _ in test]
+    groups = ["held-out real"] * len(test)
+    for folder in args.samples:
+        samples, *known = read_samples(folder, images, train)
+        shown += [(samples, i) for i in range(len(samples))]
+        sources, groups = sources + known[0], groups + known[1]
+    groups = np.array(groups)
+    is_real = groups == "held-out real"
+    numbers = torch.unique(torch.cat([train, torch.tensor(sum(sources, []), dtype=torch.int64)]))
+    own = torch.stack([torch.isin(numbers, torch.tensor(x, dtype=torch.int64)) for x in sources])
+    trained = torch.isin(numbers, train)
+    batches = (torch.stack([dataset[i] for dataset, i in shown[k:k + args.batch]])
+               for k in range(0, len(shown), args.batch))
+    ours, others = (describe(x, extract, device)
+                    for x in (batches, batches_of(images, numbers, args.batch)))
+    print(f"nearest of {len(train)} training images; tokens: {extractor}, root mean squared "
+          "difference; pixels: 1 - correlation at 64 px or less; share below the 1st percentile of "
+          f"{len(test)} held-out real images (their {-(-len(test) // 100)} nearest), 95 % by "
+          "bootstrap; the own source is left out of the neighbours, or one of them")
+    measures = {"tokens": token_distances, "pixels": lambda a, b: 1 - correlations(a, b)}
+    tables, pictures, closest = {space: {} for space in measures}, {}, []
+    for (space, distances), a, b in zip(measures.items(), ours, others):
+        for rule, allowed in (("left out", trained & ~own), ("counted", trained | own)):
+            distance, column = (x.numpy() for x in nearest(distances, a, b, allowed))
+            held = distance[is_real]
+            for group in dict.fromkeys(groups.tolist()):
+                x = distance[groups == group]
+                draws = [share_below(rng.choice(held, len(held)), rng.choice(x, len(x)))
+                         for _ in range(1000)]
+                name = f"{group}, {rule}" if own[groups == group].any() else group
+                tables[space][name] = {
+                    "images": len(x), "least": x.min().item(), "median": np.median(x).item(),
+                    "share below": share_below(held, x),
+                    "95 %": np.quantile(draws, [0.025, 0.975]).tolist()}
+            for title, mask in (("held-out real", is_real), (f"samples, source {rule}", ~is_real)):
+                rows = np.where(mask, distance, np.inf).argsort()[:min(8, mask.sum())]
+                pairs = [(row, *shown[row], numbers[column[row]].item()) for row in rows]
+                title = f"{title}, by {space}"
+                pictures[title] = torch.stack([dataset[i] for _, dataset, i, _ in pairs])
+                pictures[f"{title}: nearest"] = images.batch([j for *_, j in pairs])
+                closest += [{
+                    "row": title, "image": f"{dataset.name}/{dataset.files[i]}",
+                    "nearest": images.files[j], "is source": j in sources[row],
+                    "distance": distance[row].item()} for row, dataset, i, j in pairs]
+        print(f"\n{space}:")
+        print_table(tables[space])
+    save_grid(run / "privacy.png", list(pictures.values()), captions=list(pictures))
+    print(f"wrote {run / 'privacy.png'}")
+    write_json(run / "privacy.json", {"tokens": extractor, "training_images": len(train),
+                                      "held_out_images": len(test), "samples": args.samples,
+                                      "distances": tables, "closest": closest})
 
 
 def clusters(args):
@@ -675,26 +654,34 @@ def classify(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for run in (fidelity, resemble, probe, clusters, classify):
-        command = commands.add_parser(run.__name__, help=run.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.set_defaults(run=run)
+    for run in (fidelity, privacy, resemble, probe, clusters, classify):
+        command = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=Help)
+        command.set_defaults(run=run, features="dino", train_limit=None)
         a = command.add_argument
         a("--checkpoint", help="run folder or model.pt (default: the newest run)")
+        a("--data", help="where the run's images are now (default: as trained)")
         a("--batch", type=positive_int, default=64, help="images at once")
         a("--device", default="auto", help="auto, cuda, mps or cpu")
         a("--count", type=positive_int, default=256 if run is resemble else 5000,
-          help="at most so many images: of each folder, or held out")
+          help="at most so many images: of each set, or held out")
+        if run in (fidelity, privacy):
+            a("--weights", help="inception, xrv: a file of weights; dino: a published ViT's name "
+              "or a file (default: the embedder of --checkpoint)")
+        if run is privacy:
+            a("samples", nargs="+", help="folders that sample.py wrote")
+            continue
         if run is fidelity:
-            a("real", help="folder of real images")
-            a("synthetic", help="folder of synthetic images")
-            a("--features", choices=("random", "dino"), default="random", help="random network, "
-              "or the embedder of --checkpoint (not for samples it conditioned)")
+            a("real", help="a run (its training images), a folder, or a file of --save-stats")
+            a("synthetic", help="a folder, e.g. of a run's samples, or a file of --save-stats")
+            a("--features", choices=("random", "inception", "dino", "xrv"), default="random",
+              help="random network, FID's, a ViT (not the one that conditioned), TorchXRayVision's")
+            a("--max-features", type=positive_int, default=5000, help="keep features of so many "
+              "images a set; the others count in the streamed Frechet distance only")
+            a("--save-stats", metavar="FILE", help="write REAL's statistics, for later use as REAL")
             a("--size", type=positive_int, help="resize to this side (default: as they are)")
             a("--seed", type=int, default=0, help="of the halves and the intervals")
             a("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
             continue
-        a("--data", help="where the run's images are now (default: as trained)")
         a("--train-limit", type=positive_int, default=2000, help="at most so many training images")
         a("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples, or random weights")
         if run is resemble:

@@ -1,9 +1,12 @@
 """evaluate.py: metrics against closed forms and other packages' numbers; sub-commands on stand-ins.
 
-reference/metrics.npz holds what scikit-learn, prdc and SciPy say (made by make_metrics.py).
+reference/metrics.npz holds what scikit-learn, prdc and SciPy say (made by make_metrics.py),
+reference/inception.npz what pytorch-fid's Inception says (made by make_inception.py).
 """
+import csv
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +17,13 @@ from torch import nn
 
 import data
 import evaluate
-from evaluate import (RandomFeatures, best_correlations, binary_labels, bootstrap_interval,
-                      cohen_kappa, compare, correlations, dice, first_share, frechet_distance,
-                      kernel_distance, linear_probe, pixel_rows, prdc, psnr, resemblance,
-                      ridge_weights, roc_auc, subsample_interval)
+from evaluate import (binary_labels, feature_extractor, nearest, read_samples, resemblance,
+                      share_below, token_distances)
+from metrics import (FIDInception, RandomFeatures, best_correlations, bootstrap_interval,
+                     cohen_kappa, compare, correlations, dice, first_share, frechet_distance,
+                     frechet_of_moments, kernel_distance, kernel_subsets, linear_probe,
+                     merge_moments, moments, pixel_rows, prdc, psnr, ridge_weights, roc_auc,
+                     subsample_interval)
 from phantoms import chest_phantoms
 
 
@@ -36,6 +42,20 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def inception_case():
+    """Seeded weights for FID's Inception, and two pictures (2, 3, 80, 64) in [0, 1]."""
+    rng, weights = np.random.default_rng(0), {}
+    for name, value in FIDInception().state_dict().items():
+        x = torch.from_numpy(rng.standard_normal(tuple(value.shape), dtype=np.float32))
+        if value.ndim > 1:
+            x *= (2 / value[0].numel()) ** 0.5  # keeps the size of the signal through the layers
+        elif name.endswith(("bn.weight", "running_var")):
+            x = 1 + 0.5 * x.tanh()
+        weights[name] = x.long() * 0 if value.dtype == torch.int64 else x
+    pictures = torch.from_numpy(rng.random((2, 3, 80, 64), dtype=np.float32))
+    return weights, torch.stack([pictures[0], pictures[1] ** 8])
+
+
 def test_frechet_equals_scipy_sqrtm(stored):
     """The eigenvalue form gives the sqrtm form's value, with full rank and with few images."""
     real, fake = stored["real"], stored["fake"]
@@ -43,6 +63,24 @@ def test_frechet_equals_scipy_sqrtm(stored):
     # of a singular matrix sqrtm keeps about half of the digits
     assert frechet_distance(real[:10], fake[:12]) == pytest.approx(float(stored["frechet_few"]),
                                                                    rel=1e-6)
+
+
+def test_moments_in_a_stream(stored):
+    """Merged batches, one of a single row, have the moments of the whole, so the same distance."""
+    sets = [torch.from_numpy(stored[name]) for name in ("real", "fake")]
+    merged = []
+    for x in sets:
+        total = moments(x[:1])
+        for part in x[1:].split(31):
+            total = merge_moments(total, moments(part))
+        for got, want in zip(total, (len(x), x.mean(dim=0), x.T.cov() * (len(x) - 1))):
+            assert torch.allclose(torch.as_tensor(got), torch.as_tensor(want), atol=1e-10)
+        merged.append(total)
+    assert frechet_of_moments(*merged) == pytest.approx(float(stored["frechet"]), rel=1e-9)
+    few = sets[0][:10], sets[1][:12]  # fewer images than the 16 dimensions: another form
+    # roots of the zero eigenvalues' rounding errors near 1e-16 are 1e-8
+    assert frechet_distance(*few) == pytest.approx(frechet_of_moments(*map(moments, few)), rel=1e-6)
+    assert frechet_distance(*few) == pytest.approx(float(stored["frechet_few"]), rel=1e-6)
 
 
 def test_frechet_of_exact_gaussians():
@@ -65,6 +103,12 @@ def test_kernel_distance(stored):
              for i in range(100)]
     error = np.std(draws) / math.sqrt(100)
     assert abs(np.mean(draws)) < 3 * error
+    real, fake = map(torch.from_numpy, (stored["real"], stored["fake"]))
+    subsets = kernel_subsets(real, fake, 40, subset_size=30, seed=1)
+    assert subsets.shape == (40,) and subsets.std() > 0
+    assert kernel_distance(real, fake, 40, 30, seed=1) == pytest.approx(subsets.mean())
+    # unbiased, so subsets have the whole sets' value but for four standard errors
+    assert abs(subsets.mean() - value) < 4 * subsets.std() / math.sqrt(40)
     same = normal(30, 5)
     assert kernel_distance(same, same) < -10 * error  # equal sets: below 0 by construction
 
@@ -86,6 +130,8 @@ def test_features_that_cannot_be_compared():
         for metric in (frechet_distance, kernel_distance):
             with pytest.raises(ValueError, match=words):
                 metric(x, bad)
+    with pytest.raises(ValueError, match="1 rows with NaN"):
+        moments(broken)
     with pytest.raises(ValueError, match="need 6 or more"):
         prdc(x[:5], x)
 
@@ -159,6 +205,62 @@ def test_random_features_are_the_same_everywhere():
         abs=1e-4)
     assert not torch.allclose(RandomFeatures(seed=1)(picture), features, atol=0.1)
     assert RandomFeatures()(torch.zeros(2, 3, 32, 32)).isfinite().all()  # flat, smallest side
+
+
+def test_inception_equals_pytorch_fid():
+    """With equal weights FIDInception gives the features that pytorch-fid gives."""
+    weights, pictures = inception_case()
+    net = FIDInception().eval()
+    net.load_state_dict(weights)
+    with np.load(Path(__file__).parent / "reference" / "inception.npz") as stored:
+        want = torch.from_numpy(stored["features"])
+    with torch.no_grad():
+        got = net(pictures)
+    assert got.shape == (2, 2048)
+    # other machines order sums otherwise; one wrong pool moves them by 2e-3 or more
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
+def test_extractors(tmp_path, monkeypatch):
+    """Each gets the range and side it wants; names tell weights apart; what is missing is said."""
+    args = SimpleNamespace(features="inception", weights=str(tmp_path / "w.pth"), checkpoint=None)
+    images = torch.linspace(-1, 1, 32).expand(2, 3, 32, 32)
+    seen = []
+
+    class DenseNet(nn.Linear):
+        def __init__(self, weights):
+            super().__init__(1, 1)
+
+        def features2(self, x):
+            seen.append(x)
+            return x.mean(dim=(1, 2, 3))[:, None]
+
+    def load_inception(net, source):
+        net.forward = lambda x: seen.append(x) or x
+        return net
+
+    monkeypatch.setitem(sys.modules, "torchxrayvision", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchxrayvision.models", SimpleNamespace(DenseNet=DenseNet))
+    names = []
+    for value in (0.0, 1.0):
+        torch.save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)}, args.weights)
+        args.features = "xrv"
+        name, extract = feature_extractor(args, "cpu")
+        names.append(name)
+    extract(images)
+    assert names[0] != names[1] and "224 px" in name
+    assert seen[-1].shape == (2, 1, 224, 224)
+    assert seen[-1].min() == -1024 and seen[-1].max() == 1024
+    args.features = "inception"
+    with pytest.raises(data.UserError, match="cannot load .*FIDInception is needed.*--weights"):
+        feature_extractor(args, "cpu")
+    monkeypatch.setattr(evaluate, "load_weights", load_inception)
+    feature_extractor(args, "cpu")[1](images)
+    assert seen[-1].min() == 0 and seen[-1].max() == 1
+    monkeypatch.setitem(sys.modules, "torchxrayvision.models", None)
+    args.features = "xrv"
+    with pytest.raises(data.UserError, match="pip install torchxrayvision"):
+        feature_extractor(args, "cpu")
 
 
 def test_random_features_see_what_people_see(chests):
@@ -264,9 +366,143 @@ def test_fidelity_command(chests, tmp_path, capsys):
     assert result["real"] == 40 and result["synthetic"] == 20
     assert result["frechet"]["equal"] > 2 * result["frechet"]["floor"]
     assert result["brightness"]["synthetic"]["mean"] < result["brightness"]["real"]["mean"] - 0.1
+    assert result["frechet"]["noise"] > 5 * result["frechet"]["floor"]
+    assert result["frechet"]["streamed"] == pytest.approx(result["frechet"]["all"], rel=1e-6)
     data.save_png(tmp_path / "dark" / "large.png", torch.zeros(3, 96, 96))
     with pytest.raises(data.UserError, match=r"\[64, 96\] pixels a side.*--size 64"):
         evaluate.main(["fidelity", str(tmp_path / "real"), str(tmp_path / "dark")])
+
+
+def fidelity(folder, *arguments):
+    """The JSON that `fidelity` writes."""
+    evaluate.main(["fidelity", *map(str, arguments), "--device", "cpu", "--out",
+                   str(folder / "out.json")])
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_statistics_instead_of_images(chests, tmp_path):
+    """A file of statistics gives its images' distance; foreign and damaged ones are refused."""
+    for i, image in enumerate(chests[:40]):
+        data.save_png(tmp_path / "ab"[i % 2] / f"{i}.png", image)
+    a, b, stats = tmp_path / "a", tmp_path / "b", tmp_path / "stats.npz"
+    whole = fidelity(tmp_path, a, b, "--save-stats", stats)
+    capped = fidelity(tmp_path, a, b, "--max-features", 12, "--batch", 7)
+    stored = fidelity(tmp_path, stats, b)
+    assert stored["real"] == 20 and set(stored["frechet"]) == {"streamed"}
+    for other in (capped, stored):  # float32 features of other batches differ in the last digits
+        assert other["frechet"]["streamed"] == pytest.approx(whole["frechet"]["streamed"], rel=1e-4)
+        assert other["brightness"]["real"] == pytest.approx(whole["brightness"]["real"], rel=1e-6)
+    assert capped["frechet"]["all"] != whole["frechet"]["all"]
+    with np.load(stats) as file:
+        content = dict(file)
+    for change, words in (({"extractor": "inception 0"}, "holds features of inception 0"),
+                          ({"side": 96}, r"\[64, 96\] pixels a side"),
+                          ({"mean": content["mean"][:5]}, "damaged"),
+                          ({"mean": np.array([{}])}, "damaged"),
+                          ({"scatter": content["scatter"] * np.nan}, "damaged")):
+        np.savez(stats, **{**content, **change})
+        with pytest.raises(data.UserError, match=words):
+            fidelity(tmp_path, stats, b)
+    np.savez(stats, mu=content["mean"], sigma=content["scatter"])  # pytorch-fid's names
+    with pytest.raises(data.UserError, match="without its extractor's name"):
+        fidelity(tmp_path, stats, b)
+    np.savez(stats, train_images=np.zeros((5, 64, 64), np.uint8), train_labels=np.zeros((5, 1)))
+    with pytest.raises(data.UserError, match="got 5 images .*12 are needed"):
+        fidelity(tmp_path, a, stats)
+
+
+def test_colour_against_grey_is_refused(chests, tmp_path):
+    """A set in colour and a grey one do not compare; a slight tint does, and is reported."""
+    for name, tint in (("grey", 0.0), ("tinted", 0.01), ("colour", 0.4)):
+        for i, image in enumerate(chests[:24]):
+            red = image + torch.tensor([tint, 0, 0]).view(3, 1, 1)
+            data.save_png(tmp_path / name / f"{i}.png", red)
+    result = fidelity(tmp_path, tmp_path / "grey", tmp_path / "tinted")
+    assert result["brightness"]["synthetic"]["colour"] == pytest.approx(0.005, abs=0.003)
+    with pytest.raises(data.UserError, match="one set is grey, the other in colour"):
+        fidelity(tmp_path, tmp_path / "grey", tmp_path / "colour")
+
+
+def write_samples(folder, images, rows):
+    """What sample.py leaves: images and samples.csv of (strategy, sources)."""
+    with open(data.make_folder(folder) or folder / "samples.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "strategy", "sources", "checkpoint"])
+        for i, (image, row) in enumerate(zip(images, rows)):
+            data.save_png(folder / "images" / f"{i}.png", image)
+            table.writerow([f"images/{i}.png", *row, "model.pt"])
+
+
+@pytest.fixture
+def split(chests):
+    """(data set of 60 chests, 40 training and 20 held-out numbers)."""
+    files = [f"part/{i}.jpg" for i in range(60)]
+    images = data.ImageSet("chests", "", 64, files, {}, cache=dict(enumerate(chests[:60])))
+    return images, torch.arange(40), torch.arange(40, 60)
+
+
+def test_sources_of_samples(chests, split, tmp_path):
+    """samples.csv tells groups and sources; what it does not name is an error."""
+    rows = [("reconstruct", "runs/held_out/3.png"), ("reconstruct", "50.png"), ("random", ""),
+            ("interpolate", "41.png|a/7.png"), ("reconstruct", "other.png"),
+            ("prototype", "prototype 0 of 2"), ("interpolate", "45.png|46.png")]
+    write_samples(tmp_path, chests[:7], rows)
+    _, sources, groups = read_samples(tmp_path, *split[:2])
+    assert sources == [[3], [50], [], [41, 7], [], [], [45, 46]]
+    assert groups == ["training source", "held-out source", "no source", "training source",
+                      "source from elsewhere", "no source", "held-out source"]
+    data.save_png(tmp_path / "images" / "unknown.png", chests[0])
+    with pytest.raises(data.UserError, match="tells no source of 1 images.*unknown.png"):
+        read_samples(tmp_path, *split[:2])
+    (tmp_path / "samples.csv").unlink()
+    with pytest.raises(data.UserError, match="tells no source of 8 images"):
+        read_samples(tmp_path, *split[:2])
+
+
+def test_nearest_neighbour():
+    """Distance and number are those of a search by hand; what is not allowed is passed over."""
+    a, b = normal(7, 5), normal(9, 5, seed=1)
+    want = (a[:, None] - b).square().mean(dim=2).sqrt()
+    assert torch.allclose(token_distances(a, b), want, atol=1e-12)
+    allowed = torch.ones(7, 9, dtype=torch.bool)
+    distance, column = nearest(token_distances, a, b, allowed, chunk=3)
+    assert torch.equal(column, want.argmin(dim=1)) and torch.allclose(distance, want.amin(dim=1))
+    allowed[torch.arange(7), column] = False
+    assert torch.allclose(nearest(token_distances, a, b, allowed)[0], want.sort(dim=1)[0][:, 1])
+    held = np.arange(1000.0)
+    assert share_below(held, held) == 0.01 and share_below(held, held + 500) == 0
+    assert share_below(held, np.zeros(3)) == 1
+
+
+def test_privacy_finds_copies(chests, split, tmp_path, monkeypatch):
+    """Copies of a training image are found if it is no source, or counts; others look like real."""
+    images, train, test = split
+    model = Copier()
+    model.embedder = nn.Linear(1, 1)
+    model.embedder.input_side = 64
+    run = tmp_path / "run"
+    monkeypatch.setattr(evaluate, "open_run", lambda args: (run, model, {}, images, train, test))
+    write_samples(tmp_path / "declared", chests[:20], [("reconstruct", f"{i}.png")
+                                                       for i in range(20)])
+    write_samples(tmp_path / "held", chests[40:60], [("reconstruct", f"{i}.png")
+                                                     for i in range(40, 60)])
+    write_samples(tmp_path / "stolen", chests[:10], [("random", "")] * 10)
+    evaluate.main(["privacy", *(str(tmp_path / name) for name in ("declared", "held", "stolen"))])
+    result = json.loads((run / "privacy.json").read_text())
+    for table in result["distances"].values():
+        shares = {name: row["share below"] for name, row in table.items()}
+        assert shares.pop("training source, left out") < 0.5  # the others of 40: as real ones
+        assert shares.pop("held-out source, left out") == shares.pop("held-out real") == 0.05
+        # 8-bit files: copies lie 0.002 away, other phantoms 0.03 and more
+        assert shares == {"training source, counted": 1, "held-out source, counted": 1,
+                          "no source": 1}
+        assert table["held-out source, left out"]["median"] == pytest.approx(
+            table["held-out real"]["median"], rel=0.02)
+    pairs = result["closest"]
+    assert len(pairs) == 2 * 4 * 8 and (run / "privacy.png").stat().st_size > 10_000
+    stolen = [pair for pair in pairs if pair["row"] == "samples, source left out, by pixels"]
+    assert all(Path(pair["image"]).parent.name == "stolen" and not pair["is source"]
+               and Path(pair["image"]).stem == Path(pair["nearest"]).stem for pair in stolen)
 
 
 # homogeneity_completeness_v_measure and adjusted_rand_score of scikit-learn 1.9.1, sets as below

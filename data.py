@@ -101,7 +101,8 @@ def _number(kind, low, high, need):
 positive_int = _number(int, 1, 10**7, "a whole number: pass 1 to 10,000,000")
 batch_int = _number(int, 1, 2**16, "a whole number: pass 1 to 65,536")
 workers_int = _number(int, 0, 256, "a whole number: pass 0 to 256")
-not_negative_int = _number(int, 0, 2**32, "a whole number: pass 0 to 4,294,967,296")
+seed_int = _number(int, 0, 2**32, "a whole number: pass 0 to 4,294,967,296")
+not_negative_int = _number(int, 0, 2**63 - 1, "a whole number: pass 0 or more")
 positive_float = _number(float, 1e-30, 1e30, "a number: pass above 0")
 not_negative = _number(float, 0, 1e30, "a number: pass 0 or more")
 fraction = _number(float, 0, 1, "a number from 0 to 1: pass e.g. 0.15")
@@ -112,8 +113,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, where there is one worth showing."""
 
     def _get_help_string(self, action):
-        return (action.help if action.default in (None, False)
-                else super()._get_help_string(action))
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def step_seed(*parts):
@@ -258,7 +259,7 @@ def append_jsonl(path, row):
 def read_jsonl(path):
     """The rows of such a file, none if it is missing; a line that was cut short is left out."""
     rows = []
-    with suppress(FileNotFoundError), open(path, encoding="utf-8") as lines:
+    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             with suppress(ValueError):
                 rows.append(json.loads(line))

@@ -243,8 +243,15 @@ def build_vit(name, seed=0):
         return VisionTransformer(config)
 
 
+# First digits of the files' SHA-256, as public projects record them; none are known of dino_vits.
+SHA256 = {"dino_vitb16": "bf34ad0f424b9029", "dino_vitb8": "575f0efc48389383",
+          "dinov2_vits14": "b938bf1bc15cd2ec", "dinov2_vits14_reg": "f433177089a68182",
+          "dinov2_vitb14": "0b8b82f85de91b42", "dinov2_vitb14_reg": "73182a088cf94833",
+          "dinov2_vitl14": "d5383ea8f4877b24", "dinov2_vitl14_reg": "36e4deffbaef061a"}
+
+
 def weights_url(name):
-    """Address of a published file; the file names hold no hash to check a download against."""
+    """Address of a published file."""
     stem = name.replace("dino_vits", "dino_deitsmall").replace("dino_vitb", "dino_vitbase")
     stem = stem.replace("_reg", "_reg4") + "_pretrain"
     folder = "dinov2/" + name.removesuffix("_reg") if "v2" in name else "dino/" + stem
@@ -268,16 +275,21 @@ def load_dino(name_or_path):
     """
     source, config = str(name_or_path), None
     published = [name for name in VISION_TRANSFORMERS if name != "tiny"]
-    options = {"map_location": "cpu", "weights_only": True}  # nothing in the file is executed
     try:
+        path = Path(source)
         if source in published:
             config, source = VISION_TRANSFORMERS[source], weights_url(source)
-            content = torch.hub.load_state_dict_from_url(source, **options)  # or its cache
-        else:
-            content = torch.load(source, **options)
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(source).name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                torch.hub.download_url_to_file(source, str(path),
+                                               hash_prefix=SHA256.get(str(name_or_path)))
+        content = torch.load(path, map_location="cpu", weights_only=True)  # nothing is executed
         content = content.get("embedder", content)
         if "config" in content:
             config, content = ViTConfig(**content["config"]), content["model"]
+            if config.depth > len(content):
+                raise ValueError(f"{config.depth} blocks, {len(content)} tensors")
         vit = VisionTransformer(config or config_from_shapes(content))
         vit.load_state_dict(content)  # every name and every shape must fit
     except OSError as error:  # no such file, or no network
@@ -420,7 +432,8 @@ class DINO(nn.Module):
 
 def open_image(path, side):
     """Image file -> centre crop (1, 3, side, side) in [-1, 1]; deep grey uses its own range."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    formats = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of others, EPS runs a program
+    image = ImageOps.exif_transpose(Image.open(path, formats=formats))
     if image.mode[0] in "IF":  # more than 8 bits, which convert() would cut off
         deep = np.asarray(image, dtype=np.float32)
         image = Image.fromarray(np.uint8(255 * (deep - deep.min()) / max(np.ptp(deep), 1e-6)))

@@ -516,6 +516,9 @@ class DinoDiffusion(nn.Module):
             raw["labels"] = tuple(raw.get("labels", ()))
             for name, kind in (("vae", VAEConfig), ("unet", UNetConfig), ("vit", ViTConfig)):
                 raw[name] = kind(**raw[name])
+            layers = (raw["vae"].layers_per_block, raw["unet"].layers_per_block, raw["vit"].depth)
+            if max(layers) > len(checkpoint["unet"]):
+                raise ValueError(f"{max(layers)} layers")
             model = cls(DinoDiffusionConfig(**raw))
             model.embedder.load_state_dict(checkpoint["embedder"]["model"])
             for part in ("vae", "unet", "projection"):
@@ -527,8 +530,9 @@ class DinoDiffusion(nn.Module):
                 model.embedding_sampler = EmbeddingSampler(*gmm["means"].shape,
                                                            *model.config.token_shape)
                 model.embedding_sampler.load_state_dict(gmm)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:  # a foreign file raises nearly any type
             raise ValueError(
-                f"this is not a DiNO-Diffusion model that this version reads ({error}): "
+                "this is not a DiNO-Diffusion model that this version reads "
+                f"({' '.join(str(error).split())[:200]}): "
                 "need a model.pt written by train.py; train again, or pass --checkpoint") from error
         return model.eval()

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import (Help, UserError, atomic_file, fraction, load_checkpoint, open_dataset,
-                  pick_device, positive_int, read_split, read_table, resolve_checkpoint,
-                  run_script, save_grid, split_holdout, step_seed, user_errors, write_text_atomic)
+from data import (Help, UserError, atomic_file, batch_int, fraction, load_checkpoint, not_negative,
+                  open_dataset, pick_device, positive_int, read_split, read_table,
+                  resolve_checkpoint, run_script, save_grid, seed_int, split_holdout, step_seed,
+                  user_errors, write_text_atomic)
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens, load_dino
 from dinodiff import DinoDiffusion
 # Some of these are here only for those who look for them in this file.
@@ -147,12 +148,17 @@ def batches_of(dataset, indices, batch):
 def open_run(args, checkpoint=None):
     """(folder, model, the flags of its training, data set, training and held-out numbers)."""
     path = resolve_checkpoint(checkpoint or args.checkpoint)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, ("training",))
     with user_errors():
         model = DinoDiffusion.from_checkpoint(checkpoint).to(pick_device(args.device))
-    flags = checkpoint["training"]
-    images = open_dataset(args.data or flags["data"], model.config.image_size, flags["seed"],
-                          flags["count"])
+    try:
+        flags = checkpoint["training"]
+        source, seed, count = flags["data"], int(flags["seed"]), int(flags["count"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say what it was trained on ({error!r})",
+                        "the flags of its training are needed", "pass another --checkpoint"
+                        ) from error
+    images = open_dataset(args.data or source, model.config.image_size, seed, count)
     train, test = read_split(path.parent / "split.csv", images)
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
@@ -660,7 +666,7 @@ def main(argv=None):
         a = command.add_argument
         a("--checkpoint", help="run folder or model.pt (default: the newest run)")
         a("--data", help="where the run's images are now (default: as trained)")
-        a("--batch", type=positive_int, default=64, help="images at once")
+        a("--batch", type=batch_int, default=64, help="images at once")
         a("--device", default="auto", help="auto, cuda, mps or cpu")
         a("--count", type=positive_int, default=256 if run is resemble else 5000,
           help="at most so many images: of each set, or held out")
@@ -679,14 +685,15 @@ def main(argv=None):
               "images a set; the others count in the streamed Frechet distance only")
             a("--save-stats", metavar="FILE", help="write REAL's statistics, for later use as REAL")
             a("--size", type=positive_int, help="resize to this side (default: as they are)")
-            a("--seed", type=int, default=0, help="of the halves and the intervals")
+            a("--seed", type=seed_int, default=0, help="of the halves and the intervals")
             a("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
             continue
         a("--train-limit", type=positive_int, default=2000, help="at most so many training images")
-        a("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples, or random weights")
+        a("--seeds", type=seed_int, nargs="+", default=[0, 1, 2],
+          help="of samples, or random weights")
         if run is resemble:
             a("--steps", type=positive_int, default=50, help="DDIM steps")
-            a("--guidance", type=float, default=1.0, help="guidance scale, 1.0 = off")
+            a("--guidance", type=not_negative, default=1.0, help="guidance scale, 1.0 = off")
             a("--eta", type=fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM")
             continue
         a("--label-column", nargs="+", help="of labels.csv (default: findings of probe, morphology "
@@ -700,7 +707,8 @@ def main(argv=None):
             a("--cnn-steps", type=positive_int, default=600, help="steps of the small CNN")
             a("--turns", action="store_true", help="augment by flips and turns: for histology only")
         else:
-            a("--tokens", choices=TOKEN_KINDS, nargs="+", default=["global", "cls", "patch"])
+            a("--tokens", choices=TOKEN_KINDS, nargs="+", default=["global", "cls", "patch"],
+              help="which tokens are read out")
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU
     args.run(args)

@@ -102,6 +102,9 @@ def plan_samples(args, model, run_folder):
             raise UserError(f"no {cache}: prototypes are centres of the training tokens: need the "
                             "run's cache folder beside model.pt; copy it there")
         training = torch.from_numpy(np.load(cache, allow_pickle=False)[:50_000])
+        if training.shape[1:] != model.token_mean.shape or not training.isfinite().all():
+            raise UserError(f"{cache} holds tokens {tuple(training.shape)}, or NaN: need this "
+                            f"model's, N of {tuple(model.token_mean.shape)}: copy them there")
         training = model.standardise(training.to(device))
         centers = prototypes(training, args.prototypes, args.seed).cpu()
         for k, center in enumerate(centers):
@@ -172,6 +175,7 @@ def write_table(path, rows, settings):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Sample images from a trained model.",
+                                usage="%(prog)s WHAT [flags]",
                                 formatter_class=data.Help)
     a = p.add_argument_group("what to make (one of)").add_mutually_exclusive_group(
         required=True).add_argument
@@ -232,8 +236,8 @@ def main(argv=None):
             batch=args.batch, start=None if start is None else start[part],
             strength=args.strength).cpu()
         if not images.isfinite().all():
-            raise UserError(f"images {i} to {i + len(images) - 1} are not finite: need sound weights "
-                            "and a moderate guidance: lower --guidance, or pass another model")
+            raise UserError(f"images {i} to {i + len(images) - 1} are not finite: need sound "
+                            "weights, moderate guidance: lower --guidance, or pass another model")
         for number, (row, image) in enumerate(zip(rows[part], images), i):
             row["file"] = f"images/{row['strategy']}_{number:05d}.png"
             data.save_png(out / row["file"], image)

@@ -665,6 +665,7 @@ def parse(argv=None):
     """Flags -> Namespace. With --resume, flags that are not given come from the run's config."""
     p = argparse.ArgumentParser(
         description="Train DiNO-Diffusion. The default runs on a laptop without downloads.",
+        usage="%(prog)s [flags]",
         formatter_class=data.Help)
     a = p.add_argument_group("data").add_argument
     a("--data", default="cxr", help="cxr, histology, phantoms, a folder of images, a MedMNIST "
@@ -698,12 +699,15 @@ def parse(argv=None):
     a("--steps", type=data.positive_int, help="caps every stage")
     for stage in STAGES:
         a(f"--{stage}-steps", type=data.positive_int, help="overrides the preset and --steps")
-    a("--batch", type=data.batch_int, help="images a step of the U-Net")
-    a("--vae-batch", type=data.batch_int, help="of the VAE: small batches learn it faster")
-    a("--embedder-batch", type=data.batch_int, help="of the embedder")
+    a("--batch", type=data.batch_int, help="images a step of the U-Net (default: the preset's)")
+    a("--vae-batch", type=data.batch_int, help="of the VAE: small ones learn it faster (default: "
+      "the preset's)")
+    a("--embedder-batch", type=data.batch_int, help="of the embedder (default: the preset's)")
     a("--accumulate", type=data.positive_int, default=1, help="parts a batch is cut into")
-    a("--lr", type=data.positive_float, help="peak learning rate of the U-Net")
-    a("--vae-lr", type=data.positive_float, help="peak learning rate of the VAE")
+    a("--lr", type=data.positive_float, help="peak learning rate of the U-Net (default: "
+      "the preset's)")
+    a("--vae-lr", type=data.positive_float, help="peak learning rate of the VAE (default: "
+      "the preset's)")
     a("--ema", type=data.fraction, default=0.999, help="decay of the averaged weights")
     a("--min-snr", type=data.not_negative, default=0.0, help="min-SNR gamma, 0 = off (paper: 5)")
     a("--perceptual", type=data.not_negative, default=0.0, help="weight in the VAE's loss")

@@ -20,7 +20,6 @@ Deliberate differences from the reference (diffusers, whose parameter names are 
 
 import json
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -308,12 +307,12 @@ class AutoencoderKL(nn.Module):
 
 # ---------------------------------------------------------------- published weights
 
-# name -> (address, first digits of the file's sha256 as public projects record it, None if unknown)
+# name -> (address, first digits of the file's sha256 as public projects record it)
 PUBLISHED = {
     "sd-vae-ft-mse": ("https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/"
                       "diffusion_pytorch_model.safetensors", "a1d993488569e928"),
     "sd15": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/vae/"
-             "diffusion_pytorch_model.safetensors", None),
+             "diffusion_pytorch_model.safetensors", "a2b5134f4dbc140d"),
 }
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -363,7 +362,7 @@ def read_safetensors(path):
             tensors[name], end = raw.view(dtype).reshape(shape), stop
         if start + end != len(data):
             raise ValueError(f"{len(data)} bytes where the header needs {start + end}")
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # a damaged header raises nearly any type
         raise ValueError(f"{path} is not a whole safetensors file ({error!r}): need one as "
                          "published, download it again") from error
     return tensors
@@ -379,8 +378,7 @@ def read_weights(path):
             weights = weights.get("state_dict", weights.get("vae", weights))
             if not all(map(torch.is_tensor, weights.values())):
                 raise ValueError("not every entry is a tensor")
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError,
-                AttributeError) as error:
+        except Exception as error:  # a damaged file makes torch.load raise nearly any type
             raise ValueError(f"{path} is not a file of plain tensors ({type(error).__name__}): "
                              "need a state dict, save it with torch.save(model.state_dict(), "
                              "path)") from error
@@ -427,7 +425,7 @@ def infer_config(weights, path):
         return VAEConfig(in_channels, weights["post_quant_conv.weight"].shape[0], base,
                          tuple(width // base for width in widths),
                          count_indices(weights, "encoder.down_blocks.0.resnets."))
-    except KeyError as error:
+    except (LookupError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is not an autoencoder in diffusers' layout, {error} is missing: "
                          "need the weights of a vae/ folder, pass that one") from error
 

@@ -427,7 +427,8 @@ def test_a_damaged_run_is_not_resumed(stopped, damage, says):
 
 
 @pytest.mark.parametrize("flags,says", [
-    (["--size", "64"], "--size 64 differs"), (["--embedder", "random"], "--embedder random differs"),
+    (["--size", "64"], "--size 64 differs"),
+    (["--embedder", "random"], "--embedder random differs"),
     (["--tokens", "cls"], "--tokens cls differs"), (["--seed", "7"], "--seed 7 differs")])
 def test_a_resume_keeps_its_settings(stopped, flags, says):
     """Another image size, embedder, token choice or seed is refused."""

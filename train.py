@@ -13,7 +13,8 @@ Stages, each a loss of a few lines around `fit`:
 
 A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (what
 sample.py reads), state.pt (what --resume reads), cache/, held_out/ (a few sources to try); with
-prompts also prompts.csv and morphologies.png; outliers.csv where histology patches were dropped.
+prompts also prompts.csv and morphologies.png; outliers.csv and unreadable.csv where images were
+left out; lock while it runs.
 All randomness derives from (seed, stage, step), so a resumed run equals one that was never stopped
 (bit for bit on a CPU).
 """
@@ -822,7 +823,7 @@ def main(argv=None):
     draw_curves(run)
     table = [["file", *images.columns]]
     for i in sources.tolist():
-        example = run.folder / "held_out" / f"{Path(images.files[i]).stem}.png"
+        example = run.folder / "held_out" / f"{data.one_line(Path(images.files[i]).stem)}.png"
         if example.name in {row[0] for row in table}:  # another folder's image of that name
             example = example.with_stem(f"{i}_{example.stem}"[:60])
         data.save_png(example, images[i])

@@ -12,11 +12,9 @@ import os
 import random
 import re
 import resource
-import socket
 import struct
 import sys
 import time
-import zipfile
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -30,8 +28,8 @@ from PIL import Image
 import data
 import dino
 import evaluate
-import phantoms
 import prompts
+import report
 import sample
 import train
 import unet
@@ -160,7 +158,7 @@ def test_strange_names_from_folder_to_samples(tmp_path, capsys):
         assert {row["file"] for row in csv.DictReader(file)} == {
             images.files[i] for i in train_rows.tolist()}
     sources = sorted((folder / "held_out").glob("*.png"))
-    assert len(sources) == len(test_rows) and not any("\n" in data.one_line(s) for s in sources)
+    assert len(sources) == len(test_rows) and all(s.name.isprintable() for s in sources)
     assert sample.main(["--from-image", str(folder / "held_out"), "--steps", "1", "--device", "cpu",
                         "--checkpoint", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert "\x1b" not in capsys.readouterr().out
@@ -607,6 +605,11 @@ BAD_LINES = [
     (evaluate.main, "resemble --data /nowhere", "pass --data"),
     (evaluate.main, "resemble --device tpu", "--device auto"),
     (evaluate.main, "resemble --steps 1001", "1 to 1000"),
+    (evaluate.main, "fidelity FEW FEW --features inception --weights TEXT", "pass --weights FILE"),
+    (evaluate.main, "fidelity FEW FEW --max-features 0", "pass 1"),
+    (evaluate.main, "privacy", "required"), (evaluate.main, "privacy EMPTY", "name another folder"),
+    (evaluate.main, "clusters --clusters 0", "pass 1"),
+    (evaluate.main, "classify --cnn-steps 0", "pass 1"),
     (evaluate.main, "probe --tokens all", "choose from"),
     (evaluate.main, "probe --label-column nothing", "--label-column"),
     (evaluate.main, "probe --checkpoint TEXT", "python train.py"),
@@ -615,6 +618,10 @@ BAD_LINES = [
     (dino.main, "--image GOOD.png --embedder resnet", "pass a file, or one of"),
     (dino.main, "--image GOOD.png --embedder RUN/model.pt --out /nowhere/x.png", "--out"),
     (dino.main, "--image GOOD.png --embedder RUN/model.pt --out TEXT", "--out"),
+    (report.main, "/nowhere", "pass runs/NAME"), (report.main, "RUN --count 0", "pass 1"),
+    (report.main, "readers", "--make and --out"), (report.main, "RUN --seed -1", "pass 0"),
+    (report.main, "readers --make FEW EMPTY --out new", "name another folder"),
+    (report.main, "readers --score TEXT --key TEXT", "must be called file"),
     (prompts.main, "", "run"), (prompts.main, "/nowhere", "python train.py"),
     (prompts.main, "RUN --choose-k 5", "try --choose-k 5:60"),
     (prompts.main, "RUN --choose-k 9:2", "try --choose-k 5:60"),
@@ -661,7 +668,9 @@ def test_bad_command_lines(desk, monkeypatch, capsys):
 
 @pytest.mark.parametrize("main,command", [
     (train.main, []), (sample.main, []), (evaluate.main, []), (evaluate.main, ["fidelity"]),
-    (evaluate.main, ["resemble"]), (evaluate.main, ["probe"]), (dino.main, []), (prompts.main, [])])
+    (evaluate.main, ["resemble"]), (evaluate.main, ["probe"]), (evaluate.main, ["privacy"]),
+    (evaluate.main, ["clusters"]), (evaluate.main, ["classify"]), (report.main, []),
+    (dino.main, []), (prompts.main, [])])
 def test_help_fits_two_screens_and_shows_defaults(monkeypatch, capsys, main, command):
     """At most 100 lines of 80 columns; every flag has a text, and its default stands in it."""
     monkeypatch.setenv("COLUMNS", "80")

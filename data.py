@@ -80,7 +80,7 @@ def run_script(main):
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
                 or "allocate memory" in str(error) or "killed by signal" in str(error)):
             raise
-        text = ("memory is full: a batch must fit: lower --batch, --vae-batch or --embedder-batch, "
+        text = ("the memory is full: a batch must fit: lower --batch, --vae-batch or --embedder-batch, "
                 "--workers, --size or --count, raise --accumulate, or take a smaller --preset")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -222,8 +222,10 @@ def atomic_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
-        why = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"{path} cannot be written ({getattr(why, 'strerror', None) or why})",
+        why = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(why, OSError):
+            raise
+        raise UserError(f"{path} cannot be written ({why.strerror or why})",
                         "a writable folder with space is needed", "pass another --out") from error
     finally:
         with suppress(OSError):

@@ -542,6 +542,16 @@ def test_memory_that_is_full_names_the_flags(capsys, ask):
         assert flag in error
 
 
+def test_a_loader_that_is_killed_is_named_as_memory(tmp_path):
+    """The system kills a process that reads images when memory is full: one line, no traceback."""
+    def kill_a_loader(run):
+        loaders = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        os.kill(int(loaders[0]), signal.SIGKILL)
+    code, output = end_of(child(tmp_path / "run", "--workers", "2", "--vae-steps", "40",
+                                before=lambda: at_row("vae", 1, kill_a_loader)))
+    assert code == 2 and "--workers" in output.splitlines()[-1] and "Traceback" not in output
+
+
 def test_other_runtime_errors_are_not_hidden():
     """Only memory errors become advice: a mistake of ours keeps its traceback."""
     with pytest.raises(RuntimeError, match="shape"):

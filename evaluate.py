@@ -9,7 +9,8 @@
 
 The metrics stand in metrics.py. The default judge is a fixed-seed random network, never the
 features that conditioned the model under test; equal counts and the real-real floor stand beside
-every figure. Frechet distances compare only with those of the same extractor, resize rule and counts.
+every figure. Frechet distances compare only with those of the same extractor, resize rule and
+counts.
 """
 import argparse
 import hashlib

@@ -6,6 +6,7 @@
     python evaluate.py privacy SAMPLES               are samples copies of training images?
     python evaluate.py clusters                      do K-means clusters find true morphologies?
     python evaluate.py classify --train FOLDER       is a synthetic training set of use?
+    python evaluate.py segment                       does it find the lungs, unasked?
 
 The metrics stand in metrics.py. The default judge is a fixed-seed random network, never the
 features that conditioned the model under test; equal counts and the real-real floor stand beside
@@ -36,7 +37,10 @@ from metrics import (METRICS, FIDInception, RandomFeatures, best_correlations, b
                      off_diagonal_mean, pixel_rows, prdc, psnr, roc_auc, subsample_interval)
 from phantoms import CHEST_LABELS
 from prompts import kmeans, standardise
+from segment import (attention_maps, best_labels, decoder_features, diffseg, nearest_clusters,
+                     otsu, points, under_seeds)
 from train import fit
+from unet import UNet
 
 
 # ---------------------------------------------------------------- judges
@@ -651,10 +655,118 @@ def classify(args):
     write_json(run / "classify.json", table)
 
 
+def known_masks(images, kind, numbers):
+    """(those of the numbers that have a mask, their masks (N, side, side) bool)."""
+    if kind not in images.masks:
+        raise UserError(f"{images.name} has no {kind}", f"it has {', '.join(images.masks) or 'no '}"
+                        "masks", "pass --mask-kind, or data with a folder masks/ of PNGs")
+    found = [i for i in numbers.tolist() if images.masks[kind][i] is not None]
+    masks = [images.mask(i, kind) for i in found]
+    blank = [images.files[i] for i, mask in zip(found, masks) if mask.all() or not mask.any()]
+    if blank or len(found) < 2:
+        raise UserError(f"{len(found)} of {len(numbers)} images have {kind}, {len(blank)} of them "
+                        f"all black or all white {blank[:3]}", "2 that show lungs are needed on "
+                        "each side, held out and not", "correct the masks, or pass --mask-kind")
+    return torch.tensor(found), torch.cat(masks).bool()
+
+
+def lung_masks(model, args, unlabelled, known, known_y, shown):
+    """{method and rule: (masks (N, H, W) bool, labels (N, H, W))} of the images `shown`.
+
+    unlabelled: training images for K-means; known, known_y: training images with masks.
+    """
+    def run(function, images):
+        return torch.cat([function(x.to(model.shift.device)).cpu()
+                          for x in images.split(args.batch)])
+
+    def features(images):
+        return run(partial(decoder_features, model, timesteps=args.timesteps, seed=args.seed,
+                           centred=not args.uncentred), images)
+
+    sets, side, found = [features(x) for x in (unlabelled, known, shown)], shown.shape[-1], {}
+    for k in args.clusters:
+        centers, _ = kmeans(points(sets[0]), k, args.seed, n_init=3, max_iter=100)
+        unnamed, named, labels = (nearest_clusters(x, centers, side) for x in sets)
+        for rule, chosen in (("seeds", under_seeds(unnamed, k)),
+                             ("masks", best_labels(named, known_y, k))):
+            found[f"K-means {k}, {rule}"] = chosen[labels], labels
+    labels = run(lambda x: diffseg(attention_maps(model, x, seed=args.seed), side, args.threshold),
+                 shown)
+    k, usual = int(labels.max()) + 1, known_y.float().mean(0) >= 0.5
+    for rule, chosen in (("seeds", lambda x: under_seeds(x[None], k)),
+                         ("masks", lambda x: best_labels(x, usual, k))):
+        found[f"DiffSeg, {rule}"] = torch.stack([chosen(x)[x] for x in labels]), labels
+    return found
+
+
+def outlined(images, masks):
+    """Images (N, 3, H, W) in [-1, 1] with the edges of masks (N, H, W) bool in red."""
+    inner = 1 - F.max_pool2d(1 - masks.float()[:, None], 3, stride=1, padding=1)
+    edge = masks[:, None] & (inner == 0)
+    return torch.where(edge, torch.tensor([1.0, -1.0, -1.0])[:, None, None], images)
+
+
+def segment(args):
+    """lung masks without training on any: attention (DiffSeg), K-means on features; Dice"""
+    run, model, _, images, train, test = open_run(args)
+    asked = torch.cat([test, train]) if args.allow_leakage else test
+    numbers, truth = known_masks(images, args.mask_kind, asked)
+    teachers, known_y = known_masks(images, args.mask_kind, train)
+    shown, known, unlabelled = (images.batch(part.tolist())
+                                for part in (numbers, teachers, train[:args.fit]))
+    leaked = len(teachers) if args.allow_leakage else 0
+    print(f"Dice with {args.mask_kind} of {len(shown)} images at {shown.shape[-1]} px (without a "
+          f"mask, left out: {len(asked) - len(shown)}); clusters of {len(unlabelled)} training "
+          f"images; {len(known)} training masks; seed {args.seed}; 95 % by bootstrap"
+          + f"; LEAKAGE: {leaked} of them were trained on" * args.allow_leakage)
+    table, pictures = {}, {}
+
+    def add(name, masks, labels=None):
+        scores = np.array([dice(*pair) for pair in zip(masks, truth)])
+        table[name] = {"Dice": scores.mean().item(), "95 %": bootstrap_interval(np.mean, scores)}
+        if labels is not None:
+            k = int(labels.max()) + 1
+            table[name]["ORACLE"] = float(np.mean([dice(best_labels(x, y, k)[x], y)
+                                                   for x, y in zip(labels, truth)]))
+
+    def add_model(net, title=""):
+        with user_errors():
+            found = lung_masks(net, args, unlabelled, known, known_y, shown)
+        for method, (masks, labels) in found.items():
+            add(title + method, masks, labels)
+            pictures.setdefault(method, masks)
+
+    add_model(model)
+    others = {f"{file.parent.name}/{file.stem}: ": file for path in args.sweep or [] for file in (
+        sorted(Path(path).glob("model*.pt")) if Path(path).is_dir() else [Path(path)])}
+    others |= {"floor, unconditional, ": args.unconditional} if args.unconditional else {}
+    for title, path in others.items():
+        _, other, _, same, _, unseen = open_run(args, path)
+        if same.note != images.note or not set(test.tolist()) <= set(unseen.tolist()):
+            raise UserError(f"{path} was trained on other images, or on some of these", "the same "
+                            "data, held out alike, are needed", "train it with that --seed")
+        add_model(other, title)
+    torch.manual_seed(args.seed)
+    model.unet = UNet(model.config.unet).to(model.shift.device).eval()
+    add_model(model, "floor, untrained U-Net, ")
+    add("floor, constant mean of training masks", (known_y.float().mean(0) >= 0.5).expand_as(truth))
+    add("floor, Otsu's threshold", otsu(shown))
+    add("floor, whole image", torch.ones_like(truth))
+    print_table(table)
+    print("seeds: labels under two fixed points are lung; masks: labels named by training masks, so "
+          "not zero-shot; ORACLE: the best labels of each image by its own mask, no result")
+    rows = [shown, *(outlined(shown, masks) for masks in (truth, *pictures.values()))]
+    save_grid(run / "segment.png", [row[:8] for row in rows], ["image", "true edge", *pictures])
+    print(f"wrote {run / 'segment.png'}")
+    settings = {key: value for key, value in vars(args).items() if key != "run"}
+    write_json(run / "segment.json", {"images": len(shown), "training_masks": len(known),
+                                      "leaked": leaked, "settings": settings, "dice": table})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for run in (fidelity, privacy, resemble, probe, clusters, classify):
+    for run in (fidelity, privacy, resemble, probe, clusters, classify, segment):
         command = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=Help)
         command.set_defaults(run=run, features="dino", train_limit=None)
         a = command.add_argument
@@ -683,6 +795,18 @@ def main(argv=None):
             a("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
             continue
         a("--train-limit", type=positive_int, default=2000, help="at most so many training images")
+        if run is segment:
+            a("--mask-kind", default="masks", help="folder of the masks in the data")
+            a("--allow-leakage", action="store_true", help="judge training images too, and say so")
+            a("--fit", type=positive_int, default=150, help="training images that K-means sees")
+            a("--clusters", type=positive_int, nargs="+", default=[6, 64], help="K, each tried")
+            a("--timesteps", type=int, nargs="+", default=[50, 150, 300], help="of the features")
+            a("--uncentred", action="store_true", help="keep each image's mean feature")
+            a("--threshold", type=float, default=0.9, help="DiffSeg merges below this KL, nats")
+            a("--sweep", nargs="+", metavar="FILE", help="other model.pt, or folders of model*.pt")
+            a("--unconditional", metavar="RUN", help="a control of train.py --condition none")
+            a("--seed", type=int, default=0, help="of noise, K-means and the untrained U-Net")
+            continue
         a("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples, or random weights")
         if run is resemble:
             a("--steps", type=positive_int, default=50, help="DDIM steps")

@@ -38,7 +38,7 @@ from metrics import (METRICS, FIDInception, RandomFeatures, best_correlations, b
 from phantoms import CHEST_LABELS
 from prompts import kmeans, standardise
 from segment import (attention_maps, best_labels, decoder_features, diffseg, nearest_clusters,
-                     otsu, points, under_seeds)
+                     otsu, points, principal_axes, under_seeds)
 from train import fit
 from unet import UNet
 
@@ -658,15 +658,15 @@ def classify(args):
 def known_masks(images, kind, numbers):
     """(those of the numbers that have a mask, their masks (N, side, side) bool)."""
     if kind not in images.masks:
-        raise UserError(f"{images.name} has no {kind}", f"it has {', '.join(images.masks) or 'no '}"
-                        "masks", "pass --mask-kind, or data with a folder masks/ of PNGs")
+        raise UserError(f"{images.name} has no {kind}", f"it has {', '.join(images.masks) or 'none'}",
+                        "pass --mask-kind, or data with a folder masks/")
     found = [i for i in numbers.tolist() if images.masks[kind][i] is not None]
     masks = [images.mask(i, kind) for i in found]
     blank = [images.files[i] for i, mask in zip(found, masks) if mask.all() or not mask.any()]
     if blank or len(found) < 2:
         raise UserError(f"{len(found)} of {len(numbers)} images have {kind}, {len(blank)} of them "
-                        f"all black or all white {blank[:3]}", "2 that show lungs are needed on "
-                        "each side, held out and not", "correct the masks, or pass --mask-kind")
+                        f"all black or all white {blank[:3]}", "2 that show lungs are needed in "
+                        "training and held out", "correct the masks, or pass --mask-kind")
     return torch.tensor(found), torch.cat(masks).bool()
 
 
@@ -679,11 +679,11 @@ def lung_masks(model, args, unlabelled, known, known_y, shown):
         return torch.cat([function(x.to(model.shift.device)).cpu()
                           for x in images.split(args.batch)])
 
-    def features(images):
-        return run(partial(decoder_features, model, timesteps=args.timesteps, seed=args.seed,
-                           centred=not args.uncentred), images)
-
-    sets, side, found = [features(x) for x in (unlabelled, known, shown)], shown.shape[-1], {}
+    look = partial(decoder_features, model, timesteps=args.timesteps, seed=args.seed,
+                   centred=not args.uncentred)
+    axes, side, found = principal_axes(run(look, unlabelled[:100]), 48), shown.shape[-1], {}
+    sets = [run(lambda x: torch.einsum("bdhw,dc->bchw", look(x).cpu(), axes), images)
+            for images in (unlabelled, known, shown)]
     for k in args.clusters:
         centers, _ = kmeans(points(sets[0]), k, args.seed, n_init=3, max_iter=100)
         unnamed, named, labels = (nearest_clusters(x, centers, side) for x in sets)
@@ -713,11 +713,12 @@ def segment(args):
     numbers, truth = known_masks(images, args.mask_kind, asked)
     teachers, known_y = known_masks(images, args.mask_kind, train)
     shown, known, unlabelled = (images.batch(part.tolist())
-                                for part in (numbers, teachers, train[:args.fit]))
+                                for part in (numbers, teachers[:args.fit], train[:args.fit]))
+    usual = known_y.float().mean(0) >= 0.5
     leaked = len(teachers) if args.allow_leakage else 0
     print(f"Dice with {args.mask_kind} of {len(shown)} images at {shown.shape[-1]} px (without a "
           f"mask, left out: {len(asked) - len(shown)}); clusters of {len(unlabelled)} training "
-          f"images; {len(known)} training masks; seed {args.seed}; 95 % by bootstrap"
+          f"images, named by {len(known)} training masks; seed {args.seed}; 95 % by bootstrap"
           + f"; LEAKAGE: {leaked} of them were trained on" * args.allow_leakage)
     table, pictures = {}, {}
 
@@ -731,7 +732,7 @@ def segment(args):
 
     def add_model(net, title=""):
         with user_errors():
-            found = lung_masks(net, args, unlabelled, known, known_y, shown)
+            found = lung_masks(net, args, unlabelled, known, known_y[:args.fit], shown)
         for method, (masks, labels) in found.items():
             add(title + method, masks, labels)
             pictures.setdefault(method, masks)
@@ -749,7 +750,7 @@ def segment(args):
     torch.manual_seed(args.seed)
     model.unet = UNet(model.config.unet).to(model.shift.device).eval()
     add_model(model, "floor, untrained U-Net, ")
-    add("floor, constant mean of training masks", (known_y.float().mean(0) >= 0.5).expand_as(truth))
+    add("floor, constant mean of training masks", usual.expand_as(truth))
     add("floor, Otsu's threshold", otsu(shown))
     add("floor, whole image", torch.ones_like(truth))
     print_table(table)
@@ -798,11 +799,11 @@ def main(argv=None):
         if run is segment:
             a("--mask-kind", default="masks", help="folder of the masks in the data")
             a("--allow-leakage", action="store_true", help="judge training images too, and say so")
-            a("--fit", type=positive_int, default=150, help="training images that K-means sees")
-            a("--clusters", type=positive_int, nargs="+", default=[6, 64], help="K, each tried")
+            a("--fit", type=positive_int, default=150, help="training images for clusters, for names")
+            a("--clusters", type=positive_int, nargs="+", default=[6, 256], help="K, each tried")
             a("--timesteps", type=int, nargs="+", default=[50, 150, 300], help="of the features")
             a("--uncentred", action="store_true", help="keep each image's mean feature")
-            a("--threshold", type=float, default=0.9, help="DiffSeg merges below this KL, nats")
+            a("--threshold", type=float, default=0.01, help="KL of DiffSeg, nats (paper: 0.9)")
             a("--sweep", nargs="+", metavar="FILE", help="other model.pt, or folders of model*.pt")
             a("--unconditional", metavar="RUN", help="a control of train.py --condition none")
             a("--seed", type=int, default=0, help="of noise, K-means and the untrained U-Net")

@@ -11,14 +11,14 @@ a mask. Two ways to read that off, each from noised latents of the image itself:
   same for every image, so that one rule names them all.
 
     labels = diffseg(attention_maps(model, images), size=64)           # (B, 64, 64) int64
-    centers, _ = kmeans(points(decoder_features(model, training)), k=8)
+    centers, _ = kmeans(points(decoder_features(model, training)), k=6)
     labels = nearest_clusters(decoder_features(model, images), centers, size=64)
 
 Images are (B, 3, H, W) in [-1, 1], square; `model` is a DinoDiffusion; masks are (B, H, W) bool.
 Neither method knows what a lung is: `under_seeds` tells from where lungs usually lie, `best_labels`
-from masks. Deliberate differences: DiffSeg is conditioned by the image's own embedding, has no
-K-means refinement and no anchors finer than the map. Decoder features are centred in each image (ours): it
-takes off exposure and view, in which real X-rays differ most.
+from masks. Deliberate differences: DiffSeg is conditioned by the image's own embedding, without
+K-means refinement or anchors finer than the map. Decoder features are centred in each image (ours):
+that takes off exposure and view, in which real X-rays differ most.
 """
 
 import math
@@ -76,7 +76,7 @@ def decoder_features(model, images, timesteps=(50, 150, 300), blocks=6, least_si
             for hook in hooks:
                 hook.remove()
         features += [F.normalize(x.float(), dim=1) for x in kept
-                     if x.shape[-1] >= least_side][-blocks:]
+                     if x.shape[-1] >= min(least_side, kept[-1].shape[-1])][-blocks:]
     side = max(x.shape[-1] for x in features)
     x = torch.cat([F.interpolate(x, (side, side), mode="bilinear") for x in features], dim=1)
     return x - x.mean((2, 3), keepdim=True) if centred else x
@@ -159,6 +159,13 @@ def diffseg(maps, size, threshold=0.9, grid=16, rounds=3):
 def points(features):
     """(B, D, h, w) -> (B*h*w, D), what kmeans takes."""
     return features.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def principal_axes(features, count):
+    """The `count` directions (D, count) in which features (B, D, h, w) vary most; they hold nearly
+    all that distances see, at a fraction of the work."""
+    x = points(features)
+    return torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))[1][:, -count:]
 
 
 def nearest_clusters(features, centers, size):

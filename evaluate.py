@@ -37,8 +37,8 @@ from metrics import (METRICS, FIDInception, RandomFeatures, best_correlations, b
                      off_diagonal_mean, pixel_rows, prdc, psnr, roc_auc, subsample_interval)
 from phantoms import CHEST_LABELS
 from prompts import kmeans, standardise
-from segment import (attention_maps, best_labels, decoder_features, diffseg, nearest_clusters,
-                     otsu, points, principal_axes, under_seeds)
+from segment import (attention_maps, best_labels, decoder_features, diffseg, nearest_clusters, otsu,
+                     outlined, points, principal_axes, under_seeds)
 from train import fit
 from unet import UNet
 
@@ -658,16 +658,16 @@ def classify(args):
 def known_masks(images, kind, numbers):
     """(those of the numbers that have a mask, their masks (N, side, side) bool)."""
     if kind not in images.masks:
-        raise UserError(f"{images.name} has no {kind}", f"it has {', '.join(images.masks) or 'none'}",
+        raise UserError(f"{images.name} has no {kind}", f"it has {[*images.masks] or 'no masks'}",
                         "pass --mask-kind, or data with a folder masks/")
     found = [i for i in numbers.tolist() if images.masks[kind][i] is not None]
-    masks = [images.mask(i, kind) for i in found]
+    masks = [images.mask(i, kind).bool() for i in found]
     blank = [images.files[i] for i, mask in zip(found, masks) if mask.all() or not mask.any()]
     if blank or len(found) < 2:
         raise UserError(f"{len(found)} of {len(numbers)} images have {kind}, {len(blank)} of them "
                         f"all black or all white {blank[:3]}", "2 that show lungs are needed in "
                         "training and held out", "correct the masks, or pass --mask-kind")
-    return torch.tensor(found), torch.cat(masks).bool()
+    return torch.tensor(found), torch.cat(masks)
 
 
 def lung_masks(model, args, unlabelled, known, known_y, shown):
@@ -676,46 +676,36 @@ def lung_masks(model, args, unlabelled, known, known_y, shown):
     unlabelled: training images for K-means; known, known_y: training images with masks.
     """
     def run(function, images):
-        return torch.cat([function(x.to(model.shift.device)).cpu()
-                          for x in images.split(args.batch)])
+        parts = images.to(model.shift.device).split(args.batch)
+        return torch.cat([function(x).cpu() for x in parts])
 
-    look = partial(decoder_features, model, timesteps=args.timesteps, seed=args.seed,
-                   centred=not args.uncentred)
+    look = partial(decoder_features, model, timesteps=args.timesteps, seed=args.seed)
     axes, side, found = principal_axes(run(look, unlabelled[:100]), 48), shown.shape[-1], {}
     sets = [run(lambda x: torch.einsum("bdhw,dc->bchw", look(x).cpu(), axes), images)
             for images in (unlabelled, known, shown)]
     for k in args.clusters:
         centers, _ = kmeans(points(sets[0]), k, args.seed, n_init=3, max_iter=100)
         unnamed, named, labels = (nearest_clusters(x, centers, side) for x in sets)
-        for rule, chosen in (("seeds", under_seeds(unnamed, k)),
-                             ("masks", best_labels(named, known_y, k))):
-            found[f"K-means {k}, {rule}"] = chosen[labels], labels
+        if under_seeds(unnamed, k).any():
+            found[f"K-means {k}, seeds"] = under_seeds(unnamed, k)[labels], labels
+        found[f"K-means {k}, masks"] = best_labels(named, known_y, k)[labels], labels
     labels = run(lambda x: diffseg(attention_maps(model, x, seed=args.seed), side, args.threshold),
                  shown)
     k, usual = int(labels.max()) + 1, known_y.float().mean(0) >= 0.5
-    for rule, chosen in (("seeds", lambda x: under_seeds(x[None], k)),
-                         ("masks", lambda x: best_labels(x, usual, k))):
-        found[f"DiffSeg, {rule}"] = torch.stack([chosen(x)[x] for x in labels]), labels
-    return found
-
-
-def outlined(images, masks):
-    """Images (N, 3, H, W) in [-1, 1] with the edges of masks (N, H, W) bool in red."""
-    inner = 1 - F.max_pool2d(1 - masks.float()[:, None], 3, stride=1, padding=1)
-    edge = masks[:, None] & (inner == 0)
-    return torch.where(edge, torch.tensor([1.0, -1.0, -1.0])[:, None, None], images)
+    by_seeds = torch.stack([under_seeds(x[None], k)[x] for x in labels])
+    by_place = torch.stack([best_labels(x, usual, k)[x] for x in labels])
+    return found | {"DiffSeg, seeds": (by_seeds, labels), "DiffSeg, masks": (by_place, labels)}
 
 
 def segment(args):
-    """lung masks without training on any: attention (DiffSeg), K-means on features; Dice"""
+    """lung masks by DiffSeg on attention and by K-means on decoder features: Dice, floors"""
     run, model, _, images, train, test = open_run(args)
     asked = torch.cat([test, train]) if args.allow_leakage else test
     numbers, truth = known_masks(images, args.mask_kind, asked)
     teachers, known_y = known_masks(images, args.mask_kind, train)
+    leaked, usual = len(teachers) * args.allow_leakage, known_y.float().mean(0) >= 0.5
     shown, known, unlabelled = (images.batch(part.tolist())
                                 for part in (numbers, teachers[:args.fit], train[:args.fit]))
-    usual = known_y.float().mean(0) >= 0.5
-    leaked = len(teachers) if args.allow_leakage else 0
     print(f"Dice with {args.mask_kind} of {len(shown)} images at {shown.shape[-1]} px (without a "
           f"mask, left out: {len(asked) - len(shown)}); clusters of {len(unlabelled)} training "
           f"images, named by {len(known)} training masks; seed {args.seed}; 95 % by bootstrap"
@@ -726,9 +716,8 @@ def segment(args):
         scores = np.array([dice(*pair) for pair in zip(masks, truth)])
         table[name] = {"Dice": scores.mean().item(), "95 %": bootstrap_interval(np.mean, scores)}
         if labels is not None:
-            k = int(labels.max()) + 1
-            table[name]["ORACLE"] = float(np.mean([dice(best_labels(x, y, k)[x], y)
-                                                   for x, y in zip(labels, truth)]))
+            best = [best_labels(x, y, int(x.max()) + 1)[x] for x, y in zip(labels, truth)]
+            table[name]["ORACLE"] = float(np.mean([dice(*pair) for pair in zip(best, truth)]))
 
     def add_model(net, title=""):
         with user_errors():
@@ -738,9 +727,9 @@ def segment(args):
             pictures.setdefault(method, masks)
 
     add_model(model)
-    others = {f"{file.parent.name}/{file.stem}: ": file for path in args.sweep or [] for file in (
-        sorted(Path(path).glob("model*.pt")) if Path(path).is_dir() else [Path(path)])}
-    others |= {"floor, unconditional, ": args.unconditional} if args.unconditional else {}
+    others = {f"{file.parent.name}/{file.stem}: ": file for path in map(Path, args.sweep)
+              for file in (sorted(path.glob("model*.pt")) if path.is_dir() else [path])}
+    others |= {"floor, unconditional, ": path for path in [args.unconditional] if path}
     for title, path in others.items():
         _, other, _, same, _, unseen = open_run(args, path)
         if same.note != images.note or not set(test.tolist()) <= set(unseen.tolist()):
@@ -754,14 +743,14 @@ def segment(args):
     add("floor, Otsu's threshold", otsu(shown))
     add("floor, whole image", torch.ones_like(truth))
     print_table(table)
-    print("seeds: labels under two fixed points are lung; masks: labels named by training masks, so "
-          "not zero-shot; ORACLE: the best labels of each image by its own mask, no result")
+    print("seeds: labels at two fixed points are lung (no row: no label fills a quarter there);\n"
+          "masks: training masks name them, not zero-shot; ORACLE: the best labels by the own mask")
     rows = [shown, *(outlined(shown, masks) for masks in (truth, *pictures.values()))]
     save_grid(run / "segment.png", [row[:8] for row in rows], ["image", "true edge", *pictures])
     print(f"wrote {run / 'segment.png'}")
-    settings = {key: value for key, value in vars(args).items() if key != "run"}
-    write_json(run / "segment.json", {"images": len(shown), "training_masks": len(known),
-                                      "leaked": leaked, "settings": settings, "dice": table})
+    write_json(run / "segment.json", {
+        "images": len(shown), "training_masks": len(known), "leaked": leaked, "dice": table,
+        "settings": {key: value for key, value in vars(args).items() if key != "run"}})
 
 
 def main(argv=None):
@@ -799,14 +788,13 @@ def main(argv=None):
         if run is segment:
             a("--mask-kind", default="masks", help="folder of the masks in the data")
             a("--allow-leakage", action="store_true", help="judge training images too, and say so")
-            a("--fit", type=positive_int, default=150, help="training images for clusters, for names")
+            a("--fit", type=positive_int, default=150, help="training images at most")
             a("--clusters", type=positive_int, nargs="+", default=[6, 256], help="K, each tried")
             a("--timesteps", type=int, nargs="+", default=[50, 150, 300], help="of the features")
-            a("--uncentred", action="store_true", help="keep each image's mean feature")
             a("--threshold", type=float, default=0.01, help="KL of DiffSeg, nats (paper: 0.9)")
-            a("--sweep", nargs="+", metavar="FILE", help="other model.pt, or folders of model*.pt")
+            a("--sweep", nargs="+", default=[], metavar="FILE", help="more model.pt, or folders")
             a("--unconditional", metavar="RUN", help="a control of train.py --condition none")
-            a("--seed", type=int, default=0, help="of noise, K-means and the untrained U-Net")
+            a("--seed", type=int, default=0, help="of noise, K-means, the untrained U-Net")
             continue
         a("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples, or random weights")
         if run is resemble:

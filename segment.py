@@ -1,17 +1,15 @@
 """Zero-shot lung masks out of a diffusion model: DiffSeg on attention, K-means on features.
 
-A denoising U-Net groups the positions of an image that belong together, without ever having seen
-a mask. Two ways to read that off, each from noised latents of the image itself:
-
+A denoising U-Net groups positions that belong together, without ever having seen a mask; two ways to
+read that off, each from noised latents of the image itself:
 - DiffSeg, the paper's way (Tian et al. 2024, "Diffuse, Attend, and Segment", arXiv 2308.12469):
-  maps of self-attention are merged while their symmetric KL divergence is small. Segments belong
-  to one image.
+  maps of self-attention are merged while their symmetric KL divergence is small, in each image.
 - K-means on the features of the U-Net's decoder at several steps (after Baranchuk et al. 2022,
   arXiv 2112.03126, who train a classifier on them). Clusters are those of the training images, the
   same for every image, so that one rule names them all.
 
     labels = diffseg(attention_maps(model, images), size=64)           # (B, 64, 64) int64
-    centers, _ = kmeans(points(decoder_features(model, training)), k=6)
+    centers, _ = kmeans(points(decoder_features(model, training)), 6)
     labels = nearest_clusters(decoder_features(model, images), centers, size=64)
 
 Images are (B, 3, H, W) in [-1, 1], square; `model` is a DinoDiffusion; masks are (B, H, W) bool.
@@ -32,7 +30,6 @@ SEEDS = ((-0.4, -0.15), (0.4, -0.15))  # x, y in [-1, 1]: the middle of either l
 
 
 # ---------------------------------------------------------------- what the U-Net sees
-
 
 @torch.no_grad()
 def denoise_once(model, images, t, seed=0):
@@ -56,13 +53,12 @@ def attention_maps(model, images, t=300, seed=0):
     return list(maps.values())
 
 
-def decoder_features(model, images, timesteps=(50, 150, 300), blocks=6, least_side=8, seed=0,
-                     centred=True):
+def decoder_features(model, images, timesteps=(50, 150, 300), blocks=6, least_side=8, seed=0):
     """Outputs of the last decoder blocks, joined: (B, D, h, w) at the largest block's side.
 
     blocks: so many at most, of those with a side of `least_side` or more. Each is scaled to unit
-    norm at every position, so that wide blocks do not outweigh the others. centred: the mean over
-    an image's positions is taken off, so that clusters are of tissue, not of exposure.
+    norm at every position, so that wide blocks do not outweigh the others; the mean over an image's
+    positions is taken off, so that clusters are of tissue, not of exposure.
     """
     ends = [level.attentions[i] if level.attentions else level.resnets[i]
             for level in model.unet.up_blocks for i in range(len(level.resnets))]
@@ -79,17 +75,16 @@ def decoder_features(model, images, timesteps=(50, 150, 300), blocks=6, least_si
                      if x.shape[-1] >= min(least_side, kept[-1].shape[-1])][-blocks:]
     side = max(x.shape[-1] for x in features)
     x = torch.cat([F.interpolate(x, (side, side), mode="bilinear") for x in features], dim=1)
-    return x - x.mean((2, 3), keepdim=True) if centred else x
+    return x - x.mean((2, 3), keepdim=True)
 
 
 # ---------------------------------------------------------------- DiffSeg
 
-
 def join_attention(maps):
     """Maps of all resolutions -> one, (B, N, N) with rows that sum to 1, N of the largest.
 
-    The keys of each are brought to the largest side bilinearly, its queries repeated; the weights
-    are proportional to the sides. Source: Tian et al. 2024, section 3.2.
+    Keys are brought to the largest side bilinearly, queries repeated, weights are proportional to
+    sides. Source: Tian et al. 2024, section 3.2.
     """
     side = max(math.isqrt(x.shape[-1]) for x in maps)
     total = 0
@@ -115,9 +110,8 @@ def symmetric_kl(a, b):
 def merge(attention, threshold, grid, rounds):
     """One image's attention (N, N) -> proposals (P, N): distributions over positions.
 
-    Round 1: each anchor of a grid x grid lattice takes the mean of all maps nearer than the
-    threshold. Later rounds: each proposal not yet taken takes the mean of those nearer to it.
-    Source: Tian et al. 2024, section 3.3.
+    Round 1: each anchor of a grid x grid lattice becomes the mean of all maps nearer to it than the
+    threshold. Later: each proposal not yet taken, that of those near it. Source: section 3.3.
     """
     side = math.isqrt(len(attention))
     ticks = ((torch.arange(min(grid, side)) + 0.5) * side / min(grid, side)).long()
@@ -140,21 +134,19 @@ def merge(attention, threshold, grid, rounds):
 def diffseg(maps, size, threshold=0.9, grid=16, rounds=3):
     """Segments by merging self-attention maps: (B, size, size) int64, numbered in each image.
 
-    maps: list of (B, heads, N, N) softmax weights, as attention_maps returns. threshold: symmetric
-    KL in nats under which two maps are one; the less sharp the attention, the lower it must be.
+    maps: list of (B, heads, N, N), as of attention_maps. threshold: symmetric KL in nats under which
+    two maps are one; the less sharp the attention, the lower it must be.
     """
     labels = []
     for attention in join_attention(maps):
         proposals = merge(attention, threshold, grid, rounds)
         side = math.isqrt(proposals.shape[1])
-        picture = proposals.reshape(1, -1, side, side)                 # (P, N) -> (1, P, h, w)
-        picture = F.interpolate(picture, (size, size), mode="bilinear")[0]
-        labels.append(picture.argmax(0))
+        pictures = proposals.reshape(1, -1, side, side)                # (P, N) -> (1, P, h, w)
+        labels.append(F.interpolate(pictures, (size, size), mode="bilinear")[0].argmax(0))
     return torch.stack(labels)
 
 
 # ---------------------------------------------------------------- K-means
-
 
 def points(features):
     """(B, D, h, w) -> (B*h*w, D), what kmeans takes."""
@@ -162,16 +154,14 @@ def points(features):
 
 
 def principal_axes(features, count):
-    """The `count` directions (D, count) in which features (B, D, h, w) vary most; they hold nearly
-    all that distances see, at a fraction of the work."""
+    """Directions (D, count) in which features (B, D, h, w) vary most: K-means is fast there."""
     x = points(features)
     return torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))[1][:, -count:]
 
 
 def nearest_clusters(features, centers, size):
-    """Number of the nearest centre at every pixel, (B, size, size) int64.
-
-    The distances are brought to `size` bilinearly, not the labels: edges come out smooth.
+    """Number of the nearest centre at every pixel, (B, size, size) int64, by distances that are
+    brought to `size` bilinearly: so edges come out smooth.
     """
     B, _, h, w = features.shape
     distances = torch.cdist(points(features), centers).square()
@@ -181,11 +171,10 @@ def nearest_clusters(features, centers, size):
 
 # ---------------------------------------------------------------- which label is lung?
 
-
 def under_seeds(labels, k, least=0.25):
     """Labels (k,) bool that fill a share of `least` or more of small squares around two seeds.
 
-    labels: (B, H, W) int64, of one image or of many that share their labels. No mask is looked at.
+    labels: (B, H, W) int64, of one image or of many that share labels. No mask is looked at.
     """
     side = labels.shape[-1]
     half = max(1, side // 16)
@@ -198,8 +187,8 @@ def under_seeds(labels, k, least=0.25):
 def best_labels(labels, masks, k):
     """The set of labels, (k,) bool, whose union has the highest pooled Dice with the masks.
 
-    With labels sorted by the share of their pixels in the masks, the best set is a beginning of
-    that list. On the masks that one is judged by, this is the oracle; on training masks, a rule.
+    Sorted by the share of their pixels in the masks, the best are the first so many. On the masks
+    that one is judged by, this is the oracle; on training masks, a rule.
     """
     size = torch.bincount(labels.flatten(), minlength=k).double()
     inside = torch.bincount(labels[masks], minlength=k).double()
@@ -210,8 +199,7 @@ def best_labels(labels, masks, k):
     return chosen & (inside > 0)
 
 
-# ---------------------------------------------------------------- a floor
-
+# ---------------------------------------------------------------- a floor, and pictures
 
 def otsu(images):
     """Dark pixels (B, H, W) bool: the threshold on 5x5 means that parts an image's 256 grey levels
@@ -226,3 +214,9 @@ def otsu(images):
         between = (mean[-1] * below - mean).square() / (below * (1 - below)).clamp_min(1e-9)
         masks.append(level <= between.argmax())
     return torch.stack(masks)
+
+
+def outlined(images, masks):
+    """Images (N, 3, H, W) in [-1, 1] with the edges of masks (N, H, W) bool in red."""
+    edge = (F.max_pool2d(1 - masks.float(), 3, stride=1, padding=1) > 0) & masks  # next to outside
+    return torch.where(edge[:, None], torch.tensor([1.0, -1.0, -1.0])[:, None, None], images)

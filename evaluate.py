@@ -13,6 +13,7 @@ features that conditioned the model under test; equal counts and the real-real f
 every figure. Frechet distances compare only with those of the same extractor, resize rule and counts.
 """
 import argparse
+import copy
 import hashlib
 import json
 from functools import partial
@@ -710,7 +711,15 @@ def segment(args):
           f"mask, left out: {len(asked) - len(shown)}); clusters of {len(unlabelled)} training "
           f"images, named by {len(known)} training masks; seed {args.seed}; 95 % by bootstrap"
           + f"; LEAKAGE: {leaked} of them were trained on" * args.allow_leakage)
-    table, pictures = {}, {}
+    paths = {f"{file.parent.name}/{file.stem}: ": file for path in map(Path, args.sweep)
+             for file in (sorted(path.glob("model*.pt")) if path.is_dir() else [path])}
+    paths |= {"floor, unconditional, ": path for path in [args.unconditional] if path}
+    nets, table, pictures = {"": model}, {}, {}
+    for title, path in paths.items():
+        _, nets[title], _, same, _, unseen = open_run(args, path)
+        if same.note != images.note or not set(test.tolist()) <= set(unseen.tolist()):
+            raise UserError(f"{path} was trained on other images, or on some of these", "the same "
+                            "data, held out alike, are needed", "train it with that --seed")
 
     def add(name, masks, labels=None):
         scores = np.array([dice(*pair) for pair in zip(masks, truth)])
@@ -719,26 +728,15 @@ def segment(args):
             best = [best_labels(x, y, int(x.max()) + 1)[x] for x, y in zip(labels, truth)]
             table[name]["ORACLE"] = float(np.mean([dice(*pair) for pair in zip(best, truth)]))
 
-    def add_model(net, title=""):
+    torch.manual_seed(args.seed)
+    nets["floor, untrained U-Net, "] = bare = copy.deepcopy(model)
+    bare.unet = UNet(model.config.unet).to(model.shift.device).eval()
+    for title, net in nets.items():
         with user_errors():
             found = lung_masks(net, args, unlabelled, known, known_y[:args.fit], shown)
         for method, (masks, labels) in found.items():
             add(title + method, masks, labels)
             pictures.setdefault(method, masks)
-
-    add_model(model)
-    others = {f"{file.parent.name}/{file.stem}: ": file for path in map(Path, args.sweep)
-              for file in (sorted(path.glob("model*.pt")) if path.is_dir() else [path])}
-    others |= {"floor, unconditional, ": path for path in [args.unconditional] if path}
-    for title, path in others.items():
-        _, other, _, same, _, unseen = open_run(args, path)
-        if same.note != images.note or not set(test.tolist()) <= set(unseen.tolist()):
-            raise UserError(f"{path} was trained on other images, or on some of these", "the same "
-                            "data, held out alike, are needed", "train it with that --seed")
-        add_model(other, title)
-    torch.manual_seed(args.seed)
-    model.unet = UNet(model.config.unet).to(model.shift.device).eval()
-    add_model(model, "floor, untrained U-Net, ")
     add("floor, constant mean of training masks", usual.expand_as(truth))
     add("floor, Otsu's threshold", otsu(shown))
     add("floor, whole image", torch.ones_like(truth))

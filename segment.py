@@ -1,6 +1,6 @@
 """Zero-shot lung masks out of a diffusion model: DiffSeg on attention, K-means on features.
 
-A denoising U-Net groups positions that belong together, without ever having seen a mask; two ways to
+A denoising U-Net groups positions that belong together, though it never saw a mask. Two ways to
 read that off, each from noised latents of the image itself:
 - DiffSeg, the paper's way (Tian et al. 2024, "Diffuse, Attend, and Segment", arXiv 2308.12469):
   maps of self-attention are merged while their symmetric KL divergence is small, in each image.
@@ -134,7 +134,7 @@ def merge(attention, threshold, grid, rounds):
 def diffseg(maps, size, threshold=0.9, grid=16, rounds=3):
     """Segments by merging self-attention maps: (B, size, size) int64, numbered in each image.
 
-    maps: list of (B, heads, N, N), as of attention_maps. threshold: symmetric KL in nats under which
+    maps: list of (B, heads, N, N) of attention_maps. threshold: symmetric KL in nats below which
     two maps are one; the less sharp the attention, the lower it must be.
     """
     labels = []
@@ -160,9 +160,7 @@ def principal_axes(features, count):
 
 
 def nearest_clusters(features, centers, size):
-    """Number of the nearest centre at every pixel, (B, size, size) int64, by distances that are
-    brought to `size` bilinearly: so edges come out smooth.
-    """
+    """Number of the nearest centre, (B, size, size) int64; distances go to `size` bilinearly."""
     B, _, h, w = features.shape
     distances = torch.cdist(points(features), centers).square()
     distances = distances.reshape(B, h, w, -1).permute(0, 3, 1, 2)         # -> (B, k, h, w)

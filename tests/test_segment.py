@@ -191,10 +191,11 @@ def test_command(command, chests, tmp_path, capsys):
 
 def test_command_with_leakage_and_other_checkpoints(command, tmp_path, capsys):
     """Leakage is said; a sweep adds rows; checkpoints trained on the judged images are refused."""
-    assert command("--allow-leakage")["leaked"] == 10
-    assert "LEAKAGE: 10 of them were trained on" in capsys.readouterr().out
     (tmp_path / "model_000010.pt").touch()
-    rows = command("--sweep", str(tmp_path), "--unconditional", "control")["dice"]
+    result = command("--allow-leakage", "--sweep", str(tmp_path), "--unconditional", "control")
+    assert result["leaked"] == 10 and result["images"] == 17
+    assert "LEAKAGE: 10 of them were trained on" in capsys.readouterr().out
+    rows = result["dice"]
     for method in ("K-means 3, seeds", "DiffSeg, masks"):  # the same model here, so its figures
         assert rows[method] == rows[f"{tmp_path.name}/model_000010: {method}"]
     assert "floor, unconditional, DiffSeg, seeds" in rows

@@ -677,12 +677,11 @@ def lung_masks(model, args, unlabelled, known, known_y, shown):
     unlabelled: training images for K-means; known, known_y: training images with masks.
     """
     def run(function, images):
-        parts = images.to(model.shift.device).split(args.batch)
-        return torch.cat([function(x).cpu() for x in parts])
+        return torch.cat([function(x.to(model.shift)).cpu() for x in images.split(args.batch)])
 
     look = partial(decoder_features, model, timesteps=args.timesteps, seed=args.seed)
     axes, side, found = principal_axes(run(look, unlabelled[:100]), 48), shown.shape[-1], {}
-    sets = [run(lambda x: torch.einsum("bdhw,dc->bchw", look(x).cpu(), axes), images)
+    sets = [run(lambda x: torch.einsum("bdhw,dc->bchw", look(x), axes.to(x)), images)
             for images in (unlabelled, known, shown)]
     for k in args.clusters:
         centers, _ = kmeans(points(sets[0]), k, args.seed, n_init=3, max_iter=100)

@@ -6,6 +6,7 @@
     python evaluate.py privacy SAMPLES               are samples copies of training images?
     python evaluate.py clusters                      do K-means clusters find true morphologies?
     python evaluate.py classify --train FOLDER       is a synthetic training set of use?
+    python evaluate.py segment                       does it find the lungs, unasked?
 
 The metrics stand in metrics.py. The default judge is a fixed-seed random network, never the
 features that conditioned the model under test; equal counts and the real-real floor stand beside
@@ -13,6 +14,7 @@ every figure. Frechet distances compare only with those of the same extractor, r
 counts.
 """
 import argparse
+import copy
 import hashlib
 import json
 from functools import partial
@@ -25,7 +27,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from data import (Help, UserError, atomic_file, batch_int, fraction, load_checkpoint, not_negative,
-                  open_dataset, pick_device, positive_int, read_split, read_table,
+                  not_negative_int, open_dataset, pick_device, positive_int, read_split, read_table,
                   resolve_checkpoint, run_script, save_grid, seed_int, split_holdout, step_seed,
                   user_errors, write_text_atomic)
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens, load_dino
@@ -38,7 +40,10 @@ from metrics import (METRICS, FIDInception, RandomFeatures, best_correlations, b
                      off_diagonal_mean, pixel_rows, prdc, psnr, roc_auc, subsample_interval)
 from phantoms import CHEST_LABELS
 from prompts import kmeans, standardise
+from segment import (attention_maps, best_labels, decoder_features, diffseg, nearest_clusters, otsu,
+                     outlined, points, principal_axes, under_seeds)
 from train import fit
+from unet import UNet
 
 
 # ---------------------------------------------------------------- judges
@@ -658,10 +663,104 @@ def classify(args):
     write_json(run / "classify.json", table)
 
 
+def known_masks(images, kind, numbers):
+    """(those of the numbers that have a mask, their masks (N, side, side) bool)."""
+    if kind not in images.masks:
+        raise UserError(f"{images.name} has no {kind}", f"it has {[*images.masks] or 'no masks'}",
+                        "pass --mask-kind, or data with a folder masks/")
+    found = [i for i in numbers.tolist() if images.masks[kind][i] is not None]
+    masks = [images.mask(i, kind).bool() for i in found]
+    blank = [images.files[i] for i, mask in zip(found, masks) if mask.all() or not mask.any()]
+    if blank or len(found) < 2:
+        raise UserError(f"{len(found)} of {len(numbers)} images have {kind}, {len(blank)} of them "
+                        f"all black or all white {blank[:3]}", "2 that show lungs are needed in "
+                        "training and held out", "correct the masks, or pass --mask-kind")
+    return torch.tensor(found), torch.cat(masks)
+
+
+def lung_masks(model, args, unlabelled, known, known_y, shown):
+    """{method and rule: (masks (N, H, W) bool, labels (N, H, W))} of the images `shown`.
+
+    unlabelled: training images for K-means; known, known_y: training images with masks.
+    """
+    def run(function, images):
+        return torch.cat([function(x.to(model.shift)).cpu() for x in images.split(args.batch)])
+
+    look = partial(decoder_features, model, timesteps=args.timesteps, seed=args.seed)
+    axes, side, found = principal_axes(run(look, unlabelled[:100]), 48), shown.shape[-1], {}
+    sets = [run(lambda x: torch.einsum("bdhw,dc->bchw", look(x), axes.to(x)), images)
+            for images in (unlabelled, known, shown)]
+    for k in args.clusters:
+        centers, _ = kmeans(points(sets[0]), k, args.seed, n_init=3, max_iter=100)
+        unnamed, named, labels = (nearest_clusters(x, centers, side) for x in sets)
+        if under_seeds(unnamed, k).any():
+            found[f"K-means {k}, seeds"] = under_seeds(unnamed, k)[labels], labels
+        found[f"K-means {k}, masks"] = best_labels(named, known_y, k)[labels], labels
+    labels = run(lambda x: diffseg(attention_maps(model, x, seed=args.seed), side, args.threshold),
+                 shown)
+    k, usual = int(labels.max()) + 1, known_y.float().mean(0) >= 0.5
+    by_seeds = torch.stack([under_seeds(x[None], k)[x] for x in labels])
+    by_place = torch.stack([best_labels(x, usual, k)[x] for x in labels])
+    return found | {"DiffSeg, seeds": (by_seeds, labels), "DiffSeg, masks": (by_place, labels)}
+
+
+def segment(args):
+    """lung masks by DiffSeg on attention and by K-means on decoder features: Dice, floors"""
+    run, model, _, images, train, test = open_run(args)
+    asked = torch.cat([test, train]) if args.allow_leakage else test
+    numbers, truth = known_masks(images, args.mask_kind, asked)
+    teachers, known_y = known_masks(images, args.mask_kind, train)
+    leaked, usual = len(teachers) * args.allow_leakage, known_y.float().mean(0) >= 0.5
+    shown, known, unlabelled = (images.batch(part.tolist())
+                                for part in (numbers, teachers[:args.fit], train[:args.fit]))
+    print(f"Dice with {args.mask_kind} of {len(shown)} images at {shown.shape[-1]} px (without a "
+          f"mask, left out: {len(asked) - len(shown)}); clusters of {len(unlabelled)} training "
+          f"images, named by {len(known)} training masks; seed {args.seed}; 95 % by bootstrap"
+          + f"; LEAKAGE: {leaked} of them were trained on" * args.allow_leakage)
+    paths = {f"{file.parent.name}/{file.stem}: ": file for path in map(Path, args.sweep)
+             for file in (sorted(path.glob("model*.pt")) if path.is_dir() else [path])}
+    paths |= {"floor, unconditional, ": path for path in [args.unconditional] if path}
+    nets, table, pictures = {"": model}, {}, {}
+    for title, path in paths.items():
+        _, nets[title], _, same, _, unseen = open_run(args, path)
+        if same.note != images.note or not set(test.tolist()) <= set(unseen.tolist()):
+            raise UserError(f"{path} was trained on other images, or on some of these", "the same "
+                            "data, held out alike, are needed", "train it with that --seed")
+
+    def add(name, masks, labels=None):
+        scores = np.array([dice(*pair) for pair in zip(masks, truth)])
+        table[name] = {"Dice": scores.mean().item(), "95 %": bootstrap_interval(np.mean, scores)}
+        if labels is not None:
+            best = [best_labels(x, y, int(x.max()) + 1)[x] for x, y in zip(labels, truth)]
+            table[name]["ORACLE"] = float(np.mean([dice(*pair) for pair in zip(best, truth)]))
+
+    torch.manual_seed(args.seed)
+    nets["floor, untrained U-Net, "] = bare = copy.deepcopy(model)
+    bare.unet = UNet(model.config.unet).to(model.shift.device).eval()
+    for title, net in nets.items():
+        with user_errors():
+            found = lung_masks(net, args, unlabelled, known, known_y[:args.fit], shown)
+        for method, (masks, labels) in found.items():
+            add(title + method, masks, labels)
+            pictures.setdefault(method, masks)
+    add("floor, constant mean of training masks", usual.expand_as(truth))
+    add("floor, Otsu's threshold", otsu(shown))
+    add("floor, whole image", torch.ones_like(truth))
+    print_table(table)
+    print("seeds: labels at two fixed points are lung (no row: no label fills a quarter there);\n"
+          "masks: training masks name them, not zero-shot; ORACLE: the best labels by the own mask")
+    rows = [shown, *(outlined(shown, masks) for masks in (truth, *pictures.values()))]
+    save_grid(run / "segment.png", [row[:8] for row in rows], ["image", "true edge", *pictures])
+    print(f"wrote {run / 'segment.png'}")
+    write_json(run / "segment.json", {
+        "images": len(shown), "training_masks": len(known), "leaked": leaked, "dice": table,
+        "settings": {key: value for key, value in vars(args).items() if key != "run"}})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Metrics and tables; see the head of this file.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for run in (fidelity, privacy, resemble, probe, clusters, classify):
+    for run in (fidelity, privacy, resemble, probe, clusters, classify, segment):
         command = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=Help)
         command.set_defaults(run=run, features="dino", train_limit=None)
         a = command.add_argument
@@ -690,6 +789,19 @@ def main(argv=None):
             a("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
             continue
         a("--train-limit", type=positive_int, default=2000, help="at most so many training images")
+        if run is segment:
+            a("--mask-kind", default="masks", help="folder of the masks in the data")
+            a("--allow-leakage", action="store_true", help="judge training images too, and say so")
+            a("--fit", type=positive_int, default=150, help="training images at most")
+            a("--clusters", type=positive_int, nargs="+", default=[6, 256], help="K, each tried")
+            a("--timesteps", type=not_negative_int, nargs="+", default=[50, 150, 300],
+              help="of the features")
+            a("--threshold", type=not_negative, default=0.01,
+              help="KL of DiffSeg, nats (paper: 0.9)")
+            a("--sweep", nargs="+", default=[], metavar="FILE", help="more model.pt, or folders")
+            a("--unconditional", metavar="RUN", help="a control of train.py --condition none")
+            a("--seed", type=seed_int, default=0, help="of noise, K-means, the untrained U-Net")
+            continue
         a("--seeds", type=seed_int, nargs="+", default=[0, 1, 2],
           help="of samples, or random weights")
         if run is resemble:

@@ -640,14 +640,16 @@ def train_unet(args, run, model, images, train, sources, labels, dtype):
                 with swapped(trained, ema):
                     preview(model, images, sources, labels, step, run.folder)
                     write_model(run, model)
+                    if args.keep_checkpoints:
+                        write_model(run, model, f"model_{step:06d}.pt")
                 draw_curves(run)
                 trained.train()
         run.finish("unet", ema)
     load_ema(trained, run.finished["unet"])
 
 
-def write_model(run, model):
-    data.save_atomic(run.folder / "model.pt",
+def write_model(run, model, name="model.pt"):
+    data.save_atomic(run.folder / name,
                      {"version": data.CHECKPOINT_VERSION, **model.to_checkpoint(),
                       "training": run.config})
 
@@ -719,6 +721,7 @@ def parse(argv=None):
     a("--compile", action="store_true", help="torch.compile the U-Net (minutes of warm-up)")
     a("--workers", type=data.workers_int, default=0, help="processes that read images")
     a("--grids", type=data.positive_int, default=5, help="sample grids drawn in a run")
+    a("--keep-checkpoints", action="store_true", help="keep a model_STEP.pt with each sample grid")
     a("--out", help="the run's folder (default: runs/NAME)")
     a("--resume", action="store_true", help="go on where the run stopped")
     a("--dry-run", action="store_true", help="print the settings as JSON and exit")

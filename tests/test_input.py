@@ -116,6 +116,15 @@ def test_a_giant_header_costs_no_memory(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB: 100 MB
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_more_pixels_than_pillow_warns_of_are_refused(tmp_path):
+    """10,000 x 10,000 pixels, of which Pillow only warns: too many for a machine of 16 GB."""
+    images = open_dataset(folder_with(tmp_path, {"large.png": png_head(10_000, 10_000)}), 8)
+    assert "10,000 x 10,000 pixels are too many" in images.unreadable[0][1]
+    with pytest.raises(UserError, match="too many"):
+        load_image(tmp_path / "large.png", 8)
+
+
 def test_a_program_under_an_images_name_is_not_run(tmp_path, monkeypatch):
     """Pillow would hand PostScript to Ghostscript: no process may be started."""
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a process was started"))

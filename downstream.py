@@ -6,7 +6,7 @@ and r N images that the generator made from it; those alone; and those first, th
 arms take equally many optimiser steps and meet the same held-out real images; each is compared with
 the pool alone and with the classical arm of its ratio by DeLong's test, adjusted by Holm's rule.
 
-    aucs = downstream(model, images, train, test, train_y, test_y, names, settings)
+    aucs, survival = downstream(model, images, groups, train, test, train_y, test_y, names, settings)
     rows = compare_arms(names, aucs)      # python evaluate.py classify --pools 50 does both
 
 Source: pools, ratios and reconstruct / interpolate / img2img of DiNO-Diffusion (2024); synthetic
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import StatusLine, UserError, atomic_file, step_seed
+from data import StatusLine, UserError, atomic_file, autocast_dtype, step_seed
 from dinodiff import prototypes, slerp
-from metrics import auc_influence, delong_test, holm
+from metrics import auc_influence, delong_test, holm, roc_auc
 from train import fit
 
 STRATEGIES = ("reconstruct", "interpolate", "img2img", "prototypes")
@@ -173,7 +173,7 @@ def conditions(strategy, tokens, others, count, seed):
 
 
 def as_bytes(images):
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def synthesise(model, strategy, pool, others, count, seed, settings, folder):
@@ -194,16 +194,18 @@ def synthesise(model, strategy, pool, others, count, seed, settings, folder):
         condition, own = conditions(strategy, tokens, others, count, seed)
     strength = settings.strength if strategy == "img2img" else 1.0
     options = settings.sample_steps, settings.guidance, settings.eta, "ddim", settings.batch
-    digest = hashlib.sha256(repr((strategy, count, seed, strength, options)).encode())
+    dtype = autocast_dtype(device)  # half the time where the chip computes in bfloat16
+    digest = hashlib.sha256(repr((strategy, count, seed, strength, dtype, options)).encode())
     for x in (*model.state_dict().values(), torch.from_numpy(pool), own):
         digest.update(x.cpu().numpy().tobytes())
     path = Path(folder, f"{strategy}_{len(pool)}_{seed}_{digest.hexdigest()[:12]}.npy")
     if not path.is_file():
         parts, status = [], StatusLine(count, f"{strategy} of {len(pool)} images, seed {seed}")
         for rows in torch.arange(count).split(settings.batch):
-            parts.append(as_bytes(model.sample(
-                None if condition is None else condition[rows],
-                (seed * 1_000_003 + rows).tolist(), *options, pictures[own[rows]], strength)))
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                parts.append(as_bytes(model.sample(
+                    None if condition is None else condition[rows],
+                    (seed * 1_000_003 + rows).tolist(), *options, pictures[own[rows]], strength)))
             status.update(rows[-1].item() + 1, images=len(rows))
         status.close()
         with atomic_file(path) as file:
@@ -229,10 +231,13 @@ def arms_of(name, real, y, made, made_y, steps):
 
 
 def downstream(model, images, groups, train, test, train_y, test_y, names, settings, folder):
-    """Train all arms: (pool, arm) -> for each seed a list of auc_influence, one for each label.
+    """Train all arms: (pool, arm) -> for each seed a list of auc_influence, one for each label; and
+    (pool, what) -> for each seed the referee's AUCs (L,), see below.
 
     groups: the patient of each image; train, test: numbers of images; train_y (N, L), test_y
     (M, L) of 0 and 1; names: L. Raises UserError for too large pools and a model without sources.
+    The referee tells whether labels survive: a CNN trained on the training images of no pool's
+    patients, so it has seen neither the pool nor what is made of it. NaN: labels of one class.
     """
     condition, size = model.config.condition, max(settings.pools)
     if model.prompts or condition == "none" and set(settings.strategies) != {"img2img"}:
@@ -242,25 +247,39 @@ def downstream(model, images, groups, train, test, train_y, test_y, names, setti
     if size > len(train):
         raise UserError(f"--pools {size}", f"the run has {len(train)} labelled training images",
                         "pass smaller pools, or a larger --train-limit")
-    device, s, aucs = model.shift.device, settings, {}
+    device, s, aucs, survival = model.shift.device, settings, {}, {}
     vary = partial(augment, turns=s.turns) if s.light else lambda x, generator: x
     place, shown = {i: k for k, i in enumerate(train.tolist())}, images.batch(test.tolist())
     others = torch.cat([model.embed(images.batch(rows.tolist()).to(device)).cpu()
                         for rows in train.split(s.batch)]) if "prototypes" in s.strategies else None
-    for size, seed in itertools.product(s.pools, s.seeds):
-        rows = draw_pool(train.tolist(), groups, size, seed)
+    pools = {(size, seed): draw_pool(train.tolist(), groups, size, seed)
+             for size, seed in itertools.product(s.pools, s.seeds)}
+    known = {groups[i] for rows in pools.values() for i in rows}
+    rest = torch.tensor([i for i in train.tolist() if groups[i] not in known], dtype=torch.int64)
+    rest_y, referee = train_y[[place[i] for i in rest.tolist()]], None
+    if len(rest) >= 2 * size:
+        referee = train_classifier([(images, rest, rest_y, s.cnn_steps)], 0,
+                                   partial(augment, turns=s.turns), device, "referee")
+    for (size, seed), rows in pools.items():
         real, y = as_bytes(images.batch(rows)), train_y[[place[i] for i in rows]]
         shares = ", ".join(f"{n:.0f} {name}" for name, n in zip(names, y.sum(axis=0)))
         print(f"pool of {size}, seed {seed}: {len({groups[i] for i in rows})} groups; {shares}"
               + "; what 0 or all images show cannot be learned"
               * any(n in (0, size) for n in y.sum(axis=0)))
         arms = {"real only": lambda: [(real, y, s.cnn_steps)]}
+        sets = {"held-out images": (as_bytes(shown), test_y), "the pool": (real, y)}
         for strategy in ("classical", *s.strategies):
             made, own = synthesise(model, strategy, real, others, size * max(s.ratios), seed, s,
                                    folder)
+            sets[strategy] = made, y[own]
             for n in s.ratios:
                 arms |= arms_of(f"1:{n} {strategy}", real, y, made[:n * size],
                                 y[own[:n * size]], s.cnn_steps)
+        for what, (x, labels) in sets.items() if referee is not None else ():
+            score = predict(referee, torch.tensor(x[:1000]) / 127.5 - 1, s.batch, device)
+            survival.setdefault((size, what), []).append(
+                [roc_auc(*column) if 0 < column[0].sum() < len(score) else math.nan
+                 for column in zip(labels[:1000].T, score.T)])
         for arm, stages in arms.items():
             net = train_classifier([(x, torch.arange(len(x)), labels, steps)
                                     for x, labels, steps in stages()], seed, vary, device,
@@ -268,7 +287,7 @@ def downstream(model, images, groups, train, test, train_y, test_y, names, setti
             score = predict(net, shown, s.batch, device)
             aucs.setdefault((size, arm), []).append(
                 [auc_influence(*column) for column in zip(test_y.T, score.T)])
-    return aucs
+    return aucs, survival
 
 
 def compare_arms(names, aucs):

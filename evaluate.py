@@ -572,9 +572,12 @@ def classify_pools(args, run, model, images, train, test):
                            for name, value in vars(args).items() if name in SETTINGS})
     with user_errors():
         groups = image_groups(images, args.group_column)
-        aucs = downstream(model, images, groups, train, test, train_y, test_y, names, settings,
-                          run / "classify")
+        aucs, survival = downstream(model, images, groups, train, test, train_y, test_y, names,
+                                    settings, run / "classify")
     rows = compare_arms(names, aucs)
+    survival = {key: {name: mean if np.isfinite(mean) else None  # JSON has no NaN
+                      for name, mean in zip(names, np.mean(values, axis=0).tolist())}
+                for key, values in survival.items()}
     print(f"AUC on {len(test)} held-out real images, mean of seeds {args.seeds} (sd: over them); "
           f"{args.cnn_steps} CNN steps of 32 in every arm, a quarter of them on the pool after "
           f"'first'; {'light' if args.light else 'no'} augmentation on the fly; vs: difference in "
@@ -586,6 +589,10 @@ def classify_pools(args, run, model, images, train, test):
         print(f"\npool of {size} real images:")
         print_table({arm: {k: v for k, v in row.items() if k != "tests"}
                      for arm, row in own.items()})
+        kept = {what: row for (n, what), row in survival.items() if n == size}
+        print("do labels survive? AUC of a CNN trained on all training images of other patients:"
+              if kept else "too few other training images to tell whether labels survive")
+        print_table(kept)
         for strategy in settings.strategies:
             lines = {"real only": [(r, own["real only"]["AUC"]) for r in (0, *settings.ratios)]}
             for arm in ("classical", strategy, f"{strategy} alone", f"{strategy} first"):
@@ -599,7 +606,9 @@ def classify_pools(args, run, model, images, train, test):
     write_json(run / "classify_pools.json", {
         "settings": asdict(settings), "test_images": len(test), "labels": names,
         "arms": {str(size): {arm: row for (n, arm), row in rows.items() if n == size}
-                 for size in settings.pools}})
+                 for size in settings.pools},
+        "survival": {str(size): {what: row for (n, what), row in survival.items() if n == size}
+                     for size in settings.pools}})
 
 
 def classify(args):

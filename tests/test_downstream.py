@@ -124,7 +124,7 @@ def test_sources_and_labels():
 
 
 def test_arms_take_equal_steps(monkeypatch):
-    """One, alone and first: what fit is asked for sums to the same; classical has no other forms."""
+    """Mixed, alone and first: the steps asked of fit have one sum; classical has no other forms."""
     real, made = np.zeros((4, 3, 32, 32), np.uint8), np.full((8, 3, 32, 32), 9, np.uint8)
     asked = []
     monkeypatch.setattr(downstream, "fit", lambda *args, steps, **_: asked.append(
@@ -188,6 +188,8 @@ def test_classify_pools_command(run, capsys, monkeypatch):
     for row in result["arms"]["6"].values():
         assert 0 <= row["AUC"] <= 1 and row["sd"] >= 0
     assert (run / "classify_6_prototypes.png").stat().st_size > 1000
+    assert list(result["survival"]["6"]) == ["held-out images", "the pool", "classical",
+                                             *downstream.STRATEGIES]
     kept = sorted((run / "classify").iterdir())
     assert len(kept) == 2 * 4
     monkeypatch.setattr(evaluate.DinoDiffusion, "sample", None)

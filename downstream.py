@@ -6,7 +6,7 @@ and r N images that the generator made from it; those alone; and those first, th
 arms take equally many optimiser steps and meet the same held-out real images; each is compared with
 the pool alone and with the classical arm of its ratio by DeLong's test, adjusted by Holm's rule.
 
-    aucs, survival = downstream(model, images, groups, train, test, train_y, test_y, names, settings)
+    aucs, survival = downstream(model, images, ...)
     rows = compare_arms(names, aucs)      # python evaluate.py classify --pools 50 does both
 
 Source: pools, ratios and reconstruct / interpolate / img2img of DiNO-Diffusion (2024); synthetic
@@ -47,7 +47,7 @@ class Settings:
     guidance: float = 1.0
     eta: float = 0.5                # DDIM: 0 deterministic, 1 noisy as DDPM
     strength: float = 0.6           # img2img: share of the noise put on the source image
-    light: bool = False             # `augment` each batch of every arm
+    augment: str = "none"           # each batch of every arm: none, light, strong
     turns: bool = False             # flips and turns when augmenting: for histology only
     batch: int = 64                 # images at once when sampling and scoring
 
@@ -100,9 +100,10 @@ def strong_augment(images, generator, turns=False):
     by 15 %, shifted by 10 %, gamma 0.7 to 1.4, contrast by 30 %, brightness by 10 %, noise; with
     `turns` any angle, and flips."""
     B = len(images)
-    u = 2 * torch.rand(8, B, generator=generator) - 1  # (8, B) in [-1, 1]
+    on = {"generator": generator, "device": images.device}
+    u = 2 * torch.rand(8, B, **on) - 1  # (8, B) in [-1, 1]
     angle, scale = u[0] * (math.pi if turns else math.pi / 12), 1 + 0.15 * u[1]
-    flip = u[2].sign() if turns else torch.ones(B)
+    flip = u[2].sign() if turns else torch.ones_like(u[2])
     rows = (flip * angle.cos(), -angle.sin(), flip * angle.sin(), angle.cos())
     matrix = torch.stack(rows, dim=1).view(B, 2, 2) * scale[:, None, None]
     matrix = torch.cat([matrix, 0.2 * u[3:5].T[:, :, None]], dim=2)  # (B, 2, 3)
@@ -111,7 +112,7 @@ def strong_augment(images, generator, turns=False):
     gamma, contrast, shift = (t[:, None, None, None] for t in (1.4 ** u[5], 1 + 0.3 * u[6],
                                                                0.2 * u[7]))
     x = contrast * (2 * ((x.clamp(-1, 1) + 1) / 2) ** gamma - 1) + shift
-    noise = torch.randn(B, 1, *x.shape[2:], generator=generator)
+    noise = torch.randn(B, 1, *x.shape[2:], **on)
     return (x + 0.05 * noise).clamp(-1, 1)
 
 
@@ -248,7 +249,8 @@ def downstream(model, images, groups, train, test, train_y, test_y, names, setti
         raise UserError(f"--pools {size}", f"the run has {len(train)} labelled training images",
                         "pass smaller pools, or a larger --train-limit")
     device, s, aucs, survival = model.shift.device, settings, {}, {}
-    vary = partial(augment, turns=s.turns) if s.light else lambda x, generator: x
+    vary = {"none": lambda x, generator, turns: x, "light": augment, "strong": strong_augment}
+    vary = partial(vary[s.augment], turns=s.turns)
     place, shown = {i: k for k, i in enumerate(train.tolist())}, images.batch(test.tolist())
     others = torch.cat([model.embed(images.batch(rows.tolist()).to(device)).cpu()
                         for rows in train.split(s.batch)]) if "prototypes" in s.strategies else None

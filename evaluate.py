@@ -580,7 +580,7 @@ def classify_pools(args, run, model, images, train, test):
                 for key, values in survival.items()}
     print(f"AUC on {len(test)} held-out real images, mean of seeds {args.seeds} (sd: over them); "
           f"{args.cnn_steps} CNN steps of 32 in every arm, a quarter of them on the pool after "
-          f"'first'; {'light' if args.light else 'no'} augmentation on the fly; vs: difference in "
+          f"'first'; augmentation on the fly: {args.augment}; vs: difference in "
           "mean AUC, +- its 95 %, p of DeLong's test, Holm-adjusted")
     print("labels: classical, reconstruct, img2img: of the source; interpolate: of the nearer "
           "source; prototypes: of the pool image with the nearest tokens")
@@ -709,8 +709,8 @@ def main(argv=None):
               help="with --pools: synthetic images for each real one")
             a("--strategies", choices=STRATEGIES, nargs="+", default=["reconstruct", "interpolate"],
               help="with --pools: how they are made")
-            a("--light", action="store_true", help="with --pools: shift and change the brightness "
-              "of each batch, in every arm")
+            a("--augment", choices=("none", "light", "strong"), default="none", help="with "
+              "--pools: each batch of every arm, anew each time; strong is the classical arm's")
             a("--least", type=positive_int, default=20, help="with --pools: leave out labels with "
               "fewer images on either side, in training or held-out images")
             a("--group-column", help="with --pools: who is drawn as a whole (default: a patient "

@@ -194,7 +194,10 @@ def test_classify_pools_command(run, capsys, monkeypatch):
     assert len(kept) == 2 * 4
     monkeypatch.setattr(evaluate.DinoDiffusion, "sample", None)
     short = [*flags[:-4], "reconstruct"]
-    evaluate.main(short)
+    evaluate.main([*short, "--augment", "strong"])
+    strong = json.loads((run / "classify_pools.json").read_text())["arms"]["6"]
+    assert strong["real only"]["AUC"] != result["arms"]["6"]["real only"]["AUC"]
+    evaluate.main([*short, "--augment", "none"])
     again = json.loads((run / "classify_pools.json").read_text())["arms"]["6"]
     assert again["1:2 reconstruct"]["AUC"] == result["arms"]["6"]["1:2 reconstruct"]["AUC"]
     for path in kept:

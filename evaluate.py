@@ -6,6 +6,7 @@
     python evaluate.py privacy SAMPLES               are samples copies of training images?
     python evaluate.py clusters                      do K-means clusters find true morphologies?
     python evaluate.py classify --train FOLDER       is a synthetic training set of use?
+    python evaluate.py classify --pools 50 200       is one made from N real images, and when?
     python evaluate.py segment                       does it find the lungs, unasked?
 
 The metrics stand in metrics.py. The default judge is a fixed-seed random network, never the
@@ -17,21 +18,23 @@ import argparse
 import copy
 import hashlib
 import json
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import Dataset
 
-from data import (Help, UserError, atomic_file, batch_int, fraction, load_checkpoint, not_negative,
-                  not_negative_int, open_dataset, pick_device, positive_int, read_split, read_table,
-                  resolve_checkpoint, run_script, save_grid, seed_int, split_holdout, step_seed,
-                  user_errors, write_text_atomic)
+from data import (Help, UserError, atomic_file, batch_int, fraction, image_groups, line_chart,
+                  load_checkpoint, not_negative, not_negative_int, open_dataset, pick_device,
+                  positive_int, read_split, read_table, resolve_checkpoint, run_script, save_grid,
+                  seed_int, share_above_zero, split_holdout, user_errors,
+                  write_text_atomic)
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens, load_dino
 from dinodiff import DinoDiffusion
+from downstream import (STRATEGIES, Settings, augment, compare_arms, downstream, predict,
+                        train_classifier)
 # Some of these are here only for those who look for them in this file.
 from metrics import (METRICS, FIDInception, RandomFeatures, best_correlations, bootstrap_interval,
                      brightness, cluster_agreement, cohen_kappa, compare, correlations, dice,
@@ -42,8 +45,9 @@ from phantoms import CHEST_LABELS
 from prompts import kmeans, standardise
 from segment import (attention_maps, best_labels, decoder_features, diffseg, nearest_clusters, otsu,
                      outlined, points, principal_axes, under_seeds)
-from train import fit
 from unet import UNet
+
+SETTINGS = {field.name for field in fields(Settings)}
 
 
 # ---------------------------------------------------------------- judges
@@ -564,64 +568,66 @@ def clusters(args):
     write_json(run / "clusters.json", table)
 
 
-class SmallCNN(nn.Sequential):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, labels): five stride-2 convolutions, a mean."""
-
-    def __init__(self, labels, width=32):
-        sides = [3, width, 2 * width, 4 * width, 4 * width]
-        blocks = [layer for a, b in zip(sides, sides[1:]) for layer in (
-            nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())]
-        super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(sides[-1], labels))
-
-
-class Labelled(Dataset):
-    """Images and their labels (N, L), by row, for `fit`."""
-
-    def __init__(self, images, rows, labels):
-        self.images, self.rows, self.labels = images, rows, torch.as_tensor(labels).float()
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitems__(self, rows):
-        return self.images.batch(self.rows[rows].tolist()), self.labels[rows]
-
-
-def augment(images, generator, turns):
-    """Training images, varied: shifts to an eighth, brightness and contrast by 15 %, and, where
-    direction means nothing (`turns`), flips and quarter turns."""
-    B, _, H, W = images.shape
-    draw = torch.rand(6, generator=generator, device=generator.device).tolist()
-    gain = 1 + 0.3 * (torch.rand(2, B, 1, 1, 1, generator=generator, device=images.device) - 0.5)
-    x = images * gain[0] + gain[1] - 1
-    pad = H // 8
-    top, left = int(draw[0] * (2 * pad + 1)), int(draw[1] * (2 * pad + 1))
-    x = F.pad(x, (pad,) * 4, mode="reflect")[:, :, top:top + H, left:left + W]
-    if turns:
-        x = x.rot90(int(4 * draw[2]), (2, 3))
-        x = x.flip(3) if draw[3] < 0.5 else x
-    return x
-
-
-def train_classifier(images, rows, labels, steps, batch, seed, turns, device):
-    """A SmallCNN fitted to labels (N, L) of 0 and 1; returns it in eval mode."""
-    torch.manual_seed(step_seed(seed, "classifier") % 2 ** 31)
-    net = SmallCNN(np.shape(labels)[1]).to(device)
-
-    def loss_fn(part, step, generator):
-        x, y = part
-        return F.binary_cross_entropy_with_logits(net(augment(x, generator, turns)), y), {}
-
-    for _ in fit("classifier", net, loss_fn, Labelled(images, rows, labels), steps=steps,
-                 batch=batch, lr=1e-3, device=device, seed=seed, weight_decay=0.05):
-        pass
-    return net
+def classify_pools(args, run, model, images, train, test):
+    """The downstream experiment of downstream.py: tables, JSON and a chart for each strategy."""
+    columns = args.label_column or (CHEST_LABELS if set(CHEST_LABELS) <= set(images.columns)
+                                    else ["finding"])
+    known = torch.tensor([not {"", "unlabelled"} & {cells[i] for name, cells in
+                                                    images.columns.items() if name in columns}
+                          for i in range(len(images))])
+    if not known[train].all() or not known[test].all():
+        print(f"left out, without a label: {(~known[train]).sum()} training and "
+              f"{(~known[test]).sum()} held-out images")
+    train, test = train[known[train]], test[known[test]]
+    names, train_y, test_y = binary_labels(images.columns, columns, train, test, args.least)
+    settings = Settings(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in vars(args).items() if name in SETTINGS})
+    with user_errors():
+        groups = image_groups(images, args.group_column)
+        aucs, survival = downstream(model, images, groups, train, test, train_y, test_y, names,
+                                    settings, run / "classify")
+    rows = compare_arms(names, aucs)
+    survival = {key: {name: mean if np.isfinite(mean) else None  # JSON has no NaN
+                      for name, mean in zip(names, np.mean(values, axis=0).tolist())}
+                for key, values in survival.items()}
+    print(f"AUC on {len(test)} held-out real images, mean of seeds {args.seeds} (sd: over them); "
+          f"{args.cnn_steps} CNN steps of 32 in every arm, a quarter of them on the pool after "
+          f"'first'; augmentation on the fly: {args.augment}; vs: difference in "
+          "mean AUC, +- its 95 %, p of DeLong's test, Holm-adjusted")
+    print("labels: classical, reconstruct, img2img: of the source; interpolate: of the nearer "
+          "source; prototypes: of the pool image with the nearest tokens")
+    for size in settings.pools:
+        own = {arm: row for (n, arm), row in rows.items() if n == size}
+        print(f"\npool of {size} real images:")
+        print_table({arm: {k: v for k, v in row.items() if k != "tests"}
+                     for arm, row in own.items()})
+        kept = {what: row for (n, what), row in survival.items() if n == size}
+        print("do labels survive? AUC of a CNN trained on all training images of other patients:"
+              if kept else "too few other training images to tell whether labels survive")
+        print_table(kept)
+        for strategy in settings.strategies:
+            lines = {"real only": [(r, own["real only"]["AUC"]) for r in (0, *settings.ratios)]}
+            for arm in ("classical", strategy, f"{strategy} alone", f"{strategy} first"):
+                start = [] if arm.endswith("alone") else [(0, own["real only"]["AUC"])]
+                lines[arm] = start + [(r, own[f"1:{r} {arm}"]["AUC"]) for r in settings.ratios]
+            path = run / f"classify_{size}_{strategy}.png"
+            line_chart(path, {arm: tuple(zip(*points)) for arm, points in lines.items()},
+                       f"{size} real images, {strategy}", "synthetic images for each real one",
+                       "mean AUC")
+            print(f"wrote {path}")
+    write_json(run / "classify_pools.json", {
+        "settings": asdict(settings), "test_images": len(test), "labels": names,
+        "arms": {str(size): {arm: row for (n, arm), row in rows.items() if n == size}
+                 for size in settings.pools},
+        "survival": {str(size): {what: row for (n, what), row in survival.items() if n == size}
+                     for size in settings.pools}})
 
 
 def classify(args):
-    """train a small CNN on each labelled set of images, test it on the run's held-out images"""
+    """train a small CNN on real and on synthetic images, test it on the run's held-out images"""
     run, model, flags, images, train, test = open_run(args)
+    if args.pools:
+        return classify_pools(args, run, model, images, train, test)
     column = (args.label_column or ["label"])[0]
     device, sets = pick_device(args.device), {"real": (images, train)}
     for path in args.train or []:
@@ -648,11 +654,9 @@ def classify(args):
     for name, (dataset, rows) in sets.items():
         aucs = []
         for seed in args.seeds:
-            net = train_classifier(dataset, rows, truth[name], args.cnn_steps, 32, seed,
-                                   args.turns, device)
-            with torch.inference_mode():
-                score = torch.cat([net(x.to(device)).cpu() for x in shown.split(args.batch)])
-            score = score.numpy()
+            net = train_classifier([(dataset, rows, truth[name], args.cnn_steps)], seed,
+                                   partial(augment, turns=args.turns), device)
+            score = predict(net, shown, args.batch, device)
             aucs.append(mean_auc(truth["test"], score))
         table[name] = {"images": len(rows), "AUC": float(np.mean(aucs)),
                        "sd": float(np.std(aucs, ddof=1)) if aucs[1:] else None,
@@ -819,6 +823,22 @@ def main(argv=None):
               "--each-prompt; the run's own training images come first")
             a("--cnn-steps", type=positive_int, default=600, help="steps of the small CNN")
             a("--turns", action="store_true", help="augment by flips and turns: for histology only")
+            a("--pools", type=positive_int, nargs="+", metavar="N", help="the downstream "
+              "experiment: pools of N real images, a synthetic set made from each")
+            a("--ratios", type=positive_int, nargs="+", default=[1, 10, 50], metavar="R",
+              help="with --pools: synthetic images for each real one")
+            a("--strategies", choices=STRATEGIES, nargs="+", default=["reconstruct", "interpolate"],
+              help="with --pools: how they are made")
+            a("--augment", choices=("none", "light", "strong"), default="none", help="with "
+              "--pools: each batch of every arm, anew each time; strong is the classical arm's")
+            a("--least", type=positive_int, default=20, help="with --pools: leave out labels with "
+              "fewer images on either side, in training or held-out images")
+            a("--group-column", help="with --pools: who is drawn as a whole (default: a patient "
+              "column, if there is one)")
+            a("--sample-steps", type=positive_int, default=10, help="DDIM steps")
+            a("--guidance", type=not_negative, default=1.0, help="guidance scale, 1.0 = off")
+            a("--eta", type=fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM")
+            a("--strength", type=share_above_zero, default=0.6, help="img2img: share of the noise")
         else:
             a("--tokens", choices=TOKEN_KINDS, nargs="+", default=["global", "cls", "patch"],
               help="which tokens are read out")

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
+from scipy.stats import norm, rankdata
 from torch import nn
 from torchvision.models import inception
 
@@ -131,6 +131,43 @@ def roc_auc(labels, scores):
                          "an AUC needs both classes and numbers: check label, split and model")
     rank_sum = rankdata(scores)[labels].sum()  # tied scores share their mean rank
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def auc_influence(labels, scores):
+    """(AUC, what each image adds to its error (N,)) of labels and scores (N,), (N,).
+
+    Each image's share of won pairs, less the AUC, over sqrt(n (n - 1)) for the n images of its
+    class. The sum of squares is DeLong's variance; the influence of a difference or of a mean of
+    AUCs over the same images is the difference or mean of influences.
+    Source: DeLong et al. 1988; shares by ranks: Sun & Xu 2014.
+    """
+    auc, scores = roc_auc(labels, scores), np.asarray(scores, dtype=np.float64)
+    positive, ranks = np.asarray(labels).astype(bool), rankdata(scores)
+    influence = np.empty(len(scores))
+    for own in (positive, ~positive):
+        n, m = own.sum(), (~own).sum()
+        below = (ranks[own] - rankdata(scores[own])) / m  # share of the other class, ties a half
+        share = below if own is positive else 1 - below
+        influence[own] = (share - auc) / np.sqrt(n * max(n - 1, 1))
+    return auc, influence
+
+
+def delong_test(a, b):
+    """Two-sided test that paired AUCs are equal: (difference, standard error, p value).
+
+    a, b: what auc_influence returns, or the mean of several over the same images.
+    """
+    difference, error = a[0] - b[0], float(np.sqrt(np.square(a[1] - b[1]).sum()))
+    p = float(2 * norm.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
+    return float(difference), error, p
+
+
+def holm(p):
+    """p values (K,) adjusted for K tests, list: the k-th smallest times K - k + 1, never falling
+    and at most 1. Source: Holm 1979."""
+    p, order = np.asarray(p, dtype=np.float64), np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted[np.argsort(order)].tolist()
 
 
 def dice(a, b):

@@ -283,7 +283,8 @@ class Run:
         """split.csv; a resumed run must find the images that it began with."""
         path, new = self.folder / "split.csv", self.folder / ".split.tmp"
         data.write_split(new, images, train, test, group_column)
-        if (self.state or self.finished) and path.read_bytes() != new.read_bytes():
+        begun = path.exists() and (self.state or self.finished)
+        if begun and path.read_bytes() != new.read_bytes():
             raise UserError(f"the images differ from those that {self.folder} began with: need "
                             "the same set; restore it, or start anew with --out DIR")
         os.replace(new, path)

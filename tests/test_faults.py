@@ -291,13 +291,15 @@ def test_a_folder_takes_one_run_at_a_time(undisturbed, tmp_path):
     """A second run is refused while the first lives and names its process; a killed run's lock, or
     one that names another living process, stops nobody."""
     folder = tmp_path / "run"
-    first = child(folder, before=lambda: at_row("vae", 1, lambda run: time.sleep(60)))
-    while not any(row["stage"] == "vae" for row in rows_of(folder)):
-        time.sleep(0.05)
-    code, output = end_of(child(folder, "--resume"))
+    first = child(folder, before=lambda: at_row("vae", 1, lambda run: time.sleep(600)))
+    try:
+        while not any(row["stage"] == "vae" for row in rows_of(folder)):
+            time.sleep(0.05)
+        code, output = end_of(child(folder, "--resume"))
+    finally:
+        os.kill(first, signal.SIGKILL)
+        end_of(first)
     assert code == 2 and f"in use by process {first}" in output and "--out" in output
-    os.kill(first, signal.SIGKILL)
-    end_of(first)
     assert (folder / "lock").read_text() == f"{first}\n"
     (folder / "lock").write_text(f"{os.getpid()}\n")  # as if the number had been given out again
     resume(folder)

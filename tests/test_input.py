@@ -841,6 +841,7 @@ def fuzz_cases(tmp_path):
     }
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_fuzz(tmp_path, seed=0):
     """Over 5,000 spoiled inputs to every reader: it reads them or raises the project's own error;
     no other crash, no file written outside the folder, no process or connection started."""

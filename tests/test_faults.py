@@ -107,7 +107,8 @@ def keep_last_states():
     def save_and_keep(self, stage, step, *rest):
         save(self, stage, step, *rest)
         if step == STEPS:
-            shutil.copy(self.folder / "state.pt", f"{self.folder}_{stage}.pt")
+            shutil.copy(self.folder / "state.pt", f"{self.folder}_{stage}.new")
+            os.replace(f"{self.folder}_{stage}.new", f"{self.folder}_{stage}.pt")
     train.Run.save = save_and_keep
 
 
@@ -142,7 +143,8 @@ def assert_same_end(folder, undisturbed):
     assert_same_file(folder / "model.pt", undisturbed / "model.pt")
     assert_same_file(folder / "state.pt", undisturbed / "state.pt")
     for stage in train.STAGES:
-        assert_same_file(f"{folder}_{stage}.pt", f"{undisturbed}_{stage}.pt")
+        if Path(f"{folder}_{stage}.pt").exists():  # a kill may come between a state and its copy
+            assert_same_file(f"{folder}_{stage}.pt", f"{undisturbed}_{stage}.pt")
     for name in ("split.csv", f"grid_{STEPS:06d}.png", "cache/latents.npy", "cache/tokens.npy"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not list(folder.glob(".*.tmp")) and not (folder / "lock").exists()

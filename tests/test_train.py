@@ -2,6 +2,8 @@
 import csv
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,33 +179,53 @@ def test_every_way_to_sample_writes_images_grid_and_table(finished, tmp_path, ar
 def readme_commands(script):
     """The arguments of each README line that starts with `python SCRIPT`."""
     lines = (ROOT / "README.md").read_text().split("```")[1::2]  # the fenced blocks
-    commands = [line.split("#")[0].split() for block in lines for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for block in lines for line in block.splitlines()
+                if "python" in line]
     commands = [c[c.index("python"):] if "python" in c else c for c in commands]
     return [c[2:] for c in commands if c[:2] == ["python", script]]
 
 
-def test_readme_commands_run(finished, tmp_path, monkeypatch):
-    """Every command of the README's blocks does what it says, on the small run and its images."""
+def test_readme_commands_run(finished, prompted, tmp_path, monkeypatch):
+    """Every command of the README's blocks does what it says, on small runs and their images."""
     sources = sorted((finished / "held_out").glob("*.png"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "cxr").symlink_to(finished)
-    places = {"A.png": sources[0], "B.png": sources[1], "x.png": sources[0]}
+    for name, folder in (("cxr", finished), ("real", finished), ("histology", prompted)):
+        shutil.copytree(folder, tmp_path / "runs" / name)
+    split = tmp_path / "runs" / "real" / "split.csv"
+    split.write_text(split.read_text().replace(",train,", ",test,", 9))  # metrics need a few
+    os.utime(tmp_path / "runs" / "cxr" / "model.pt")  # the newest run is the default
+    places = {"A.png": sources[0], "B.png": sources[1], "x.png": sources[0], "FOLDER": "labelled",
+              "SOURCES": finished / "held_out"}
+    words = "Histology image of cancer tissue, morphology type"
     small = ["--device", "cpu", "--steps", "2"]
+
+    def arguments(command):
+        return [str(sources[0] if a.startswith("runs/cxr/held_out") else places.get(a, a)).replace(
+            f"{words} seventeen", f"{words} two") for a in command]  # the small run has three
+
     commands = readme_commands("sample.py")
-    assert len(commands) >= 6
+    assert len(commands) >= 8
     for number, command in enumerate(commands):
-        command = [str(sources[0] if a.startswith("runs/cxr/held_out") else places.get(a, a))
-                   for a in command]
-        assert sample.main([*command, *small, "--out", f"out{number}"]) == 0
+        out = [] if "--out" in command else ["--out", f"out{number}"]
+        count = ["--count", "12"] if "runs/real" in command else []
+        assert sample.main([*arguments(command), *small, *out, *count]) == 0
+    shutil.copytree("runs/real/samples/test", "runs/real/samples/train")  # "likewise train"
+    assert sample.main(["--checkpoint", "runs/histology", "--each-prompt", "1", *small, "--out",
+                        "labelled"]) == 0
     for command in readme_commands("evaluate.py"):
-        evaluate.main([*command, *small, "--count", "6", "--seeds", "0"])
-        assert (finished / "resemble.json").exists()
+        extra = {"fidelity": ["--seed", "0"], "privacy": [], "resemble": [*small, "--count", "6"],
+                 "classify": ["--cnn-steps", "2"]}.get(command[0], ["--seeds", "0"])
+        evaluate.main([*arguments(command), *extra])
+    for name in ("cxr/resemble", "real/privacy", "histology/clusters"):
+        assert Path(f"runs/{name}.json").exists()
+    for command in readme_commands("prompts.py"):
+        done = run("prompts.py", *command, "--choose-k", "2:3", cwd=tmp_path)
+        assert done.returncode == 0 and Path("runs/histology/choose_k.png").exists(), done.stderr
     for command in readme_commands("dino.py"):
-        done = run("dino.py", *(places.get(a, a) for a in command), cwd=tmp_path)
+        done = run("dino.py", *arguments(command), cwd=tmp_path)
         assert done.returncode == 0 and (tmp_path / "attention.png").exists(), done.stderr
     trains = readme_commands("train.py")
-    assert len(trains) >= 3
+    assert len(trains) >= 5
     for command in trains:
         assert train.main([*command, "--dry-run"]) == 0
 
@@ -486,7 +508,8 @@ def test_a_resume_with_other_images_is_refused(tmp_path, monkeypatch):
         assert train.main([*TINY, "--out", str(folder)]) == 130
     before = (folder / "split.csv").read_text()
     opened = data.open_dataset
-    monkeypatch.setattr(data, "open_dataset", lambda *a, **k: opened(*a, **{**k, "count": 41}))
+    monkeypatch.setattr(data, "open_dataset", lambda name, size, seed, count, **more: opened(
+        name, size, seed, 41, **more))
     with pytest.raises(UserError, match="images differ"):
         train.main(["--resume", "--out", str(folder)])
     assert (folder / "split.csv").read_text() == before

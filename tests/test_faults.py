@@ -24,25 +24,12 @@ import data
 import sample
 import train
 from data import UserError
-from dino import ViTConfig
-from unet import UNetConfig
-from vae import VAEConfig
 
+pytestmark = pytest.mark.usefixtures("small_networks")
 STEPS = 3
 TINY = ["--data", "phantoms", "--count", "12", "--size", "32", "--batch", "2", "--vae-batch", "2",
         "--embedder-batch", "2", "--steps", str(STEPS), "--grids", "1", "--device", "cpu",
         "--dtype", "float32"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_networks():
-    """Networks of 0.1 M parameters: these tests are about files, not about pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.VAES, "tiny", VAEConfig(3, 4, 8, (1, 2, 4), 1))
-        patch.setitem(train.UNETS, "tiny",
-                      UNetConfig(4, 4, 16, (1, 2, 2), 1, (False, True, True), 32, 4))
-        patch.setitem(train.VISION_TRANSFORMERS, "tiny", ViTConfig(8, 48, 2, 3))
-        yield
 
 
 # ---- tools

@@ -37,6 +37,7 @@ import vae
 from data import UserError, load_image, open_dataset
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 
+pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
 
@@ -247,13 +248,14 @@ def test_a_run_lists_what_it_could_not_read(tmp_path):
 
 
 def many_files(folder, count):
-    """Links to one good image under many names, in folders of a thousand."""
-    (folder / "one.png").write_bytes(encoded("PNG"))
-    for i in range(count - 1):
+    """Folders of a thousand names each for one good image (a file system allows so many)."""
+    for i in range(count):
+        place = folder / f"{i // 1000:03d}"
         if i % 1000 == 0:
-            (folder / f"{i // 1000:03d}").mkdir()
-        os.link(folder / "one.png", folder / f"{i // 1000:03d}" / f"{i:06d}.png")
-    return folder
+            place.mkdir()
+            (place / f"{i:06d}.png").write_bytes(encoded("PNG"))
+        else:
+            os.link(place / f"{i - i % 1000:06d}.png", place / f"{i:06d}.png")
 
 
 @pytest.mark.parametrize("count,seconds", [
@@ -261,8 +263,8 @@ def many_files(folder, count):
 def test_large_folders(tmp_path, count, seconds):
     """A folder of 100,000 files, its labels, its split and a whole check take minutes at most."""
     many_files(tmp_path, count)
-    rows = [f"{i // 1000:03d}/{i:06d}.png,{i // 3}" for i in range(count - 1)]
-    (tmp_path / "labels.csv").write_text("\n".join(["file,patient", *rows, "one.png,x"]))
+    rows = [f"{i // 1000:03d}/{i:06d}.png,{i // 3}" for i in range(count)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,patient", *rows]))
     began = time.process_time()
     images = open_dataset(tmp_path, 8)
     listed = time.process_time() - began

@@ -80,7 +80,7 @@ def run_script(main):
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
                 or "allocate memory" in str(error) or "killed by signal" in str(error)):
             raise
-        text = ("the memory is full: a batch must fit: lower --batch, --vae-batch or --embedder-batch, "
+        text = ("memory is full: a batch must fit: lower --batch, --vae-batch, --embedder-batch, "
                 "--workers, --size or --count, raise --accumulate, or take a smaller --preset")
     except KeyboardInterrupt:
         sys.exit(130)

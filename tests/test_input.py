@@ -146,7 +146,8 @@ def test_odd_sides(tmp_path, shape):
 
 
 NAMES = ["ünïcödé 肺.png", "a\nb.png", "tab\t;,\"'.png", "\x1b[31mred.png", "-rf.png",
-         "%s{0}.png", "CON.png", "x" * 251 + ".png", b"latin-\xe9.png".decode("utf-8", "surrogateescape")]
+         "%s{0}.png", "CON.png", "x" * 251 + ".png",
+         b"latin-\xe9.png".decode("utf-8", "surrogateescape")]
 
 
 def test_strange_names_from_folder_to_samples(tmp_path, capsys):

@@ -44,6 +44,7 @@ MODELS = {  # sides of the windows, patches first, and the pooling on top
     "4x4": ((2, 2), "attention"), "8x8": ((2, 2, 2), "attention"), "8x8flat": ((8,), "attention")}
 CHUNK = 16384  # patches encoded at once, which bounds the memory of whole bags
 THUMB = 8      # pixels of a patch in pictures
+BANK = 1200    # patches that the slides of one part are made of
 
 
 # ---- the model ----
@@ -85,7 +86,7 @@ class RegionBlock(nn.Module):
 
 
 class RegionLevel(nn.Module):
-    """Tokens (M, T, d), present (M, T) -> class token of each window (M, d), its attention (M, T)."""
+    """Tokens (M, T, d), present (M, T) -> class token of each window (M, d), attention (M, T)."""
 
     def __init__(self, config, side):
         super().__init__()
@@ -186,7 +187,7 @@ def predict(model, slide, patches, focused=False, seed=0):
     T, device, parts = table.shape[1], model.scale.device, []
     new = seen = torch.arange(min(len(table), max(1, patches // T)))
     first = len(seen)
-    for look in range(1 + focused):
+    for look in range(1 + (focused and first < len(table))):
         if look:
             new = focus(places, attention, first)
             seen = torch.cat([seen, new])
@@ -228,7 +229,7 @@ def generated_slides(seed, count, vit, device):
     slides = []
     for part, n in (("train", count - count // 5), ("test", count // 5)):
         key = 2 * seed + (part == "test")
-        bank = histology_phantoms(1200, 64, key)
+        bank = histology_phantoms(BANK, 64, key)
         read = partial(tuple, embed(vit, bank[0], device))
         for i, (tiles, foci, label) in enumerate(zip(*slide_phantoms(n, bank, seed=key))):
             name, tissue = f"{part}_{i:04d}", tiles >= 0
@@ -516,7 +517,11 @@ def main(argv=None):
                         top = seen.flatten()[attention.argmax()]
                         hit = bool(s.foci[top]) if s.label and s.foci is not None else None
                         scores.append({"model": name, "patches": look, "seed": seed, "fold": fold,
-                                       "slide": s.name, "label": s.label, "logit": logit, "hit": hit})
+                                       "slide": s.name, "label": s.label, "logit": logit,
+                                       "hit": hit})
+    if shown and not (out / f"{shown}_{args.models[0]}.png").exists():
+        raise UserError(f"{shown} was not drawn", "a slide that a finished run tested is needed",
+                        "correct --explain, or finish the run")
     if scores:
         report(out, scores, run)
 

@@ -1,10 +1,11 @@
-"""Generated images with exact ground truth: chest X-rays with lung masks and findings, H&E patches.
+"""Generated images with exact ground truth: chest X-rays with lung masks, H&E patches, slides.
 
 They stand in where no medical images are at hand, and give what real sets lack: exact masks and
 labels, any number of images. They are cartoons: what works on them need not work on patients.
 
     images, masks, labels = chest_phantoms(16, size=64, seed=0)  # float32 in [-1, 1]
     images, masks, labels, morphology = histology_phantoms(16, size=96, seed=0)
+    tiles, foci, labels = slide_phantoms(16, bank, seed=0)  # bank: what the line above returned
     $ python phantoms.py    # two PNG files to look at
 
 Image i is a function of (seed, start + i, size) alone, to the last bit: each is drawn by itself
@@ -21,6 +22,7 @@ from torchvision.utils import save_image
 
 CHEST_LABELS = ("cardiomegaly", "effusion", "opacity", "nodule")
 HISTOLOGY_MORPHOLOGIES = ("stroma", "lymphoid", "fat", "glands", "muscle", "mucin")
+ATYPICAL, TUMOUR = 6, 7  # kinds of patches on slides, besides the six healthy ones
 PREVALENCE = 0.35  # of each chest label, independent of the others
 
 # One uniform number per image for each name. Lengths in half image sides before scaling, y down;
@@ -317,6 +319,72 @@ def histology_phantoms(n, size=96, seed=0, start=0):
     Raises ValueError for n < 1, start < 0, size < 16.
     """
     return _draw(_histology, n, size, seed, start)
+
+
+def _slide(pools, seed, number, side):
+    """One slide: patch numbers (side, side), -1 beside the tissue; its foci (side, side); label."""
+    g = _generator("slide", seed, number)
+    cancer, cell = torch.rand((), generator=g) < 0.5, torch.arange(side * side).view(side, side)
+    outline, *fields = _upsample(torch.randn(7, 5, 5, generator=g), side)
+    tangent = _uniform(g, -0.9, 0.9, 1)
+    tissue = 0.85 + 0.12 * outline.clamp(-2, 2) > _sum_squares(*_turn(tangent, *_axes(side))).sqrt()
+    kind = torch.stack(fields).argmax(0)  # healthy tissues lie side by side
+    stroma, lymphoid = map(HISTOLOGY_MORPHOLOGIES.index, ("stroma", "lymphoid"))
+    mixed = torch.where(torch.rand(side, side, generator=g) < 0.5, lymphoid, stroma)
+
+    def count(lo, hi):
+        return int(torch.randint(lo, hi + 1, (), generator=g))
+
+    def distance():
+        """From each cell to one drawn from the tissue, in patches."""
+        middle = torch.multinomial(tissue.flatten().float(), 1, generator=g)
+        return _sum_squares(cell // side - middle // side, cell % side - middle % side).sqrt()
+
+    for _ in range(count(3, 6)):  # lymphoid aggregates
+        kind = torch.where(distance() < _uniform(g, 1, 3, 1), lymphoid, kind)
+    healthy, sick, foci = count(0, 3), count(1, 2), torch.zeros_like(tissue)
+    area = _uniform(g, 0.006, 0.015, 1) * tissue.sum()  # of all foci, in patches
+    radius = (area / (3.1416 * sick)).sqrt()
+    for has_focus in [False] * healthy + [True] * sick * bool(cancer):
+        away = distance()
+        kind = torch.where(away < radius + _uniform(g, 2.5, 4, 1), mixed, kind)  # reaction
+        foci |= tissue & (away < radius) & has_focus
+    kind[torch.rand(side, side, generator=g) < 0.003] = ATYPICAL
+    kind[foci], tiles = TUMOUR, torch.full((side, side), -1)
+    for k, pool in enumerate(pools):
+        cells = (kind == k) & tissue
+        tiles[cells] = pool[torch.randint(len(pool), (int(cells.sum()),), generator=g)]
+    return tiles, foci, cancer.long()
+
+
+def slide_phantoms(n, bank, side=64, seed=0, start=0):
+    """Slides number `start` to `start + n - 1` of the endless set `seed`: mosaics of patches.
+
+    `bank` is what histology_phantoms returned, a few hundred patches or more. Returns tiles
+    (n, side, side) int64, numbers in the bank or -1 beside the tissue; foci (n, side, side) bool;
+    labels (n,) int64. A tumour slide has one or two round foci in under 2 % of its tissue.
+    All slides have lymphoid aggregates, scattered single patches with tumour at the rim only (as
+    isolated tumour cells, which leave a lymph node negative), and up to three reactions, discs
+    of lymphoid tissue and stroma mixed. Around every focus lies one more reaction. This design is
+    ours. It favours models that see neighbours, for only they tell the mixture from its parts, and
+    focusing, for reactions are more frequent with tumour than without.
+    Raises ValueError as histology_phantoms does, and for a bank that lacks a kind of patch.
+    """
+    _, masks, labels, morphology = bank
+    kinds = torch.where(masks.flatten(1).any(1), ATYPICAL, morphology)
+    kinds = torch.where(labels == 1, TUMOUR, kinds)
+    pools = [torch.nonzero(kinds == k)[:, 0] for k in range(TUMOUR + 1)]
+    if not all(map(len, pools)):
+        raise ValueError(f"got a bank of {len(labels)} patches, {[*map(len, pools)]} of each kind: "
+                         "need every kind: pass a bank of 200 or more")
+    return _draw(partial(_slide, pools), n, side, seed, start)
+
+
+def paint_slide(tiles, images, pixels=8):
+    """Picture (3, h * pixels, w * pixels) in [-1, 1] of tiles (h, w), rows of images; -1: white."""
+    small = torch.nn.functional.adaptive_avg_pool2d(images, pixels)
+    small = torch.cat([small, torch.full_like(small[:1], 0.9)])  # so that -1 is the white one
+    return small[tiles].permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
 def main():

@@ -6,7 +6,8 @@ from scipy import ndimage
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 import phantoms
-from phantoms import CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms, histology_phantoms
+from phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms, histology_phantoms,
+                      paint_slide, slide_phantoms)
 
 BOTH = pytest.mark.parametrize("draw", [chest_phantoms, histology_phantoms])
 
@@ -180,3 +181,56 @@ def test_command_writes_two_sheets(tmp_path, monkeypatch):
     phantoms.main()
     for name in ("chest_phantoms.png", "histology_phantoms.png"):
         assert Image.open(name).size == (8 * 128, 4 * 128)
+
+
+@pytest.fixture(scope="module")
+def bank():
+    """Patches to make slides of: enough that every kind is there."""
+    return histology_phantoms(260, 16, seed=9)
+
+
+def test_slide_depends_on_seed_and_index_only(bank):
+    """Any stretch of a set of slides equals that part of the whole; the seed changes it."""
+    whole = slide_phantoms(5, bank, 40, seed=3)
+    assert equal([x[2:4] for x in whole], slide_phantoms(2, bank, 40, seed=3, start=2))
+    assert not torch.equal(whole[0][:1], slide_phantoms(1, bank, 40, seed=4)[0])
+    assert not torch.equal(whole[0][0], whole[0][1])
+
+
+def test_foci_are_small_and_only_in_tumour_slides(bank):
+    """Tumour patches lie in the foci and nowhere else; foci fill under 2 % of the tissue."""
+    tiles, foci, labels = slide_phantoms(60, bank, seed=1)
+    tissue = tiles >= 0
+    assert tiles.shape == (60, 64, 64) and tiles.dtype == labels.dtype == torch.int64
+    assert torch.equal(foci, tissue & (bank[2][tiles] == 1))
+    share = foci.flatten(1).sum(1) / tissue.flatten(1).sum(1)
+    assert torch.equal(share > 0, labels == 1) and share.max() < 0.02
+    assert abs(labels.float().mean() - 0.5) < 0.26  # 4 standard deviations of sqrt(1 / 4 / 60)
+    assert {int(ndimage.label(x)[1]) for x in foci[labels == 1].numpy()} <= {1, 2, 3}  # 3: one cut
+
+
+def test_negative_slides_hold_what_may_be_taken_for_a_sign(bank):
+    """Reactions (lymphoid and stroma mixed), aggregates and atypical patches occur in both."""
+    tiles, _, labels = slide_phantoms(60, bank, seed=2)
+    kind = torch.where(bank[1].flatten(1).any(1), 6, bank[3])[tiles].masked_fill(tiles < 0, -1)
+    here, right = kind[:, :, :-1], kind[:, :, 1:]
+    mixed = ((here == 0) & (right == 1) | (here == 1) & (right == 0)).flatten(1).sum(1)
+    atypical = ((kind == 6) & (bank[2][tiles] == 0)).flatten(1).sum(1)
+    for label in (0, 1):
+        assert (mixed[labels == label] > 60).any()
+        assert 2 < atypical[labels == label].float().mean() < 15  # 0.3 % of 2,400 are 7
+    assert mixed[labels == 1].float().mean() > mixed[labels == 0].float().mean()
+
+
+def test_slide_picture(bank):
+    """Each tile is the small picture of its patch, and what is beside the tissue is white."""
+    tiles = torch.tensor([[3, -1], [0, 7]])
+    picture = paint_slide(tiles, bank[0], pixels=4)
+    assert picture.shape == (3, 8, 8) and (picture[:, :4, 4:] == 0.9).all()
+    assert torch.allclose(picture[:, 4:, 4:], avg_pool2d(bank[0][7], 4), atol=1e-6)  # rounding
+
+
+def test_bank_without_a_kind_is_refused():
+    """A bank too small to hold all kinds of patches ends in a ValueError that says so."""
+    with pytest.raises(ValueError, match="^got a bank of 9 patches, .*: need .*: pass [^\n]*$"):
+        slide_phantoms(1, histology_phantoms(9, 16))

@@ -1,0 +1,397 @@
+"""Proofs about mil.py: regions, masks, focus, budgets, files in, refusals, whole runs on a CPU."""
+import csv
+import json
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mil
+from data import UserError
+from mil import MILConfig, RegionalMIL, Slide, focus, predict, region_table
+
+SMALL = dict(in_dim=6, dim=16, num_heads=2)
+REGIONS = pytest.mark.parametrize("windows", [(), (2,), (2, 2, 2), (4, 2), (8,)])
+
+
+def model_of(windows, pool="attention", seed=0):
+    """A model with random weights, relative biases too, which start at zero otherwise."""
+    torch.manual_seed(seed)
+    model = RegionalMIL(MILConfig(windows=windows, pool=pool, **SMALL))
+    for name, p in model.named_parameters():
+        if name.endswith("bias") and p.ndim == 2:
+            torch.nn.init.normal_(p)
+    return model.eval()
+
+
+def slide_of(n=900, side=40, seed=0, name="s", label=0):
+    """A slide of n patches at random places of a square, with random features."""
+    g = torch.Generator().manual_seed(seed)
+    cells = torch.randperm(side * side, generator=g)[:n]
+    features = torch.randn(n, 6, generator=g)
+    return Slide(name, label, name, False, torch.stack([cells // side, cells % side], 1),
+                 torch.arange(n), lambda: (features, None))
+
+
+# ---- regions ----
+
+@REGIONS
+def test_every_patch_has_one_cell_and_each_window_one_stretch(windows):
+    """The table is a partition of the slide; w * w cells in a row fill a w x w square."""
+    slide, side = slide_of(), int(np.prod(windows))
+    table, places = region_table(slide.grid, windows, (1, 2))
+    assert torch.equal(table[table >= 0].sort().values, torch.arange(900))
+    for row, place in zip(table, places):
+        assert ((slide.grid[row[row >= 0]] + torch.tensor([1, 2])) // side == place).all()
+    full = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    cells, size = full[region_table(full, windows)[0][0]], 1
+    for w in windows:
+        size *= w
+        for stretch in cells.split(size ** 2):
+            assert (stretch // size == stretch[0] // size).all() and len(stretch.unique(dim=0)) == size ** 2
+
+
+@REGIONS
+def test_missing_neighbours_are_masked(windows):
+    """What stands in the place of a missing patch changes nothing, and nothing attends to it."""
+    model, T = model_of(windows), int(np.prod(windows)) ** 2
+    x, present = torch.randn(2, 5, T, 6), torch.rand(2, 5, T) < 0.6
+    present[0, 3] = False  # a whole region, as padding of a batch has
+    present[:, 0, 0] = True
+    other = torch.where(present[..., None], x, 1e3 * torch.randn(2, 5, T, 6))
+    assert torch.allclose(model(x, present), model(other, present), atol=1e-5)  # rounding
+    tokens, share = model.encode(x[0], present[0])
+    assert tokens.isfinite().all() and (share[~present[0]] == 0).all() or not windows
+    assert not torch.allclose(model(x, present), model(other, present | True), atol=1e-3)
+
+
+def test_attention_sums_to_one_over_patches():
+    """Shares of all levels multiply out: each region's patches sum to its attention."""
+    for windows in ((2,), (2, 2, 2)):
+        _, seen, attention, first = predict(model_of(windows), slide_of(), 256)
+        assert attention.sum().item() == pytest.approx(1, abs=1e-5)  # rounding of 256 terms
+        assert (attention[seen < 0] == 0).all() and first == len(seen)
+
+
+def test_positions_are_relative_and_matter():
+    """Equal offsets share a bias; patches that swap places change the result; without biases
+    they do not."""
+    block = model_of((3,)).levels[0].blocks[0]
+    index = block.index[1:, 1:]
+    cells = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    delta = (cells[:, None] - cells).flatten(0, 1)
+    for i, j in zip(*torch.triu_indices(81, 81, 1)):
+        same = torch.equal(delta[i], delta[j])
+        assert same == (index.flatten()[i] == index.flatten()[j]).item()
+    model, x, present = model_of((3,)), torch.randn(1, 4, 9, 6), torch.ones(1, 4, 9) > 0
+    swapped = x[:, :, [1, 0, *range(2, 9)]]
+    assert not torch.allclose(model(x, present), model(swapped, present), atol=1e-4)
+    for b in model.levels[0].blocks:
+        torch.nn.init.zeros_(b.bias)
+    assert torch.allclose(model(x, present), model(swapped, present), atol=1e-6)  # rounding
+
+
+def test_self_attention_stays_inside_its_region():
+    """A patch changes the token of its own region and of no other."""
+    model, x, present = model_of((2, 2)), torch.randn(6, 16, 6), torch.ones(6, 16) > 0
+    changed = x.clone()
+    changed[2, 5] += 1
+    a, b = (model.encode(v, present)[0] for v in (x, changed))
+    assert [torch.equal(*pair) for pair in zip(a, b)] == [True, True, False, True, True, True]
+
+
+def test_baselines_are_abmil_and_the_mean():
+    """Without windows the model is equation 9 of Ilse et al., or the mean of the patches."""
+    x, present = torch.randn(1, 30, 1, 6), torch.ones(1, 30, 1) > 0
+    for pool in ("attention", "mean"):
+        m = model_of((), pool)
+        m.shift.fill_(0.3), m.scale.fill_(2.0)
+        h = torch.nn.functional.gelu(m.embed((x[0, :, 0] - 0.3) / 2))
+        a = (m.score(torch.tanh(m.value(h)) * torch.sigmoid(m.gate(h)))).softmax(0)
+        z = (a * h).sum(0) if pool == "attention" else h.mean(0)
+        assert torch.allclose(m(x, present), m.head(z), atol=1e-6)  # rounding
+
+
+@REGIONS
+def test_every_parameter_learns(windows):
+    """One backward pass reaches every parameter, on a bag with gaps."""
+    model, T = model_of(windows).train(), int(np.prod(windows)) ** 2
+    present = torch.rand(3, 4, T) < 0.8
+    present[:, :, 0] = True
+    model(torch.randn(3, 4, T, 6), present).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+# ---- two passes ----
+
+def test_focus_takes_the_nearest_unseen():
+    """The neighbours of the most attended region come first; what was seen never comes again."""
+    places = torch.cartesian_prod(torch.arange(7), torch.arange(7))
+    order = torch.cat([torch.tensor([24]), torch.arange(7), torch.arange(42, 49)])
+    rest = torch.tensor([i for i in range(49) if i not in order])
+    places = places[torch.cat([order, rest])]
+    attention = torch.full((15,), 1e-3)
+    attention[0] = 0.9
+    rows = focus(places, attention, 8)
+    assert rows.min() >= 15 and len(rows.unique()) == 8
+    assert (places[rows] - torch.tensor([3, 3])).abs().max() == 1  # the ring around the middle
+    assert len(focus(places, attention, 100)) == 34  # no more than there are
+
+
+@pytest.mark.parametrize("windows, regions", [((), 256), ((2,), 64), ((2, 2, 2), 4)])
+def test_budget_of_both_passes_and_seed(windows, regions):
+    """256 patches a pass as 256, 64 or 4 regions; pass 1 is the same with and without focus; one
+    seed gives one result."""
+    model, slide = model_of(windows), slide_of(1500)
+    one, two, again = (predict(model, slide, 256, f, seed=3) for f in (False, True, True))
+    assert len(one[1]) == one[3] == two[3] == regions and len(two[1]) == 2 * regions
+    assert torch.equal(one[1], two[1][:regions])
+    assert two[0] == again[0] and torch.equal(two[1], again[1])
+    seen = two[1][two[1] >= 0]
+    assert len(seen) == len(seen.unique()) and len(seen) <= 512
+    assert not torch.equal(one[1], predict(model, slide, 256, False, seed=4)[1])
+
+
+@REGIONS
+def test_tiny_bags_work(windows):
+    """Bags of 1, 2 and 5 patches, smaller than a region; then a second pass has nothing to add."""
+    for n in (1, 2, 5):
+        slide = slide_of(n, 3)
+        one, two = (predict(model_of(windows), slide, 256, f) for f in (False, True))
+        assert np.isfinite(one[0]) and one[0] == pytest.approx(two[0], abs=1e-5)
+        assert torch.equal(one[1][one[1] >= 0].sort().values, torch.arange(n))
+
+
+@REGIONS
+def test_whole_bag_in_chunks(windows, monkeypatch):
+    """Whole bags are encoded in pieces, which bounds memory and does not change the result."""
+    model, slide = model_of(windows), slide_of(1500)
+    whole = predict(model, slide, 10 ** 9)
+    sizes, encode = [], model.encode
+    monkeypatch.setattr(mil, "CHUNK", 100)
+    monkeypatch.setattr(model, "encode", lambda x, p: sizes.append(p.numel()) or encode(x, p))
+    assert predict(model, slide, 10 ** 9)[0] == pytest.approx(whole[0], abs=1e-5)  # rounding
+    assert len(sizes) > 10 and max(sizes) <= 100
+    assert torch.equal(whole[1][whole[1] >= 0].sort().values, torch.arange(1500))
+
+
+# ---- learning ----
+
+def planted(n, seed):
+    """Slides where the label is a 4 x 4 block of patches with a raised feature."""
+    slides = []
+    for i in range(n):
+        slide = slide_of(400, 20, seed * 1000 + i, f"{seed}_{i}", i % 2)
+        features, corner = slide.read()[0], (i // 2 * 7) % 16
+        inside = ((slide.grid >= corner) & (slide.grid < corner + 4)).all(1)
+        features[:, 0] += 4.0 * inside * slide.label
+        slide.foci = inside
+        slides.append(slide)
+    return slides
+
+
+class NoRun:
+    def __init__(self):
+        self.finished = {}
+
+    def finish(self, stage, weights):
+        self.finished[stage] = weights
+
+
+@pytest.mark.parametrize("name", ["abmil", "2x2", "8x8"])
+def test_models_learn_a_planted_focus(name, monkeypatch):
+    """Every model, whole-bag on new slides, ranks planted slides first, and points at the block."""
+    monkeypatch.setattr(mil, "fit", lambda *a, **k: FIT(*a, **{**k, "run": None}))
+    args = Namespace(patches=128, steps=120, batch=16, lr=3e-3)
+    model = mil.train_model("t", name, planted(80, 1), args, 0, NoRun(), torch.device("cpu"))
+    test, hits = planted(40, 2), []
+    logits = []
+    for s in test:
+        logit, seen, attention, _ = predict(model, s, 10 ** 9)
+        logits.append(logit)
+        hits += [bool(s.foci[seen.flatten()[attention.argmax()]])] if s.label else []
+    assert mil.roc_auc([s.label for s in test], logits) > 0.9
+    assert np.mean(hits) > 0.6  # a random patch: 0.04
+
+
+FIT = mil.fit
+
+
+# ---- files ----
+
+def write_features(folder, names, d=6, n=30, labels=None, **columns):
+    """A folder of .npz features, coords in pixels, and labels.csv."""
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        s = slide_of(n, 12, seed=i)
+        np.savez(folder / f"{name}.npz", features=s.read()[0][:, :d] + (i % 2),
+                 coords=s.grid.flip(1) * 256 + 17)
+    labels = labels or ["benign", "malignant"] * len(names)
+    with open(folder / "labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["slide", "label", *columns])
+        for i, name in enumerate(names):
+            rows.writerow([f"{name}.svs", labels[i], *(c[i] for c in columns.values())])
+    return folder
+
+
+def args_of(folder, out="unused"):
+    return Namespace(data=str(folder), label_column="label", out=str(out), tile=32)
+
+
+def test_features_of_both_kinds_and_any_stride(tmp_path):
+    """.npz and .pt, pixels and grid steps, with gaps, whole or float: all give the same grid."""
+    grid = torch.tensor([[0, 0], [0, 1], [3, 1], [7, 4]])
+    for i, coords in enumerate((grid.flip(1), grid.flip(1) * 224 + 1000, grid.flip(1) * 0.5e3)):
+        torch.save({"features": torch.ones(4, 3), "coords": coords}, tmp_path / f"{i}.pt")
+        np.savez(tmp_path / f"{i}.npz", features=np.ones((4, 3)), coords=coords)
+        for suffix in ("pt", "npz"):
+            features, pictures, found = mil.read_features(tmp_path / f"{i}.{suffix}")
+            assert torch.equal(found, grid) and features.shape == (4, 3) and pictures is None
+
+
+@pytest.mark.parametrize("features, coords, why", [
+    (np.ones((3, 2)), [[0, 0], [0, 1], [0, 0]], "repeat"),
+    (np.full((1, 2), np.nan), [[0, 0]], "not finite"),
+    (np.ones((3, 2)), [[0, 0]], "shapes"), (np.ones(3), [[0, 0]] * 3, "shapes"),
+    (np.array([object()] * 3), [[0, 0]] * 3, "allow_pickle=False")])
+def test_bad_features_are_refused(tmp_path, features, coords, why):
+    """Repeated places, NaN, wrong shapes and pickles end in one line that names the file."""
+    np.savez(tmp_path / "a.npz", features=features, coords=coords)
+    with pytest.raises(UserError, match=f"a.npz cannot be used .*{why}.*are needed"):
+        mil.read_features(tmp_path / "a.npz")
+
+
+def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):
+    """A slide that labels.csv misses and one without patches are left out, by name."""
+    folder = write_features(tmp_path / "f", ["a", "b", "c"])
+    for name, n in (("extra", 4), ("empty", 0)):
+        np.savez(folder / f"{name}.npz", features=np.ones((n, 6)), coords=np.eye(4, 2)[:n] * 0)
+    with open(folder / "labels.csv", "a") as file:
+        file.write("empty,benign\r\n")
+    slides = mil.open_slides(args_of(folder), None, None)
+    assert [(s.name, s.label) for s in slides] == [("a", 0), ("b", 1), ("c", 0)]
+    said = capsys.readouterr().out
+    assert "without a label, or links: 1 (extra)" in said and "without tissue: 1 (empty)" in said
+
+
+def test_bad_folders_are_refused(tmp_path):
+    """Unequal widths, three labels, no labels.csv and a patient in two splits: one line each."""
+    folder = write_features(tmp_path / "w", ["a", "b"])
+    np.savez(folder / "b.npz", features=np.ones((2, 5)), coords=[[0, 0], [0, 1]])
+    with pytest.raises(UserError, match="width of the features {6: 'a', 5: 'b'}"):
+        mil.open_slides(args_of(folder), None, None)
+    with pytest.raises(UserError, match="labels .'x', 'y', 'z'.*two labels"):
+        mil.open_slides(args_of(write_features(tmp_path / "l", "abc", labels="xyz")), None, None)
+    (folder / "labels.csv").unlink()
+    with pytest.raises(UserError, match="labels.csv cannot be read"):
+        mil.open_slides(args_of(folder), None, None)
+    both = write_features(tmp_path / "p", "abcd", patient="1221", split=["train"] * 3 + ["test"])
+    with pytest.raises(UserError, match="in two splits: 1;"):
+        mil.split(mil.open_slides(args_of(both), None, None), 5, 0)
+
+
+def test_folds_keep_groups_together_and_test_every_slide_once():
+    """Cross-validation parts no patient; a given split is kept as it is."""
+    slides = [slide_of(3, 3, i, f"s{i}", i % 2) for i in range(20)]
+    for i, s in enumerate(slides):
+        s.group = f"g{i // 4}"
+    parts = mil.split(slides, 3, 0)
+    assert sorted(s.name for _, test in parts for s in test) == sorted(s.name for s in slides)
+    for train, test in parts:
+        assert test and not {s.group for s in train} & {s.group for s in test}
+    slides[0].is_test = slides[1].is_test = slides[2].is_test = slides[3].is_test = True
+    (train, test), = mil.split(slides, 3, 0)
+    assert test == slides[:4] and train == slides[4:]
+    with pytest.raises(UserError, match="nobody; labels in each training part: .1."):
+        mil.split([s for s in slides if s.is_test or s.label], 3, 0)
+
+
+# ---- images ----
+
+def picture(path, tissue, side=32):
+    """White paper; the tiles of a grid that are named hold pink noise."""
+    pixels = np.full((4 * side + 5, 5 * side + 9, 3), 240, np.uint8)
+    pixels[:] += np.random.default_rng(0).integers(0, 4, pixels.shape, dtype=np.uint8)
+    for i, j in tissue:
+        noise = np.random.default_rng(i * 5 + j).integers(0, 60, (side, side, 3))
+        pixels[i * side:(i + 1) * side, j * side:(j + 1) * side] = np.uint8(noise + [180, 80, 150])
+    Image.fromarray(pixels).save(path)
+
+
+def test_images_are_tiled_once_and_blank_tiles_counted(tmp_path, monkeypatch, capsys):
+    """Tissue tiles get features, places and thumbnails; paper does not; a second run reads the
+    cache; another tile side does not; an image of paper only is named."""
+    vit = mil.build_vit("random").eval()
+    (tmp_path / "x").mkdir()
+    tissue = [(0, 0), (1, 2), (3, 4)]
+    picture(tmp_path / "x/a.png", tissue), picture(tmp_path / "x/b.png", [(2, 2), (2, 3)])
+    picture(tmp_path / "x/paper.png", [])
+    (tmp_path / "labels.csv").write_text("file,label,group\nx/a.png,0,p\nx/b.png,1,q\n"
+                                         "x/paper.png,1,r\n")
+    args = args_of(tmp_path / "x", tmp_path / "out")
+    slides = mil.open_slides(args, vit, torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert "without tissue: 1 (paper)" in said and "55 blank tiles left out, 5 patches" in said
+    assert [s.grid.tolist() for s in slides] == [[[0, 0], [1, 2], [3, 4]], [[0, 0], [0, 1]]]
+    assert [s.group for s in slides] == ["p", "q"] and slides[0].take(torch.arange(3)).shape[1] > 5
+    assert slides[0].read()[1].shape == (3, 3, 8, 8)
+    calls, embed = [], mil.embed
+    monkeypatch.setattr(mil, "embed", lambda *a: calls.append(1) or embed(*a))
+    mil.open_slides(args, vit, torch.device("cpu"))
+    assert not calls
+    args.tile = 16
+    mil.read_features.cache_clear()
+    assert sum(len(s.grid) for s in mil.open_slides(args, vit, torch.device("cpu"))) == 20 and calls
+
+
+def test_otsu_parts_two_groups():
+    """The threshold lies between two humps, wherever they are."""
+    rng = np.random.default_rng(0)
+    for low, high in ((10, 60), (100, 220)):
+        values = np.concatenate([rng.normal(low, 4, 900), rng.normal(high, 6, 300)])
+        assert low + 8 < mil.otsu(values.clip(0, 255).astype(np.uint8)) < high - 8
+
+
+def test_damaged_image_is_refused(tmp_path):
+    """A file that is no image ends in one line."""
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="a.png cannot be read"):
+        mil.tile_image(tmp_path / "a.png", tmp_path / "a.npz", mil.build_vit("random"), 32, None)
+
+
+# ---- whole runs ----
+
+def test_run_on_generated_slides_and_explain(tmp_path, monkeypatch, capsys):
+    """The default run with two steps writes metrics, curves and heat maps; --explain draws one
+    slide by the finished run, which is not trained again; one seed gives one result."""
+    monkeypatch.setattr(mil, "BANK", 260)
+    flags = ["--count", "30", "--steps", "2", "--batch", "2", "--models", "mean", "abmil", "2x2"]
+    for out in ("a", "b"):
+        mil.main([*flags, "--device", "cpu", "--out", str(tmp_path / out)])
+    a, b = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in "ab")
+    assert a == b and len(a["table"]) == 3 + 4 + 4 and len(a["scores"]) == 11 * 6
+    for name in ("curves.png", "heat_2x2.png", "log.jsonl", "config.json"):
+        assert (tmp_path / "a" / name).stat().st_size > 0
+    monkeypatch.setattr(mil, "fit", None)  # nothing may be trained
+    mil.main(["--out", str(tmp_path / "a"), "--device", "cpu", "--explain", "test_0003"])
+    assert Image.open(tmp_path / "a/test_0003_2x2.png").width > 256
+    with pytest.raises(UserError, match="test_9999"):
+        mil.main(["--out", str(tmp_path / "a"), "--device", "cpu", "--explain", "test_9999"])
+    with pytest.raises(UserError, match="config.json"):
+        mil.main(["--out", str(tmp_path / "none"), "--explain", "test_0003"])
+
+
+def test_run_on_features_by_cross_validation(tmp_path):
+    """A folder of features: each slide is tested once, by a model that saw none of its patient."""
+    folder = write_features(tmp_path / "f", [f"s{i}" for i in range(12)],
+                            patient=[i // 2 for i in range(12)])
+    mil.main(["--data", str(folder), "--steps", "3", "--batch", "4", "--models", "2x2", "--folds",
+              "3", "--device", "cpu", "--no-focus", "--out", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert [*result["table"]] == ["2x2, 256", "2x2, 512", "2x2, all"]
+    assert sorted(s["slide"] for s in result["scores"] if s["patches"] == "all") == sorted(
+        f"s{i}" for i in range(12))

@@ -50,7 +50,8 @@ def test_every_patch_has_one_cell_and_each_window_one_stretch(windows):
     for w in windows:
         size *= w
         for stretch in cells.split(size ** 2):
-            assert (stretch // size == stretch[0] // size).all() and len(stretch.unique(dim=0)) == size ** 2
+            assert (stretch // size == stretch[0] // size).all()
+            assert len(stretch.unique(dim=0)) == size ** 2
 
 
 @REGIONS

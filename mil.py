@@ -15,7 +15,8 @@ focused inference; 256 patches: random ones, 64 regions of 2x2 or 4 of 8x8). ABM
 2018, equation 9. Our choices: learned relative biases, two blocks a level, gated attention over
 regions (one query: cost grows linearly with the bag), and the focus: the eighth of the regions with
 most attention leads, the nearest unseen ones follow, the logit is of both passes. Training sees
-random bags as large as both passes; to train on focused ones was worse.
+random bags as large as both passes. A first version: in 600 steps the regional models of these
+defaults have not learnt the tumour of the generated slides, and ABMIL is ahead (see the README).
 """
 import argparse
 import csv

@@ -288,6 +288,11 @@ def binary_labels(columns, names, train, test, least=20):
     return list(kept), *(np.stack(part, axis=1) for part in zip(*kept.values()))
 
 
+def mean_auc(y, scores):
+    """Mean over labels of the AUC of y (N, L) of 0 and 1 and scores (N, L)."""
+    return float(np.mean([roc_auc(*column) for column in zip(y.T, scores.T)]))
+
+
 def probe(args):
     """what does a linear read-out find in the tokens: trained, random weights, raw pixels?"""
     run, model, flags, images, train, test = open_run(args)
@@ -307,8 +312,7 @@ def probe(args):
         train_x, test_x = (describe(batches_of(images, part, args.batch), extract, device)[0]
                            for part in (train, test))
         aucs, scores = linear_probe(train_x, train_y, test_x, test_y)
-        interval = bootstrap_interval(lambda y, s: np.mean([roc_auc(*c) for c in zip(y.T, s.T)]),
-                                      test_y, scores, rounds=200)
+        interval = bootstrap_interval(mean_auc, test_y, scores, rounds=200)
         table[name] = {"mean": float(np.mean(aucs)), "interval": interval,
                        "labels": dict(zip(names, aucs))}
     print(f"AUC of ridge on {len(train)} training images, tested on {len(test)} held-out images")
@@ -646,9 +650,6 @@ def classify(args):
                         "two labels or more, and no empty cell, are needed", "pass --label-column")
     truth = {name: np.array([[cell == value for value in values] for cell in own], float)
              for name, own in cells.items()}
-
-    def mean_auc(y, score):
-        return float(np.mean([roc_auc(*column) for column in zip(y.T, score.T)]))
 
     table, shown = {}, images.batch(test.tolist())
     for name, (dataset, rows) in sets.items():

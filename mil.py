@@ -38,6 +38,7 @@ from data import UserError, positive_int, run_script, step_seed, user_errors
 from dino import build_vit, conditioning_tokens, load_dino
 from evaluate import bootstrap_interval, print_table, roc_auc, write_json
 from phantoms import histology_phantoms, paint_slide, slide_phantoms
+from segment import otsu_level
 from train import Run, fingerprint, fit
 
 MODELS = {  # sides of the windows, patches first, and the pooling on top
@@ -239,14 +240,6 @@ def generated_slides(seed, count, vit, device):
     return slides
 
 
-def otsu(values):
-    """The uint8 threshold that parts values best: most variance between the two sides."""
-    count = np.bincount(values.ravel(), minlength=256).astype(float)
-    left, total = count.cumsum(), (count * np.arange(256)).cumsum()
-    between = (total[-1] * left - total * left[-1]) ** 2 / (left * (left[-1] - left)).clip(1e-9)
-    return int(between.argmax())
-
-
 def tile_image(path, target, vit, side, device):
     """Write features, coords and pictures of an image's tissue tiles to `target`, once; returns
     the number of blank ones. Tissue: 5 % of the pixels above Otsu's threshold of saturation."""
@@ -267,7 +260,7 @@ def tile_image(path, target, vit, side, device):
         x = x[:h * side, :w * side].reshape(h, side, w, side, -1)
         return x.swapaxes(1, 2).reshape(h * w, side, side, -1)
 
-    tissue = tiles(saturation) > max(12, otsu(saturation))  # of 255: white paper has less
+    tissue = tiles(saturation) > max(12, otsu_level(saturation.copy()))  # of 255: white paper has less
     kept = np.flatnonzero(tissue.mean(axis=(1, 2, 3)) >= 0.05)
     parts = [embed(vit, x.permute(0, 3, 1, 2) / 127.5 - 1, device)
              for x in torch.from_numpy(tiles(pixels)[kept]).split(64) if len(x)]

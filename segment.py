@@ -199,19 +199,21 @@ def best_labels(labels, masks, k):
 
 # ---------------------------------------------------------------- a floor, and pictures
 
+def otsu_level(values):
+    """The level of 0 to 255 (int) that parts whole numbers, array or tensor, with the largest
+    variance between both sides (Otsu 1979)."""
+    values = torch.as_tensor(values).flatten()
+    p = torch.bincount(values, minlength=256).double() / values.numel()
+    below, mean = p.cumsum(0), (p * torch.arange(256, device=p.device)).cumsum(0)
+    between = (mean[-1] * below - mean).square() / (below * (1 - below)).clamp_min(1e-9)
+    return int(between.argmax())
+
+
 def otsu(images):
-    """Dark pixels (B, H, W) bool: the threshold on 5x5 means that parts an image's 256 grey levels
-    with the largest variance between both sides (Otsu 1979).
-    """
+    """Dark pixels (B, H, W) bool of images: 5x5 means up to each image's own otsu_level."""
     grey = F.avg_pool2d(F.pad(images.mean(1, keepdim=True), (2,) * 4, mode="reflect"), 5, stride=1)
     levels = ((grey[:, 0] + 1) * 127.5).round().long().clamp(0, 255)
-    masks = []
-    for level in levels:
-        p = torch.bincount(level.flatten(), minlength=256).double() / level.numel()
-        below, mean = p.cumsum(0), (p * torch.arange(256, device=p.device)).cumsum(0)
-        between = (mean[-1] * below - mean).square() / (below * (1 - below)).clamp_min(1e-9)
-        masks.append(level <= between.argmax())
-    return torch.stack(masks)
+    return torch.stack([level <= otsu_level(level) for level in levels])
 
 
 def outlined(images, masks):

@@ -355,7 +355,7 @@ def test_otsu_parts_two_groups():
     rng = np.random.default_rng(0)
     for low, high in ((10, 60), (100, 220)):
         values = np.concatenate([rng.normal(low, 4, 900), rng.normal(high, 6, 300)])
-        assert low + 8 < mil.otsu(values.clip(0, 255).astype(np.uint8)) < high - 8
+        assert low + 8 < mil.otsu_level(values.clip(0, 255).astype(np.uint8)) < high - 8
 
 
 def test_damaged_image_is_refused(tmp_path):

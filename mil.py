@@ -260,7 +260,8 @@ def tile_image(path, target, vit, side, device):
         x = x[:h * side, :w * side].reshape(h, side, w, side, -1)
         return x.swapaxes(1, 2).reshape(h * w, side, side, -1)
 
-    tissue = tiles(saturation) > max(12, otsu_level(saturation.copy()))  # of 255: white paper has less
+    level = max(12, otsu_level(saturation.copy()))  # of 255: white paper has less
+    tissue = tiles(saturation) > level
     kept = np.flatnonzero(tissue.mean(axis=(1, 2, 3)) >= 0.05)
     parts = [embed(vit, x.permute(0, 3, 1, 2) / 127.5 - 1, device)
              for x in torch.from_numpy(tiles(pixels)[kept]).split(64) if len(x)]

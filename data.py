@@ -77,8 +77,8 @@ def run_script(main):
     except OSError as error:
         text = one_line(f"{error}: a writable place with space is needed: mend it, and start again")
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or "allocate memory" in str(error) or "killed by signal" in str(error)):
+        if isinstance(error, RuntimeError) and not (
+                isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
         text = ("the memory is full: a batch must fit: lower --batch, --vae-batch or "
                 "--embedder-batch, --workers, --size or --count, raise --accumulate, or take a "

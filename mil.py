@@ -41,12 +41,13 @@ from phantoms import histology_phantoms, paint_slide, slide_phantoms
 from segment import otsu_level
 from train import Run, fingerprint, fit
 
-MODELS = {  # sides of the windows, patches first, and the pooling on top
-    "mean": ((), "mean"), "abmil": ((), "attention"), "2x2": ((2,), "attention"),
-    "4x4": ((2, 2), "attention"), "8x8": ((2, 2, 2), "attention"), "8x8flat": ((8,), "attention")}
+MODELS = {  # sides of the windows, patches first; pooling on top; peak learning rate and steps
+    "mean": ((), "mean", 2e-3, 700), "abmil": ((), "attention", 4e-3, 1500),
+    "2x2": ((2,), "attention", 2e-3, 700), "4x4": ((2, 2), "attention", 2e-3, 700),
+    "8x8": ((2, 2, 2), "attention", 2e-3, 700), "8x8flat": ((8,), "attention", 2e-3, 700)}
 CHUNK = 16384  # patches encoded at once, which bounds the memory of whole bags
 THUMB = 8      # pixels of a patch in pictures
-BANK = 1200    # patches that the slides of one part are made of
+BANK = 2000    # patches that the slides of one part are made of
 
 
 # ---- the model ----
@@ -410,7 +411,7 @@ class Bags(torch.utils.data.Dataset):
 
 def train_model(stage, name, slides, args, seed, run, device):
     """RegionalMIL of MODELS[name], trained on random bags of twice --patches patches."""
-    windows, pool = MODELS[name]
+    windows, pool, lr, steps = MODELS[name]
     bags = Bags(slides, windows, 2 * args.patches, step_seed(seed, stage))
     sample = torch.cat([s.take(torch.randperm(len(s.grid), generator=bags.generator)[:64])
                         for s in slides[:400]])
@@ -423,8 +424,8 @@ def train_model(stage, name, slides, args, seed, run, device):
         return model.loss(*batch), {}
 
     if stage not in run.finished:
-        for _ in fit(stage, model, loss_fn, bags, steps=args.steps, batch=args.batch, lr=args.lr,
-                     device=device, seed=seed, run=run):
+        for _ in fit(stage, model, loss_fn, bags, steps=args.steps or steps, batch=args.batch,
+                     lr=args.lr or lr, device=device, seed=seed, run=run, betas=(0.9, 0.999)):
             pass
         run.finish(stage, model.state_dict())
     model.load_state_dict(run.finished[stage])
@@ -499,9 +500,9 @@ def main(argv=None):
     a("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "8x8", "2x2"])
     a("--patches", type=positive_int, default=256, help="that one pass sees")
     a("--focus", action=argparse.BooleanOptionalAction, default=True, help="the second pass")
-    a("--steps", type=positive_int, default=600, help="of training")
+    a("--steps", type=positive_int, help="of training (default: of each model its own)")
     a("--batch", type=positive_int, default=16, help="slides a step")
-    a("--lr", type=data.positive_float, default=1e-3, help="peak learning rate")
+    a("--lr", type=data.positive_float, help="peak learning rate (default: likewise)")
     a("--seeds", type=data.not_negative_int, nargs="+", default=[0], help="of everything random")
     a("--device", default="auto", help="auto, cuda, mps or cpu")
     a("--out", help="the run's folder (default: runs/mil_NAME); a run in it is replaced")

@@ -362,17 +362,19 @@ def slide_phantoms(n, bank, side=64, seed=0, start=0):
 
     `bank` is what histology_phantoms returned, a few hundred patches or more. Returns tiles
     (n, side, side) int64, numbers in the bank or -1 beside the tissue; foci (n, side, side) bool;
-    labels (n,) int64. A tumour slide has one or two round foci in under 1 % of its tissue.
-    All slides have lymphoid aggregates, scattered single patches with tumour at the rim only (as
-    isolated tumour cells, which leave a lymph node negative), and up to three reactions, discs
-    of lymphoid tissue and stroma mixed. Around every focus lies one more reaction. This design is
-    ours. It favours models that see neighbours, for only they tell the mixture from its parts, and
-    focusing, for reactions are more frequent with tumour than without.
+    labels (n,) int64. A tumour slide has one or two round foci in under 1 % of its tissue, of
+    patches that are more than a quarter tumour. All slides have lymphoid aggregates, scattered
+    single patches with tumour at the rim only (as isolated tumour cells, which leave a lymph node
+    negative), and up to three reactions, discs of lymphoid tissue and stroma mixed. Around every
+    focus lies one more reaction. This design is ours. It favours models that see neighbours, for
+    only they tell the mixture from its parts, and focusing, for reactions are more frequent with
+    tumour than without.
     Raises ValueError as histology_phantoms does, and for a bank that lacks a kind of patch.
     """
     _, masks, labels, morphology = bank
     kinds = torch.where(masks.flatten(1).any(1), ATYPICAL, morphology)
-    kinds = torch.where(labels == 1, TUMOUR, kinds)
+    full = masks.flatten(1).float().mean(1) > 0.25
+    kinds = torch.where(labels == 1, torch.where(full, TUMOUR, -1), kinds)
     pools = [torch.nonzero(kinds == k)[:, 0] for k in range(TUMOUR + 1)]
     if not all(map(len, pools)):
         raise ValueError(f"got a bank of {len(labels)} patches, {[*map(len, pools)]} of each kind: "

@@ -14,8 +14,8 @@ Sources: arXiv 2308.12634, of which only ideas are known (self-attention inside 
 focused inference; 256 patches: random ones, 64 regions of 2x2 or 4 of 8x8). ABMIL: Ilse et al.
 2018, equation 9. Our choices: learned relative biases, two blocks a level, gated attention over
 regions (one query: cost grows linearly with the bag), the same attention as the start of each class
-token, a loss at every level, and the focus: pass 2 goes where the attention of pass 1, smoothed
-over its places, is highest; the logit is of both passes. Training sees random bags as large as both
+token, a loss at every level, and the focus: pass 2 goes where what pass 1 attended to as a sign of
+tumour, smoothed over its places, is highest; the logit is of both passes. Training sees random bags as large as both
 passes, and their halves.
 """
 import argparse
@@ -199,13 +199,13 @@ def draw_regions(slide, windows, generator):
     return table[order], places[order]
 
 
-def focus(places, attention, count):
-    """The `count` unseen regions of highest expected attention, as rows of `places` (R, 2), whose
-    first len(attention) have been seen. Expected is the mean over seen regions, each weighted by a
+def focus(places, evidence, count):
+    """The `count` unseen regions of highest expected evidence, as rows of `places` (R, 2), whose
+    first len(evidence) have been seen. Expected is the mean over seen regions, each weighted by a
     Gaussian of its distance (1.5 regions), and, with weight 0.3, the mean of all."""
-    seen = len(attention)
+    seen = len(evidence)
     near = (-(torch.cdist(places[seen:].float(), places[:seen].float()) / 1.5).square() / 2).exp()
-    expected = (near @ attention + 0.3 * attention.mean()) / (near.sum(dim=1) + 0.3)
+    expected = (near @ evidence + 0.3 * evidence.mean()) / (near.sum(dim=1) + 0.3)
     return seen + expected.topk(min(count, len(expected))).indices
 
 
@@ -219,13 +219,15 @@ def predict(model, slide, patches, focused=False, seed=0):
     first = len(seen)
     for look in range(1 + (focused and first < len(table))):
         if look:
-            new = focus(places, attention, first)
+            new = focus(places, evidence, first)
             seen = torch.cat([seen, new])
         for part in table[new].split(max(1, CHUNK // T)):
             parts.append(model.encode(slide.take(part).to(device), (part >= 0).to(device))[:2])
         tokens, share = map(torch.cat, zip(*parts))
         logit, attention = model.pool(tokens[None], tokens.new_ones(1, len(seen)) > 0)
         attention = attention[0].cpu()
+        # attention goes to what speaks against a tumour too: only what speaks for one leads pass 2
+        evidence = (attention * model.head(tokens)[:, 0].cpu().clamp(min=0)).sqrt()
     return logit.item(), table[seen], attention[:, None] * share.cpu(), first
 
 

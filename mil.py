@@ -15,8 +15,8 @@ focused inference; 256 patches: random ones, 64 regions of 2x2 or 4 of 8x8). ABM
 2018, equation 9. Our choices: learned relative biases, two blocks a level, gated attention over
 regions (one query: cost grows linearly with the bag), the same attention as the start of each class
 token, a loss at every level, and the focus: pass 2 goes where what pass 1 attended to as a sign of
-tumour, smoothed over its places, is highest; the logit is of both passes. Training sees random bags as large as both
-passes, and their halves.
+tumour, smoothed over its places, is highest; the logit is of both passes. Training sees random bags
+as large as both passes, and their halves.
 """
 import argparse
 import csv

@@ -3,6 +3,8 @@
     pip install diffusers timm scikit-learn pytorch-fid        # for this script alone
     python tests/benchmark.py all                              # two CPU cores, about 15 minutes
     python tests/benchmark.py unet sample --repeats 15         # or single parts
+    python tests/benchmark.py modes                            # float32, bf16, torch.compile
+    python tests/benchmark.py cost --out cost.png              # cost against work, a picture
 
 Not collected by pytest. Both sides get the same weights (parameter names agree), inputs, threads,
 float32 and fused AdamW, and nothing else is set: the networks alone differ. Pairs alternate in one
@@ -20,11 +22,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "reference")]
+from data import line_chart  # noqa: E402
 from dino import (VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,  # noqa: E402
                   preprocess)
 from dinodiff import NoiseSchedule, ddim_sample, guided  # noqa: E402
 from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs  # noqa: E402
-from metrics import frechet_distance  # noqa: E402
+from metrics import frechet_distance, kernel_distance, prdc  # noqa: E402
 from phantoms import histology_phantoms  # noqa: E402
 from prompts import inertia, kmeans, standardise  # noqa: E402
 from train import UNETS  # noqa: E402
@@ -213,18 +216,69 @@ def benchmark_frechet(repeats, n=5000, d=2048):
             theirs, min(repeats, 3))
 
 
+# ---------------------------------------------------------------- ours alone
+
+def tiny_step(batch=16, side=16, tokens=4, prepare=lambda unet: unet):
+    """One training step of the tiny U-Net, as a function."""
+    unet = fill_parameters(UNet(UNETS["tiny"]), 0)
+    run = prepare(unet)
+    xt, context, target = inputs(1, (batch, 4, side, side), (batch, tokens, 192),
+                                 (batch, 4, side, side))
+    t = torch.arange(batch) * (999 // batch)
+    return training_step(lambda: run(xt, t, context).float(), unet.parameters(), target)
+
+
+def median_seconds(work, repeats):
+    work()
+    return statistics.median(seconds(work) for _ in range(repeats))
+
+
+def modes(repeats):
+    """The tiny U-Net's step in float32, under bf16 autocast, and compiled."""
+    plain, half = tiny_step(), torch.autocast("cpu", torch.bfloat16)(tiny_step())
+    compare("tiny U-Net step, bf16 | float32", half, plain, repeats)
+    compiled = tiny_step(prepare=torch.compile)
+    print(f"torch.compile: warm-up {seconds(compiled):.0f} s", flush=True)
+    compare("tiny U-Net step, compiled | eager", compiled, plain, repeats)
+
+
+def cost(out, repeats):
+    """A picture: seconds against work, each in multiples of its smallest setting."""
+    sets = {"batch, of 1": [(n, lambda n=n: tiny_step(n)) for n in (1, 2, 4, 8, 16, 32, 64)],
+            "pixels, of 32 x 32": [((s / 8) ** 2, lambda s=s: tiny_step(4, s))
+                                   for s in (8, 16, 32, 64)],
+            "tokens, of 1": [(k, lambda k=k: tiny_step(tokens=k)) for k in (1, 4, 16, 64)],
+            "evaluation, of 100": [(n / 100, lambda n=n: evaluation(n))
+                                   for n in (100, 200, 500, 1000, 2000)]}
+    lines = {}
+    for name, points in sets.items():
+        times = [median_seconds(make(), repeats) for _, make in points]
+        lines[name] = ([x for x, _ in points], times)
+        print(name, *(f"{x:g}: {t:.4g} s" for (x, _), t in zip(points, times)), flush=True)
+    line_chart(out, lines, "Cost against work: tiny U-Net's training step, and evaluation",
+               "multiples of the smallest setting", "seconds", log_y=True)
+
+
+def evaluation(n, d=512):
+    """Frechet and kernel distance, precision and recall of n images against n, as a function."""
+    a, b = blobs(n, d, 40, 0), blobs(n, d, 40, 1)
+    return lambda: [metric(a, b) for metric in (frechet_distance, kernel_distance, prdc)]
+
+
 def main():
     parts = {name.removeprefix("benchmark_"): work for name, work in globals().items()
              if name.startswith("benchmark_")}
     parser = argparse.ArgumentParser(description="Times beside other libraries.")
-    parser.add_argument("what", nargs="+", choices=(*parts, "all"))
+    parser.add_argument("what", nargs="+", choices=(*parts, "all", "modes", "cost"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default="cost.png", help="the picture that `cost` writes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.repeats} repeats")
     print("| work | ours | peer | peer / ours (quartiles) |\n| --- | --- | --- | --- |")
-    for name in parts if "all" in args.what else args.what:
+    parts |= {"modes": modes, "cost": lambda repeats: cost(args.out, repeats)}
+    for name in list(parts)[:-2] if "all" in args.what else args.what:
         parts[name](args.repeats)
 
 

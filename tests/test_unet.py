@@ -108,7 +108,7 @@ def test_training_lowers_the_loss():
 
 
 @pytest.mark.parametrize("layer, plain, shape", (
-    (Linear(6, 10), lambda m, x: F.linear(x, m.weight, m.bias), (2, 5, 6)),
+    (Linear(6, 10), lambda m, x: F.linear(x, m.weight, m.bias), (2, 20, 6)),
     (Resample(6, up=True), lambda m, x: m.conv(F.interpolate(x, scale_factor=2.0)), (2, 6, 3, 5))))
 def test_faster_forms_are_the_plain_ones(layer, plain, shape):
     """Linear as a convolution and doubling as a transposed one: equal values and gradients."""

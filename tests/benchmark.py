@@ -9,7 +9,9 @@
 Not collected by pytest. Both sides get the same weights (parameter names agree), inputs, threads,
 float32 and fused AdamW, and nothing else is set: the networks alone differ. Pairs alternate in one
 run, and each leads in turn; a ratio is peer time / our time, the median over pairs, above 1 means
-that ours is faster. A busy machine spoils times, and ratios less.
+that ours is faster. A busy machine spoils times, and ratios less; least of all with one thread:
+
+    OMP_NUM_THREADS=1 python tests/benchmark.py all --threads 1
 """
 import argparse
 import statistics
@@ -38,9 +40,11 @@ WIDE = UNetConfig(4, 4, 64, (1, 2, 4), 2, (True, True, True), 192, 4)
 
 
 def seconds(work):
-    began = time.perf_counter()
+    """With one thread CPU seconds, which other work on the machine spoils less."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def compare(name, ours, peer, repeats):
@@ -228,11 +232,6 @@ def tiny_step(batch=16, side=16, tokens=4, prepare=lambda unet: unet):
     return training_step(lambda: run(xt, t, context).float(), unet.parameters(), target)
 
 
-def median_seconds(work, repeats):
-    work()
-    return statistics.median(seconds(work) for _ in range(repeats))
-
-
 def modes(repeats):
     """The tiny U-Net's step in float32, under bf16 autocast, and compiled."""
     plain, half = tiny_step(), torch.autocast("cpu", torch.bfloat16)(tiny_step())
@@ -245,14 +244,18 @@ def modes(repeats):
 def cost(out, repeats):
     """A picture: seconds against work, each in multiples of its smallest setting."""
     sets = {"batch, of 1": [(n, lambda n=n: tiny_step(n)) for n in (1, 2, 4, 8, 16, 32, 64)],
-            "pixels, of 32 x 32": [((s / 8) ** 2, lambda s=s: tiny_step(4, s))
+            "pixels, of 4 of 32 x 32": [((s / 8) ** 2, lambda s=s: tiny_step(4, s))
                                    for s in (8, 16, 32, 64)],
-            "tokens, of 1": [(k, lambda k=k: tiny_step(tokens=k)) for k in (1, 4, 16, 64)],
-            "evaluation, of 100": [(n / 100, lambda n=n: evaluation(n))
+            "context tokens, of 1": [(k, lambda k=k: tiny_step(tokens=k)) for k in (1, 4, 16, 64)],
+            "evaluation, of 100 images": [(n / 100, lambda n=n: evaluation(n))
                                    for n in (100, 200, 500, 1000, 2000)]}
     lines = {}
     for name, points in sets.items():
-        times = [median_seconds(make(), repeats) for _, make in points]
+        times = []
+        for _, make in points:
+            work = make()
+            work()
+            times.append(min(seconds(work) for _ in range(repeats)))  # the least disturbed
         lines[name] = ([x for x, _ in points], times)
         print(name, *(f"{x:g}: {t:.4g} s" for (x, _), t in zip(points, times)), flush=True)
     line_chart(out, lines, "Cost against work: tiny U-Net's training step, and evaluation",

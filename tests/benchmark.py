@@ -242,7 +242,7 @@ def modes(repeats):
 
 
 def cost(out, repeats):
-    """A picture: seconds against work, each in multiples of its smallest setting."""
+    """A picture: seconds against work, each axis in powers."""
     sets = {"batch, of 1": [(n, lambda n=n: tiny_step(n)) for n in (1, 2, 4, 8, 16, 32, 64)],
             "pixels, of 4 of 32 x 32": [((s / 8) ** 2, lambda s=s: tiny_step(4, s))
                                    for s in (8, 16, 32, 64)],
@@ -256,10 +256,10 @@ def cost(out, repeats):
             work = make()
             work()
             times.append(min(seconds(work) for _ in range(repeats)))  # the least disturbed
-        lines[name] = ([x for x, _ in points], times)
+        lines[name] = ([float(np.log2(x)) for x, _ in points], times)
         print(name, *(f"{x:g}: {t:.4g} s" for (x, _), t in zip(points, times)), flush=True)
     line_chart(out, lines, "Cost against work: tiny U-Net's training step, and evaluation",
-               "multiples of the smallest setting", "seconds", log_y=True)
+               "doublings of the smallest setting", "seconds", log_y=True)
 
 
 def evaluation(n, d=512):

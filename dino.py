@@ -94,12 +94,23 @@ def attention_weights(q, k):
     return (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear over tokens; on the CPU as a 1x1 convolution, the same sums at up to twice the
+    speed: oneDNN, which convolves, uses AVX-512 on every maker's chips, the matrix product not."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.shape[1] < 16:  # a handful of tokens: nothing to gain
+            return super().forward(x)
+        x = x.unsqueeze(1).movedim(-1, 1)                 # (B, N, D) -> (B, D, 1, N), same memory
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias).movedim(1, -1).squeeze(1)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def split(self, x):
         """Queries, keys and values, each (B, heads, N, d)."""
@@ -129,7 +140,7 @@ class Block(nn.Module):
         D, hidden = c.embed_dim, c.mlp_ratio * c.embed_dim
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.attn = Attention(D, c.num_heads)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, hidden), "fc2": nn.Linear(hidden, D)})
+        self.mlp = nn.ModuleDict({"fc1": Linear(D, hidden), "fc2": Linear(hidden, D)})
         self.ls1, self.ls2 = (LayerScale(D) if c.layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x):

@@ -177,7 +177,7 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
     masks = () if mask is None else (torch.cat([null_mask, mask]),)
 
     def model(x, t):
-        null, conditional = unet(torch.cat([x, x]), torch.cat([t, t]), both, *masks).chunk(2)
+        null, conditional = unet(x, t, both, *masks).chunk(2)
         return null + guidance_scale * (conditional - null)
     return model
 

@@ -101,6 +101,17 @@ def group_norm(channels, eps):
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
 
 
+class Linear(nn.Linear):
+    """nn.Linear over tokens; on the CPU as a 1x1 convolution, the same sums at up to twice the
+    speed: oneDNN, which convolves, uses AVX-512 on every maker's chips, the matrix product not."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.shape[1] < 16:  # a handful of tokens: nothing to gain
+            return super().forward(x)
+        x = x.unsqueeze(1).movedim(-1, 1)  # (B, N, C) -> (B, C, 1, N), the same memory
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias).movedim(1, -1).squeeze(1)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, time_dim):
         super().__init__()
@@ -126,10 +137,10 @@ class Attention(nn.Module):
     def __init__(self, dim, source_dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(source_dim, dim, bias=False)
-        self.to_v = nn.Linear(source_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(source_dim, dim, bias=False)
+        self.to_v = Linear(source_dim, dim, bias=False)
+        self.to_out = nn.Sequential(Linear(dim, dim))
 
     def forward(self, x, source, mask=None):
         q, k, v = (h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N or M, d)
@@ -150,7 +161,7 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * hidden)
+        self.proj = Linear(dim, 2 * hidden)
 
     def forward(self, x):
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -161,7 +172,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
         # The reference has a dropout of probability 0 in the middle; Identity keeps the numbering.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x):
         return self.net(x)
@@ -211,7 +222,12 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        if not self.up:
+            return self.conv(x)
+        # Repeating pixels and then convolving with 3x3 weights is one transposed convolution with
+        # 4x4 weights, each the sum of those that met the same pixel: 4 products, not 9, a pixel.
+        weight = 4 * F.avg_pool2d(self.conv.weight.flip(2, 3), 2, stride=1, padding=1)
+        return F.conv_transpose2d(x, weight.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -304,15 +320,17 @@ class UNet(nn.Module):
         for module in zero:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+        self.to(memory_format=torch.channels_last)  # so image <-> tokens needs no copy
 
     def forward(self, xt, t, context, context_mask=None):
         """Predicts noise or v.
 
         xt: (B, in_channels, h, w) noisy latents; sides are multiples of config.factor
         t: (B,) int64 or float, steps
-        context: (B, K, context_dim) condition tokens
-        context_mask: (B, K) bool, True = attend, at least one a row; None = all
-        Returns: (B, out_channels, h, w), dtype of xt.
+        context: (B, K, context_dim) condition tokens; or (R*B, K, context_dim), R contexts for each
+            latent, block after block: what precedes the first attention is then done once
+        context_mask: as context without the last axis, bool, True = attend, at least one a row
+        Returns: (B or R*B, out_channels, h, w), dtype of xt.
         Raises: ValueError if a side or the width of the context does not fit.
         """
         height, width = xt.shape[-2:]
@@ -334,6 +352,9 @@ class UNet(nn.Module):
         x = self.conv_in(xt)
         skips = [x]
         for level in self.down_blocks:
+            if len(x) < len(context) and (level.attentions or not level.down):
+                copies = len(context) // len(x)  # from here on each context goes its own way
+                x, time, *skips = (torch.cat([h] * copies) for h in (x, time, *skips))
             for i in range(len(level.resnets)):
                 x = level.layer(i, x, time, context, mask)
                 skips.append(x)
@@ -458,7 +479,7 @@ def load_strict(model, weights, path):
                          f"{'; '.join(wrong[:2])}: need diffusers' layout of {model.config}, pass "
                          "the matching file")
     model.load_state_dict(weights, strict=True, assign=True)
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def count_indices(weights, prefix):

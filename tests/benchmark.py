@@ -1,10 +1,17 @@
 """Ours beside the library that a user would pick instead: equal results first, then time.
 
-    pip install scikit-learn
-    python tests/benchmark.py kmeans              # two CPU cores, about five minutes
+    pip install diffusers timm scikit-learn pytorch-fid        # for this script alone
+    python tests/benchmark.py all                              # two CPU cores, about 15 minutes
+    python tests/benchmark.py unet sample --repeats 15         # or single parts
+    python tests/benchmark.py modes                            # float32, bf16, torch.compile
+    python tests/benchmark.py cost --out cost.png              # cost against work, a picture
 
-Not collected by pytest. Each pair is alternated in one run; the ratio is peer time / our time, the
-median over repeats, above 1 means that ours is faster. A busy machine spoils times.
+Not collected by pytest. Both sides get the same weights (parameter names agree), inputs, threads,
+float32 and fused AdamW, and nothing else is set: the networks alone differ. Pairs alternate in one
+run, and each leads in turn; a ratio is peer time / our time, the median over pairs, above 1 means
+that ours is faster. A busy machine spoils times, and ratios less; least of all with one thread:
+
+    OMP_NUM_THREADS=1 python tests/benchmark.py all --threads 1
 """
 import argparse
 import statistics
@@ -14,25 +21,153 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from dino import VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "reference")]
+from data import line_chart  # noqa: E402
+from dino import (VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,  # noqa: E402
+                  preprocess)
+from dinodiff import NoiseSchedule, ddim_sample, guided  # noqa: E402
+from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs  # noqa: E402
+from metrics import frechet_distance, kernel_distance, prdc  # noqa: E402
 from phantoms import histology_phantoms  # noqa: E402
 from prompts import inertia, kmeans, standardise  # noqa: E402
+from train import UNETS  # noqa: E402
+from unet import UNet, UNetConfig  # noqa: E402
+from vae import AutoencoderKL, VAEConfig  # noqa: E402
+
+WIDE = UNetConfig(4, 4, 64, (1, 2, 4), 2, (True, True, True), 192, 4)
 
 
 def seconds(work):
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
+    """With one thread CPU seconds, which other work on the machine spoils less."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    work()
+    return clock() - began
 
 
 def compare(name, ours, peer, repeats):
-    """Alternate the two; prints medians and their ratio."""
-    times = [(seconds(ours)[0], seconds(peer)[0]) for _ in range(repeats)]
-    mine, theirs = (statistics.median(column) for column in zip(*times))
-    print(f"{name:46s} {mine:9.3f} s {theirs:9.3f} s   ratio {theirs / mine:.2f}", flush=True)
+    """Alternate the two after a warm-up of each; print medians and the median ratio of pairs."""
+    ours(), peer()
+    times = np.empty((repeats, 2))
+    for i in range(repeats):
+        for side in ((0, 1), (1, 0))[i % 2]:
+            times[i, side] = seconds((ours, peer)[side])
+    mine, theirs = np.median(times, axis=0)
+    low, ratio, high = np.quantile(times[:, 1] / times[:, 0], (0.25, 0.5, 0.75))
+    print(f"| {name} | {mine:.4g} s | {theirs:.4g} s | {ratio:.2f} ({low:.2f} to {high:.2f}) |",
+          flush=True)
 
+
+def check(name, ours, peer, tolerance=1e-4):
+    """Stop unless the results agree, relative to the largest entry of the peer's."""
+    error = ((ours - peer).abs().max() / peer.abs().max()).item()
+    print(f"{name}: largest difference / largest entry {error:.1e}", flush=True)
+    assert error < tolerance, f"{name}: {error:.1e} is over {tolerance:.0e}, times mean nothing"
+
+
+def same_weights(ours, peer):
+    """Both filled with the same reproducible weights."""
+    peer.load_state_dict(fill_parameters(ours, 0).state_dict(), strict=True)
+    return ours, peer
+
+
+# ---------------------------------------------------------------- networks
+
+def unet_pair(c):
+    return same_weights(UNet(c), diffusers_unet(
+        c.base_channels, c.channel_multipliers, c.layers_per_block, c.attention_levels,
+        c.context_dim, c.num_heads))
+
+
+def training_step(predict, parameters, target):
+    """A function that does forward, backward and one AdamW step."""
+    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=True)
+
+    def step():
+        F.mse_loss(predict(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def benchmark_unet(repeats):
+    for name, config, batch, side in (("tiny", UNETS["tiny"], 16, 16), ("64-wide", WIDE, 4, 32)):
+        ours, peer = unet_pair(config)
+        xt, context, target = inputs(1, (batch, 4, side, side), (batch, 4, config.context_dim),
+                                     (batch, 4, side, side))
+        t = torch.arange(batch) * (999 // batch)
+        calls = (lambda: ours(xt, t, context),
+                 lambda: peer(xt, t, context, return_dict=False)[0])
+        predictions = [call() for call in calls]
+        check(f"U-Net {name}, prediction", *predictions)
+        for prediction in predictions:
+            F.mse_loss(prediction, target).backward()
+        theirs = dict(peer.named_parameters())
+        check(f"U-Net {name}, gradients", *(
+            torch.cat([p.grad.flatten() for p in side]) for side in (
+                ours.parameters(), [theirs[n] for n, _ in ours.named_parameters()])))
+        compare(f"U-Net {name}, {batch} x {side} x {side}, forward + backward + AdamW",
+                *(training_step(call, net.parameters(), target)
+                  for call, net in zip(calls, (ours, peer))), repeats)
+
+
+def benchmark_sample(repeats, batch=8, steps=50, scale=2.0):
+    from diffusers import DDIMScheduler
+    ours, peer = (net.requires_grad_(False) for net in unet_pair(UNETS["tiny"]))
+    noise, context, null = inputs(1, (batch, 4, 16, 16), (batch, 4, 192), (batch, 4, 192))
+    for net in (ours, peer):  # a prediction of about unit size, so that nothing explodes
+        net.conv_out.weight.mul_(0.3)
+    schedule = NoiseSchedule(1000, "scaled_linear", "v", zero_terminal_snr=True)
+    scheduler = DDIMScheduler(
+        1000, 0.00085, 0.012, "scaled_linear", prediction_type="v_prediction", clip_sample=False,
+        rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+    def sample():
+        return ddim_sample(guided(ours, context, null, scale), noise, schedule, steps)
+
+    @torch.no_grad()
+    def loop():  # what a pipeline's loop does
+        scheduler.set_timesteps(steps)
+        x, both = noise, torch.cat([null, context])
+        for t in scheduler.timesteps:
+            pair = scheduler.scale_model_input(torch.cat([x, x]), t)
+            without, with_ = peer(pair, t, both, return_dict=False)[0].chunk(2)
+            x = scheduler.step(without + scale * (with_ - without), t, x, return_dict=False)[0]
+        return x
+
+    check(f"{steps} DDIM steps", sample(), loop(), 1e-3)  # rounding of 50 steps
+    compare(f"{steps} DDIM steps, guidance {scale:g}, tiny U-Net, batch {batch}", sample, loop,
+            repeats)
+
+
+@torch.no_grad()
+def benchmark_vae(repeats):
+    for base, multipliers, layers, batch, side in ((32, (1, 2, 4), 1, 8, 64),
+                                                   (64, (1, 2, 4, 4), 2, 2, 128)):
+        ours, peer = same_weights(AutoencoderKL(VAEConfig(3, 4, base, multipliers, layers)),
+                                  diffusers_vae(base, multipliers, layers))
+        x, = inputs(1, (batch, 3, side, side))
+        calls = (lambda: ours.decode(ours.encode(x).mean),
+                 lambda: peer.decode(peer.encode(x).latent_dist.mean).sample)
+        name = f"VAE {base} wide, {batch} x {side} x {side}, encode + decode"
+        check(name, *(call() for call in calls))
+        compare(name, *calls, repeats)
+
+
+@torch.no_grad()
+def benchmark_vit(repeats, batch=8):
+    import timm
+    peer = timm.create_model("vit_small_patch16_224", num_classes=0)
+    ours, peer = same_weights(VisionTransformer(VISION_TRANSFORMERS["dino_vits16"]), peer)
+    x = inputs(1, (batch, 3, 224, 224))[0].clamp(-1, 1)
+    calls = (lambda: ours(x)[:, 0], lambda: peer(preprocess(x, "imagenet")))
+    check("ViT-S/16", *(call() for call in calls))
+    compare(f"ViT-S/16, {batch} images of 224 px", *calls, repeats)
+
+
+# ---------------------------------------------------------------- statistics
 
 @torch.no_grad()
 def phantom_features(n=2000):
@@ -55,10 +190,8 @@ def noise(n, d):
 
 
 def benchmark_kmeans(repeats):
-    import sklearn
     from sklearn.cluster import KMeans
-    print(f"scikit-learn {sklearn.__version__}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads; K = 33, n_init 10, greedy k-means++")
+    print("K = 33, n_init 10, greedy k-means++")
     sets = {"phantom features": phantom_features(), "Gaussian blobs": blobs(2000, 64, 40),
             "uniform noise": noise(2000, 64)}
     for name, x in sets.items():
@@ -70,13 +203,87 @@ def benchmark_kmeans(repeats):
               f"{statistics.median(ratios):.4f} ({min(ratios):.4f}, {max(ratios):.4f})", flush=True)
     for name, x in (("blobs", blobs(50_000, 384, 40)), ("uniform noise", noise(50_000, 384))):
         array = np.ascontiguousarray(x.numpy())
-        compare(f"{name}, N = 50,000, D = 384, n_init 10", lambda: kmeans(x, 33, 0),
-                lambda: KMeans(33, n_init=10, random_state=0).fit(array), repeats)
+        compare(f"K-means, {name}, N = 50,000, D = 384, n_init 10", lambda: kmeans(x, 33, 0),
+                lambda: KMeans(33, n_init=10, random_state=0).fit(array), min(repeats, 3))
+
+
+def benchmark_frechet(repeats, n=5000, d=2048):
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    a, b = (x.double() for x in (blobs(n, d, 40, 0), blobs(n, d, 40, 1)))
+
+    def theirs():
+        moments = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a.numpy(), b.numpy()))
+        return calculate_frechet_distance(*(m for pair in moments for m in pair))
+
+    check("Frechet distance", torch.tensor(frechet_distance(a, b)), torch.tensor(theirs()), 1e-6)
+    compare(f"Frechet distance, N = {n:,}, D = {d:,}, float64", lambda: frechet_distance(a, b),
+            theirs, min(repeats, 3))
+
+
+# ---------------------------------------------------------------- ours alone
+
+def tiny_step(batch=16, side=16, tokens=4, prepare=lambda unet: unet):
+    """One training step of the tiny U-Net, as a function."""
+    unet = fill_parameters(UNet(UNETS["tiny"]), 0)
+    run = prepare(unet)
+    xt, context, target = inputs(1, (batch, 4, side, side), (batch, tokens, 192),
+                                 (batch, 4, side, side))
+    t = torch.arange(batch) * (999 // batch)
+    return training_step(lambda: run(xt, t, context).float(), unet.parameters(), target)
+
+
+def modes(repeats):
+    """The tiny U-Net's step in float32, under bf16 autocast, and compiled."""
+    plain, half = tiny_step(), torch.autocast("cpu", torch.bfloat16)(tiny_step())
+    compare("tiny U-Net step, bf16 | float32", half, plain, repeats)
+    compiled = tiny_step(prepare=torch.compile)
+    print(f"torch.compile: warm-up {seconds(compiled):.0f} s", flush=True)
+    compare("tiny U-Net step, compiled | eager", compiled, plain, repeats)
+
+
+def cost(out, repeats):
+    """A picture: seconds against work, each axis in powers."""
+    sets = {"batch, of 1": [(n, lambda n=n: tiny_step(n)) for n in (1, 2, 4, 8, 16, 32, 64)],
+            "pixels, of 4 of 32 x 32": [((s / 8) ** 2, lambda s=s: tiny_step(4, s))
+                                   for s in (8, 16, 32, 64)],
+            "context tokens, of 1": [(k, lambda k=k: tiny_step(tokens=k)) for k in (1, 4, 16, 64)],
+            "evaluation, of 100 images": [(n / 100, lambda n=n: evaluation(n))
+                                   for n in (100, 200, 500, 1000, 2000)]}
+    lines = {}
+    for name, points in sets.items():
+        times = []
+        for _, make in points:
+            work = make()
+            work()
+            times.append(min(seconds(work) for _ in range(repeats)))  # the least disturbed
+        lines[name] = ([float(np.log2(x)) for x, _ in points], times)
+        print(name, *(f"{x:g}: {t:.4g} s" for (x, _), t in zip(points, times)), flush=True)
+    line_chart(out, lines, "Cost against work: tiny U-Net's training step, and evaluation",
+               "doublings of the smallest setting", "seconds", log_y=True)
+
+
+def evaluation(n, d=512):
+    """Frechet and kernel distance, precision and recall of n images against n, as a function."""
+    a, b = blobs(n, d, 40, 0), blobs(n, d, 40, 1)
+    return lambda: [metric(a, b) for metric in (frechet_distance, kernel_distance, prdc)]
+
+
+def main():
+    parts = {name.removeprefix("benchmark_"): work for name, work in globals().items()
+             if name.startswith("benchmark_")}
+    parser = argparse.ArgumentParser(description="Times beside other libraries.")
+    parser.add_argument("what", nargs="+", choices=(*parts, "all", "modes", "cost"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default="cost.png", help="the picture that `cost` writes")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.repeats} repeats")
+    print("| work | ours | peer | peer / ours (quartiles) |\n| --- | --- | --- | --- |")
+    parts |= {"modes": modes, "cost": lambda repeats: cost(args.out, repeats)}
+    for name in list(parts)[:-2] if "all" in args.what else args.what:
+        parts[name](args.repeats)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Times beside other libraries.")
-    parser.add_argument("what", choices=("kmeans",))
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    benchmark_kmeans(args.repeats)
+    main()

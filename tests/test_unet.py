@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))
 
 from make_diffusers import UNET_CASES, fill_parameters, inputs, layout  # noqa: E402
-from unet import Attention, UNet, UNetConfig, keep_attention, timestep_embedding  # noqa: E402
+from unet import (Attention, Linear, Resample, UNet, UNetConfig, keep_attention,  # noqa: E402
+                  timestep_embedding)
 
 TINY = UNetConfig(base_channels=64, channel_multipliers=(1, 2), layers_per_block=1,
                   attention_levels=(False, True), context_dim=12, num_heads=8)
@@ -103,6 +105,32 @@ def test_training_lowers_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("layer, plain, shape", (
+    (Linear(6, 10), lambda m, x: F.linear(x, m.weight, m.bias), (2, 20, 6)),
+    (Resample(6, up=True), lambda m, x: m.conv(F.interpolate(x, scale_factor=2.0)), (2, 6, 3, 5))))
+def test_faster_forms_are_the_plain_ones(layer, plain, shape):
+    """Linear as a convolution and doubling as a transposed one: equal values and gradients."""
+    fill_parameters(layer, 0)
+    x, = inputs(1, shape)
+    wanted = [x.requires_grad_(), *layer.parameters()]
+    results = [(y, *torch.autograd.grad(y.square().sum(), wanted))
+               for y in (layer(x), plain(layer, x))]
+    for ours, expected in zip(*results):  # sums in another order
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", ((False, True), (True, True), (False, False)))
+def test_several_contexts_for_each_latent(levels):
+    """Two contexts a latent equal two calls, wherever the first attention stands."""
+    unet = fill_parameters(UNet(UNetConfig(4, 4, 64, (1, 2), 1, levels, 12, 8)), 0)
+    xt, first, second = inputs(1, (2, 4, 4, 6), (2, 5, 12), (2, 5, 12))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5, [1, 0, 0, 0, 0], [1] * 5]).bool()
+    apart = torch.cat([unet(xt, T, first, mask[:2]), unet(xt, T, second, mask[2:])])
+    together = unet(xt, T, torch.cat([first, second]), mask)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)  # sums in another order
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
     params = trainable(model)
     warmup = min(warmup, max(1, steps // 5))
     optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay,
-                                  fused=device.type == "cuda")
+                                  fused=device.type != "mps")
     start = run.restore(stage, model, optimizer, ema) if run else 0
     status = StatusLine(steps, stage, start)
     look_every = min(10, max(1, steps // 500))  # looking at a loss waits for the GPU

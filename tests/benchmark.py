@@ -5,6 +5,7 @@
     python tests/benchmark.py unet sample --repeats 15         # or single parts
     python tests/benchmark.py modes                            # float32, bf16, torch.compile
     python tests/benchmark.py cost --out cost.png              # cost against work, a picture
+    python tests/benchmark.py mil                              # slides: cost against patches
 
 Not collected by pytest. Both sides get the same weights (parameter names agree), inputs, threads,
 float32 and fused AdamW, and nothing else is set: the networks alone differ. Pairs alternate in one
@@ -14,6 +15,8 @@ that ours is faster. A busy machine spoils times, and ratios less; least of all 
     OMP_NUM_THREADS=1 python tests/benchmark.py all --threads 1
 """
 import argparse
+import gc
+import math
 import statistics
 import sys
 import time
@@ -24,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "reference")]
+import mil  # noqa: E402
 from data import line_chart  # noqa: E402
 from dino import (VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,  # noqa: E402
                   preprocess)
@@ -262,6 +266,45 @@ def cost(out, repeats):
                "doublings of the smallest setting", "seconds", log_y=True)
 
 
+def peak_memory():
+    """MiB of this process at its peak since the last call."""
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+@torch.no_grad()
+def mil_cost(repeats):
+    """Whole bags: our 2x2 model, all of predict(), beside two ViT blocks of the same width that let
+    every patch attend to every other one, fused, so that no N x N matrix is stored."""
+    print("| patches | 2x2, seconds | memory | full attention, seconds | memory |")
+    model = mil.RegionalMIL(mil.MILConfig(960, (2,))).eval()
+    blocks = model.levels[0].blocks
+    for n in (256, 1000, 10_000, 100_000):
+        side = math.ceil(math.sqrt(n))
+        grid = torch.stack([torch.arange(n) // side, torch.arange(n) % side], dim=1)
+        features = torch.randn(n, 960, generator=torch.Generator().manual_seed(0))
+        slide = mil.Slide("s", 0, "s", True, grid, torch.arange(n), lambda: (features, None))
+
+        def full():
+            x = F.gelu(model.embed(features))[None]
+            for b in blocks:
+                q, k, v = b.qkv(b.norm1(x)).unflatten(2, (3, b.num_heads, -1)).permute(
+                    2, 0, 3, 1, 4)
+                h = F.scaled_dot_product_attention(q, k, v)  # (1, heads, N, d')
+                x = x + b.proj(h.transpose(1, 2).flatten(2))
+                x = x + b.mlp(b.norm2(x))
+            return model.pool(x, torch.ones(1, n, dtype=torch.bool))
+
+        row = []
+        for work in (lambda: mil.predict(model, slide, 10 ** 9), full):
+            gc.collect(), peak_memory()
+            before = peak_memory()
+            times = [seconds(work) for _ in range(repeats if n < 10 ** 5 else 1)]
+            row += [f"{statistics.median(times):.4g} s", f"{peak_memory() - before:.0f} MiB"]
+        print(f"| {n:,} | {' | '.join(row)} |", flush=True)
+
+
 def evaluation(n, d=512):
     """Frechet and kernel distance, precision and recall of n images against n, as a function."""
     a, b = blobs(n, d, 40, 0), blobs(n, d, 40, 1)
@@ -272,7 +315,7 @@ def main():
     parts = {name.removeprefix("benchmark_"): work for name, work in globals().items()
              if name.startswith("benchmark_")}
     parser = argparse.ArgumentParser(description="Times beside other libraries.")
-    parser.add_argument("what", nargs="+", choices=(*parts, "all", "modes", "cost"))
+    parser.add_argument("what", nargs="+", choices=(*parts, "all", "modes", "cost", "mil"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="cost.png", help="the picture that `cost` writes")
@@ -280,9 +323,9 @@ def main():
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.repeats} repeats")
     print("| work | ours | peer | peer / ours (quartiles) |\n| --- | --- | --- | --- |")
-    parts |= {"modes": modes, "cost": lambda repeats: cost(args.out, repeats)}
-    for name in list(parts)[:-2] if "all" in args.what else args.what:
-        parts[name](args.repeats)
+    alone = {"modes": modes, "cost": lambda repeats: cost(args.out, repeats), "mil": mil_cost}
+    for name in parts if "all" in args.what else args.what:
+        {**parts, **alone}[name](args.repeats)
 
 
 if __name__ == "__main__":

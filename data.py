@@ -11,6 +11,7 @@ masks of the same stem in `masks*/` beside it. A link that leaves the folder is 
 PatchCamelyon is read as Kaggle gives it (`train/` and `train_labels.csv`) or as its .h5 pair.
 """
 import argparse
+import atexit
 import csv
 import hashlib
 import io
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -127,9 +129,15 @@ def pick_device(name="auto"):
     """The torch.device of that name; "auto" takes CUDA, then MPS, then the CPU."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     found = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu", *gpus]
-    if name not in ["auto", *found]:
-        raise UserError(f"no device {name!r}", f"here are {', '.join(found)}", "pass --device auto")
-    return torch.device(found[0] if name == "auto" else name)
+    name = found[0] if name == "auto" else name
+    if ranks() > 1:  # each its own GPU; there is no torch.distributed on "mps"
+        name = {"cuda": f"cuda:{os.environ['LOCAL_RANK']}", "mps": "cpu"}.get(name, name)
+    if name not in found:
+        raise UserError(f"no device {name!r}", f"here are {', '.join(found)}", "pass --device auto, "
+                        "or start fewer processes")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 def autocast_dtype(device, dtype="auto"):
@@ -142,6 +150,35 @@ def autocast_dtype(device, dtype="auto"):
     elif device.type == "cpu" and cpu.exists():
         native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu.read_text().split())
     return torch.bfloat16 if native else torch.float32
+
+
+# ---- several processes, started by torchrun ----------------------------------------------------
+
+def join_ranks():
+    """Under torchrun, join the other processes, called ranks; from now on rank 0 alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ranks() == 1:
+        dist.init_process_group(timeout=timedelta(days=1))  # rank 0 draws and writes, others wait
+        atexit.register(dist.destroy_process_group)
+        if rank():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def ranks():
+    """How many processes work together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process among them, from 0; rank 0 writes all files but the cache."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def all_ranks(value=None):
+    """What each rank passes, as a list by rank. Every rank must call it, and waits for the rest."""
+    values = [value] * ranks()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ---- images in ---------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 TOKEN_KINDS = ("global", "cls", "cls4+mean", "patch2", "patch")
 
@@ -369,22 +368,33 @@ def dino_loss(student, teacher, centre, student_temp, teacher_temp):
     return (pairs * other).sum() / other.sum(), logs
 
 
-def mean_over_ranks(x):
-    """The mean of x over the processes of a run on several GPUs, with gradient; or x itself."""
-    return all_reduce(x) / dist.get_world_size() if dist.is_initialized() else x
+class MeanOverRanks(torch.autograd.Function):
+    """The mean of a tensor over the processes (ranks) that torchrun started; x itself if alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mean = x.clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        return mean
+
+    @staticmethod
+    def backward(ctx, grad):  # the loss of every rank depends on x: their gradients' mean
+        return MeanOverRanks.forward(ctx, grad)
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """By the batch's own statistics, also where ranks share the batch; x (B, C).
+    """By the statistics of the batch, of all of it where ranks share it; x (B, C).
 
-    nn.SyncBatchNorm does the same on GPUs alone.
+    nn.SyncBatchNorm does the same, but on GPUs alone.
     """
 
     def forward(self, x):
         if not dist.is_initialized():
             return super().forward(x)
-        mean = mean_over_ranks(x.float().mean(0))
-        variance = mean_over_ranks((x.float() - mean).square().mean(0))
+        mean = MeanOverRanks.apply(x.float().mean(0))
+        variance = MeanOverRanks.apply((x.float() - mean).square().mean(0))
         normed = (x.float() - mean) * (variance + self.eps).rsqrt()
         return (normed * self.weight + self.bias).to(x.dtype)
 
@@ -436,7 +446,7 @@ class DINO(nn.Module):
         small = random_crops(images, c.local_crops, half, c.local_area, c.jitter, generator)
         with torch.no_grad():
             teacher = self.teacher["head"](self.teacher["backbone"](large)[:, 0])
-            self.batch_centre.copy_(mean_over_ranks(teacher.mean(dim=0)))
+            self.batch_centre.copy_(MeanOverRanks.apply(teacher.mean(dim=0)))
         cls = torch.cat([self.student["backbone"](crops)[:, 0] for crops in (large, small)])
         student = self.student["head"](cls).unflatten(0, (-1, B))
         start, end = c.teacher_temp

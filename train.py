@@ -163,8 +163,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
     rank, ranks, order = data.rank(), data.ranks(), step_seed(seed, stage, "order")
     plan = (batch_rows(step, batch, len(dataset), order)[rank::ranks]
             for step in range(start, steps))
-    forward = loss_fn if ranks == 1 else DistributedDataParallel(  # averages gradients over ranks
-        Loss(model, loss_fn), broadcast_buffers=False)
+    forward = loss_fn if ranks == 1 else DistributedDataParallel(Loss(model, loss_fn))
     model.train()
     for step, rows in enumerate(loader(dataset, plan, workers), start):
         rate = learning_rate(step, steps, lr, warmup)

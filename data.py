@@ -79,12 +79,16 @@ def run_script(main):
     except OSError as error:
         text = one_line(f"{error}: a writable place with space is needed: mend it, and start again")
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not (lost or isinstance(error, (MemoryError, torch.OutOfMemoryError))
                 or "allocate memory" in str(error) or "killed by signal" in str(error)):
             raise
         text = ("the memory is full: a batch must fit: lower --batch, --vae-batch or "
                 "--embedder-batch, --workers, --size or --count, raise --accumulate, or take a "
                 "smaller --preset")
+        if lost:
+            text = ("another process of this run has ended: all are needed: see what it said, mend "
+                    "that, and start all again")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {text}", file=sys.stderr)
@@ -130,11 +134,11 @@ def pick_device(name="auto"):
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     found = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu", *gpus]
     name = found[0] if name == "auto" else name
-    if ranks() > 1:  # each its own GPU; there is no torch.distributed on "mps"
-        name = {"cuda": f"cuda:{os.environ['LOCAL_RANK']}", "mps": "cpu"}.get(name, name)
+    if ranks() > 1:  # each its own GPU; torch.distributed knows no "mps"
+        name = {"cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "mps": "cpu"}.get(name, name)
     if name not in found:
-        raise UserError(f"no device {name!r}", f"here are {', '.join(found)}", "pass --device auto, "
-                        "or start fewer processes")
+        raise UserError(f"no device {name!r}", f"here are {', '.join(found)}", "pass --device "
+                        "auto, or start fewer processes")
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)
     return torch.device(name)
@@ -436,6 +440,27 @@ class ImageSet:
         return source
 
 
+def _place(name_or_path):
+    """The path that a --data means, or None for phantoms."""
+    name = str(name_or_path)
+    if name in ("cxr", "histology") and Path("data", name).is_dir():
+        return Path("data", name)
+    return None if name in ("cxr", "histology", "phantoms") else Path(name)
+
+
+def survey(name_or_path, size, count):
+    """(how many images open_dataset will find at most, seconds that loading one takes)."""
+    path = _place(name_or_path)
+    if path is None:
+        return count, 0.0
+    files = list_images(path) if path.is_dir() else []
+    images = ImageSet("", "", size, files, {}, files) if files else open_dataset(path, size)
+    some, began = range(0, len(images), -(-len(images) // 8)), time.monotonic()
+    for i in some:
+        images[i]
+    return len(images), (time.monotonic() - began) / len(some)
+
+
 def open_dataset(name_or_path, size, seed=0, count=2400, whole=False):
     """Open a folder of images, a MedMNIST .npz, PatchCamelyon's .h5 pair, "cxr" or "histology"
     (data/NAME/ if it is there, else `count` phantoms) or "phantoms" (chests); size None keeps the
@@ -444,10 +469,8 @@ def open_dataset(name_or_path, size, seed=0, count=2400, whole=False):
     An image of a folder that cannot be read is left out and listed. `whole` reads all of each file,
     not the head alone: PNGs by their checksums, 0.4 ms a megapixel, others by decoding, 5 to 20 ms.
     """
-    name, path = str(name_or_path), Path(name_or_path)
-    if name in ("cxr", "histology") and Path("data", name).is_dir():
-        path = Path("data", name)
-    elif name in ("cxr", "histology", "phantoms"):
+    name, path = str(name_or_path), _place(name_or_path)
+    if path is None:
         return _open_phantoms(name, size or 64, seed, count)
     if name and path.is_dir():
         return _open_folder(path, size, whole)

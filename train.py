@@ -42,12 +42,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import data
 from data import StatusLine, UserError, run_script, step_seed, user_errors
-from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
-                  load_dino)
+from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, build_vit,
+                  conditioning_tokens, load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import BASELINE, ENRICHED, UNLABELLED, balance, kmeans
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
+from vae import PUBLISHED, AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 
 PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
     "tiny": dict(size=64, embedder="tiny", vae="train", unet="train",
@@ -210,14 +210,14 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
         if run:
             run.log(stage=stage, step=done, loss=value, lr=rate, seconds=time.time() - began,
                     **{name: float(v) for name, v in logs.items()})
-            run.stop_signal = max(data.all_ranks(run.stop_signal))  # all stop at the same step
-            if run.stop_signal or done == steps or time.time() - saved > wait:
+            stop = max(data.all_ranks(run.stop_signal))  # all stop at the same step
+            if stop or done == steps or time.time() - saved > wait:
                 began_save = time.time()
                 run.save(stage, done, model, optimizer, ema)
                 saved = time.time()
                 wait = max(wait, 20 * (saved - began_save))  # at most 5 % of the time
-            if run.stop_signal and done < steps:
-                raise Stopped(run.stop_signal)
+            if stop and done < steps:
+                raise Stopped(stop)
     status.close()
     model.eval()
 
@@ -458,16 +458,16 @@ def build_cache(run, model, images, indices, batch, workers):
         arrays["latents"][rows] = both.cpu().numpy()
         arrays["tokens"][rows] = conditioning_tokens(model.embedder, x,
                                                      config.tokens).cpu().numpy()
-        run.stop_signal = max(data.all_ranks(run.stop_signal))
+        stop = max(data.all_ranks(run.stop_signal))
         through = min(n, done + (k + 1) * data.ranks() * batch)  # rows that all ranks have made
-        if k % 50 == 49 or through == n or run.stop_signal:
+        if k % 50 == 49 or through == n or stop:
             for array in arrays.values():
                 array.flush()
             data.all_ranks()
             if not data.rank():
                 data.write_text_atomic(progress, json.dumps({"rows": through, "made_by": mark}))
-            if run.stop_signal:
-                raise Stopped(run.stop_signal)
+            if stop:
+                raise Stopped(stop)
         status.update(through, images=len(rows) * data.ranks())
     status.close()
 
@@ -528,16 +528,18 @@ def find_outliers(args, images, batch=256):
     return found
 
 
+def own_vit(size):
+    """The ViT that is trained here, with random weights."""
+    tiny = VISION_TRANSFORMERS["tiny"]
+    side = min(size, 128)  # what it sees
+    return VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
+
+
 def build_model(args, images, template, labels, clusters):
     """The bundle, with published weights where flags name them; everything that can be refused is
     refused here, before anything is written."""
-    side = min(args.size, 128)  # what a ViT trained here sees
-    if args.embedder in ("tiny", "random"):
-        tiny = VISION_TRANSFORMERS["tiny"]
-        torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
-        vit = VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
-    else:
-        vit = load_dino(args.embedder)
+    torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
+    vit = own_vit(args.size) if args.embedder in ("tiny", "random") else load_dino(args.embedder)
     vae = VAES[args.preset] if args.vae == "train" else AutoencoderKL.from_pretrained(args.vae)
     unet = UNETS[args.preset] if args.unet == "train" else UNet.from_pretrained(args.unet)
     torch.manual_seed(step_seed(args.seed, "weights") % 2 ** 31)
@@ -552,6 +554,47 @@ def build_model(args, images, template, labels, clusters):
         if isinstance(given, torch.nn.Module):
             mine.load_state_dict(given.state_dict())
     return model
+
+
+def seconds_an_image(work, sides, batch, device):
+    """Time of work(images) for an image of side sides[-1]: ever more pixels at once, until they
+    take a quarter of a second; then scaled by the area."""
+    more = [2 ** k for k in range(1, batch.bit_length())]
+    for side, n in [(sides[0], 1)] + [(side, 1) for side in sides] + [(sides[-1], n) for n in more]:
+        x, began = torch.rand(n, 3, side, side, device=device), time.monotonic()
+        work(x).sum().item()  # waits for the GPU
+        took = time.monotonic() - began
+        if took > 0.25:
+            break
+    return took / n * (sides[-1] / side) ** 2
+
+
+@torch.no_grad()
+def forecast_cache(args):
+    """For --dry-run, what the cache will take at most: bytes follow from the shapes; hours are an
+    estimate, from loading a few images and from timing both nets with random weights."""
+    try:
+        with user_errors():
+            device = data.pick_device(args.device)
+            n, loading = data.survey(args.data, args.size, args.count)
+            vae = (AutoencoderKL.from_pretrained(args.vae) if args.vae not in (*PUBLISHED, "train")
+                   else AutoencoderKL(VAES["sd15" if args.vae in PUBLISHED else args.preset]))
+            vit = (own_vit(args.size) if args.embedder in ("tiny", "random") else
+                   build_vit(args.embedder) if args.embedder in VISION_TRANSFORMERS else
+                   load_dino(args.embedder))
+    except UserError as error:
+        return {"note": f"no forecast: {error}"}
+    vae, vit, batch = vae.to(device).eval(), vit.to(device).eval(), 4 * args.vae_batch
+    tokens = conditioning_tokens(vit, torch.zeros(1, 3, args.size, args.size, device=device),
+                                 args.tokens)
+    latent = vae.config.latent_channels * (args.size // vae.config.factor) ** 2
+    size = 2 * 2 * latent + 4 * tokens.numel()  # mean and std, float16; tokens, float32
+    sides = [side for side in (64, 128, 256) if side < args.size] + [args.size]
+    nets = seconds_an_image(lambda x: vae.encode(x).mean, sides, batch, device) + seconds_an_image(
+        lambda x: conditioning_tokens(vit, x, args.tokens), [args.size], batch, device)
+    seconds = max(nets, loading / args.workers) if args.workers else nets + loading
+    return {"images": n, "bytes_an_image": size, "gigabytes": n * size / 1e9,
+            "hours": n * seconds / 3600, "note": f"an estimate for one process on {device}"}
 
 
 def train_embedder(args, run, model, pictures, dtype):
@@ -780,7 +823,8 @@ def parse(argv=None):
     a("--keep-checkpoints", action="store_true", help="keep a model_STEP.pt with each sample grid")
     a("--out", help="the run's folder (default: runs/NAME)")
     a("--resume", action="store_true", help="go on where the run stopped")
-    a("--dry-run", action="store_true", help="print the settings as JSON and exit")
+    a("--dry-run", action="store_true", help="print the settings, and the size and hours that the "
+      "cache will take, as JSON, and exit")
     args = p.parse_args(argv)
     out = Path(args.out or f"runs/{Path(args.data).resolve().stem}")
     saved = out / "config.json"
@@ -803,10 +847,10 @@ def parse(argv=None):
             setattr(args, name, value)
     for name, parts in ("batch", args.accumulate), ("vae_batch", 1), ("embedder_batch", 1):
         if vars(args)[name] % (data.ranks() * parts):
-            flag = f"--{name.replace('_', '-')} {vars(args)[name]}"
-            raise UserError(f"{flag} cannot be cut into {data.ranks()} processes x {parts} equal "
-                            "parts (--accumulate): need a divisor: pass another --batch, "
-                            "--vae-batch, --embedder-batch or --accumulate")
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {vars(args)[name]} cannot be cut into {data.ranks()} x "
+                            f"{parts} equal parts (processes x --accumulate): need a divisor of "
+                            f"it: pass another {flag}, or --accumulate")
     if args.prediction is None:
         args.prediction = "eps" if "sd15" in (args.preset, args.unet) else "v"
     if args.zero_snr is None:
@@ -827,7 +871,8 @@ def main(argv=None):
               "torchvision": str(torchvision.__version__)}
     if args.dry_run:
         print(json.dumps({**config, "vae_config": asdict(VAES[args.preset]),
-                          "unet_config": asdict(UNETS[args.preset])}, indent=2))
+                          "unet_config": asdict(UNETS[args.preset]),
+                          "cache_forecast": forecast_cache(args)}, indent=2))
         return 0
     began, device = time.time(), data.pick_device(args.device)
     images = data.open_dataset(args.data, args.size, args.seed, args.count, whole=True)

@@ -559,8 +559,8 @@ def build_model(args, images, template, labels, clusters):
 def seconds_an_image(work, sides, batch, device):
     """Time of work(images) for an image of side sides[-1]: ever more pixels at once, until they
     take a quarter of a second; then scaled by the area."""
-    more = [2 ** k for k in range(1, batch.bit_length())]
-    for side, n in [(sides[0], 1)] + [(side, 1) for side in sides] + [(sides[-1], n) for n in more]:
+    more = [(sides[-1], 2 ** k) for k in range(1, batch.bit_length())] + 2 * [(sides[-1], batch)]
+    for side, n in [(sides[0], 1)] + [(side, 1) for side in sides] + more:
         x, began = torch.rand(n, 3, side, side, device=device), time.monotonic()
         work(x).sum().item()  # waits for the GPU
         took = time.monotonic() - began

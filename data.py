@@ -80,8 +80,10 @@ def run_script(main):
         text = one_line(f"{error}: a writable place with space is needed: mend it, and start again")
     except (MemoryError, RuntimeError) as error:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not (lost or isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or "allocate memory" in str(error) or "killed by signal" in str(error)):
+        if isinstance(error, RuntimeError) and not (
+                lost or isinstance(error, torch.OutOfMemoryError)
+                or "allocate memory" in str(error)):
+            raise
             raise
         text = ("the memory is full: a batch must fit: lower --batch, --vae-batch or "
                 "--embedder-batch, --workers, --size or --count, raise --accumulate, or take a "

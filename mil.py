@@ -13,10 +13,10 @@ Inference is focused: pass 1 sees random regions, pass 2 as many around those it
 Sources: arXiv 2308.12634, of which only ideas are known (self-attention inside regions, stacked;
 focused inference; 256 patches: random ones, 64 regions of 2x2 or 4 of 8x8). ABMIL: Ilse et al.
 2018, equation 9. Our choices: learned relative biases, two blocks a level, gated attention over
-regions (one query: cost grows linearly with the bag), and the focus: the eighth of the regions with
-most attention leads, the nearest unseen ones follow, the logit is of both passes. Training sees
-random bags as large as both passes. A first version: in 600 steps the regional models of these
-defaults have not learnt the tumour of the generated slides, and ABMIL is ahead (see the README).
+regions (one query: cost grows linearly with the bag), the same attention as the start of each class
+token, a loss at every level, and the focus: pass 2 goes where the attention of pass 1, smoothed
+over its places, is highest; the logit is of both passes. Training sees random bags as large as both
+passes, and their halves.
 """
 import argparse
 import csv
@@ -62,8 +62,8 @@ class MILConfig:
 
 
 class RegionBlock(nn.Module):
-    """ViT block on windows of side x side cells: x (M, 1 + T, d), absent (M, T) bool -> the same,
-    and attention (M, heads, 1 + T, 1 + T). A missing neighbour is never attended to."""
+    """ViT block on windows of side x side cells: x (M, 1 + T, d), absent (M, T) bool -> the same.
+    A missing neighbour is never attended to. Starts as the identity (see RegionalMIL)."""
 
     def __init__(self, config, side):
         super().__init__()
@@ -71,6 +71,8 @@ class RegionBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+        for last in (self.proj, self.mlp[2]):
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
         cells = torch.cartesian_prod(*[torch.arange(side)] * 2)
         delta = cells[:, None] - cells + side - 1                        # (T, T, 2), from 0 on
         index = F.pad(delta[..., 0] * (2 * side - 1) + delta[..., 1] + 3, (1, 0, 1, 0))
@@ -82,28 +84,35 @@ class RegionBlock(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).permute(
             2, 0, 3, 1, 4)                                               # 3 x (M, heads, 1 + T, d')
         bias = self.bias[:, self.index].masked_fill(absent[:, None, None], -math.inf)
-        weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias).softmax(dim=-1)
-        x = x + self.proj((weights @ v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x)), weights
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + self.proj(h.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
 
 
 class RegionLevel(nn.Module):
-    """Tokens (M, T, d), present (M, T) -> class token of each window (M, d), attention (M, T)."""
+    """Tokens (M, T, d), present (M, T), attention (M, T) -> class token of each window (M, d).
+    The class token starts at what the attention gathers, for from a start of its own it learns
+    too slowly to find a few patches among thousands."""
 
     def __init__(self, config, side):
         super().__init__()
         self.cls_token = nn.Parameter(0.02 * torch.randn(config.dim))
         self.blocks = nn.ModuleList(RegionBlock(config, side) for _ in range(config.depth))
 
-    def forward(self, x, present):
-        x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)
+    def forward(self, x, present, attention):
+        x = torch.cat([self.cls_token + attention[:, None] @ x, x], dim=1)  # (M, 1 + T, d)
         for block in self.blocks:
-            x, weights = block(x, ~F.pad(present, (1, 0), value=True))
-        return x[:, 0], F.normalize(weights[:, :, 0, 1:].mean(dim=1), p=1)
+            x = block(x, ~F.pad(present, (1, 0), value=True))
+        return x[:, 0]
 
 
 class RegionalMIL(nn.Module):
-    """Regions of a bag -> logit. Without windows a region is a patch: ABMIL, or mean pooling."""
+    """Regions of a bag -> logit. Without windows a region is a patch: ABMIL, or mean pooling.
+
+    One gated attention and one head serve all levels: blocks start as the identity, so tokens of
+    all levels live in one space. Training asks every level for the label (deep supervision): the
+    patches, of which there are many, find the tumour first, and the regions take over from them.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -112,35 +121,53 @@ class RegionalMIL(nn.Module):
         self.register_buffer("scale", torch.ones(config.in_dim))   # and their deviation
         self.embed = nn.Linear(config.in_dim, d)
         self.levels = nn.ModuleList(RegionLevel(config, side) for side in config.windows)
-        self.norm = nn.LayerNorm(d) if config.windows else nn.Identity()
         self.value, self.gate, self.score = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, 1)
         self.head = nn.Linear(d, 1)
 
+    def attention(self, x, present):
+        """Tokens (B, n, d), present (B, n) -> (B, n), which sums to 1, or to 0 where all miss."""
+        score = self.score(self.value(x).tanh() * self.gate(x).sigmoid())[..., 0]
+        score = score * (self.config.pool == "attention")
+        return score.masked_fill(~present, -1e9).softmax(dim=1) * present
+
     def encode(self, x, present):
-        """Regions (M, T, D), present (M, T) -> tokens (M, d), attention to each patch (M, T)."""
-        M, weight, kept = len(x), self.embed.weight / self.scale, []
+        """Regions (M, T, D), present (M, T) -> tokens (M, d), attention to each patch (M, T), and
+        what the levels joined: a list of tokens (M, n, d), present (M, n), patches first."""
+        M, weight, below = len(x), self.embed.weight / self.scale, []
         x = F.gelu(F.linear(x, weight, self.embed.bias - weight @ self.shift))  # standardised
-        for level, side in zip(self.levels, self.config.windows):
-            present = present.reshape(-1, side ** 2)
-            x, attention = level(x.reshape(-1, side ** 2, x.shape[-1]), present)
-            present = present.any(dim=1)
-            kept.append(attention.view(M, -1, side ** 2))
-        share = x.new_ones(M, 1)
-        for attention in reversed(kept):  # a patch gets its share of the share of its window
-            share = (share[..., None] * attention).flatten(1)
-        return self.norm(x.view(M, -1)), share
+        share = present.float()
+        for i, (level, side) in enumerate(zip(self.levels, self.config.windows)):
+            x, present = x.reshape(-1, side ** 2, x.shape[-1]), present.reshape(-1, side ** 2)
+            below.append((x.view(M, -1, x.shape[-1]), present.view(M, -1)))
+            attention = self.attention(x, present)
+            x, present = level(x, present, attention), present.any(dim=1)
+            # a patch gets its share of the share of its window, of all windows that hold it
+            share = share.view(attention.numel(), -1) * attention.reshape(-1, 1)
+        return x.view(M, -1), share.view(M, -1), below
 
     def pool(self, tokens, present):
         """Tokens (B, R, d), present (B, R) -> logits (B,), attention (B, R), which sums to 1."""
-        score = self.score(self.value(tokens).tanh() * self.gate(tokens).sigmoid())[..., 0]
-        score = score * (self.config.pool == "attention")
-        attention = score.masked_fill(~present, -math.inf).softmax(dim=1)
-        return self.head((attention[..., None] * tokens).sum(dim=1))[:, 0], attention
+        attention = self.attention(tokens, present)
+        return self.head((attention[:, None] @ tokens)[:, 0])[:, 0], attention
 
     def forward(self, x, present):
         """x (B, R, T, D), present (B, R, T) bool -> logits (B,)."""
-        tokens, _ = self.encode(x.flatten(0, 1), present.flatten(0, 1))
+        tokens = self.encode(x.flatten(0, 1), present.flatten(0, 1))[0]
         return self.pool(tokens.unflatten(0, x.shape[:2]), present.any(dim=2))[0]
+
+    def loss(self, x, present, labels):
+        """x (B, R, T, D), present (B, R, T) bool, labels (B,) of 0 and 1 -> cross-entropy, the mean
+        over levels, and over the bag and its halves, for one pass sees half of what two see."""
+        tokens, _, below = self.encode(x.flatten(0, 1), present.flatten(0, 1))
+        logits, targets = [], []
+        for tokens, there in [*below, (tokens[:, None], present.any(dim=2).view(-1, 1))]:
+            tokens = tokens.reshape(len(x), -1, tokens.shape[-1])  # (B * R, n, d) -> (B, R * n, d)
+            there = there.reshape(len(x), -1)
+            for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
+                some = there[:, part].any(dim=1)  # a bag of one patch has one half
+                logits.append(self.pool(tokens[some, part], there[some, part])[0])
+                targets.append(labels[some])
+        return F.binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(targets))
 
 
 # ---- regions ----
@@ -172,13 +199,13 @@ def draw_regions(slide, windows, generator):
 
 
 def focus(places, attention, count):
-    """Rows of the `count` regions nearest to the most attended eighth of the first len(attention),
-    which have been seen; none of the seen ones."""
+    """The `count` unseen regions of highest expected attention, as rows of `places` (R, 2), whose
+    first len(attention) have been seen. Expected is the mean over seen regions, each weighted by a
+    Gaussian of its distance (1.5 regions), and, with weight 0.3, the mean of all."""
     seen = len(attention)
-    top = attention.topk(max(1, seen // 8))
-    distance = torch.cdist(places[seen:].float(), places[top.indices].float())  # (R - seen, top)
-    score = (top.values.clamp(min=1e-9).log() - distance).amax(dim=1)
-    return seen + score.topk(min(count, len(score))).indices
+    near = (-(torch.cdist(places[seen:].float(), places[:seen].float()) / 1.5).square() / 2).exp()
+    expected = (near @ attention + 0.3 * attention.mean()) / (near.sum(dim=1) + 0.3)
+    return seen + expected.topk(min(count, len(expected))).indices
 
 
 @torch.no_grad()
@@ -194,7 +221,7 @@ def predict(model, slide, patches, focused=False, seed=0):
             new = focus(places, attention, first)
             seen = torch.cat([seen, new])
         for part in table[new].split(max(1, CHUNK // T)):
-            parts.append(model.encode(slide.take(part).to(device), (part >= 0).to(device)))
+            parts.append(model.encode(slide.take(part).to(device), (part >= 0).to(device))[:2])
         tokens, share = map(torch.cat, zip(*parts))
         logit, attention = model.pool(tokens[None], tokens.new_ones(1, len(seen)) > 0)
         attention = attention[0].cpu()
@@ -393,7 +420,7 @@ def train_model(stage, name, slides, args, seed, run, device):
     model.scale.copy_(sample.std(dim=0, correction=0).clamp(min=1e-6))
 
     def loss_fn(batch, step, generator):
-        return F.binary_cross_entropy_with_logits(model(*batch[:2]), batch[2]), {}
+        return model.loss(*batch), {}
 
     if stage not in run.finished:
         for _ in fit(stage, model, loss_fn, bags, steps=args.steps, batch=args.batch, lr=args.lr,

@@ -343,7 +343,7 @@ def _slide(pools, seed, number, side):
     for _ in range(count(3, 6)):  # lymphoid aggregates
         kind = torch.where(distance() < _uniform(g, 1, 3, 1), lymphoid, kind)
     healthy, sick, foci = count(0, 3), count(1, 2), torch.zeros_like(tissue)
-    area = _uniform(g, 0.006, 0.015, 1) * tissue.sum()  # of all foci, in patches
+    area = _uniform(g, 0.003, 0.009, 1) * tissue.sum()  # of all foci, in patches
     radius = (area / (3.1416 * sick)).sqrt()
     for has_focus in [False] * healthy + [True] * sick * bool(cancer):
         away = distance()
@@ -362,7 +362,7 @@ def slide_phantoms(n, bank, side=64, seed=0, start=0):
 
     `bank` is what histology_phantoms returned, a few hundred patches or more. Returns tiles
     (n, side, side) int64, numbers in the bank or -1 beside the tissue; foci (n, side, side) bool;
-    labels (n,) int64. A tumour slide has one or two round foci in under 2 % of its tissue.
+    labels (n,) int64. A tumour slide has one or two round foci in under 1 % of its tissue.
     All slides have lymphoid aggregates, scattered single patches with tumour at the rim only (as
     isolated tumour cells, which leave a lymph node negative), and up to three reactions, discs
     of lymphoid tissue and stroma mixed. Around every focus lies one more reaction. This design is

@@ -104,9 +104,23 @@ def leave_signals_to_the_run(worker):
 
 
 def loader(dataset, plan, workers=0):
-    """One ready batch (a tuple of tensors, `dataset.__getitems__`) for each list of rows."""
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple,
-                      worker_init_fn=leave_signals_to_the_run)
+    """One ready batch (a tuple of tensors, `dataset.__getitems__`) for each list of rows.
+
+    Raises MemoryError if a process that reads images was killed: most often memory was full."""
+    batches = iter(DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple,
+                              worker_init_fn=leave_signals_to_the_run))
+    if workers:  # torch's handler would raise in the middle of whatever runs when one is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            rows = next(batches)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "worker (pid" not in str(error):
+                raise
+            raise MemoryError("a process that reads images was killed") from error
+        yield rows
 
 
 def learning_rate(step, steps, peak, warmup):

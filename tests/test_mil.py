@@ -17,12 +17,12 @@ REGIONS = pytest.mark.parametrize("windows", [(), (2,), (2, 2, 2), (4, 2), (8,)]
 
 
 def model_of(windows, pool="attention", seed=0):
-    """A model with random weights, relative biases too, which start at zero otherwise."""
+    """A model with random weights, also where they start at zero."""
     torch.manual_seed(seed)
     model = RegionalMIL(MILConfig(windows=windows, pool=pool, **SMALL))
-    for name, p in model.named_parameters():
-        if name.endswith("bias") and p.ndim == 2:
-            torch.nn.init.normal_(p)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
@@ -63,7 +63,7 @@ def test_missing_neighbours_are_masked(windows):
     present[:, 0, 0] = True
     other = torch.where(present[..., None], x, 1e3 * torch.randn(2, 5, T, 6))
     assert torch.allclose(model(x, present), model(other, present), atol=1e-5)  # rounding
-    tokens, share = model.encode(x[0], present[0])
+    tokens, share, _ = model.encode(x[0], present[0])
     assert tokens.isfinite().all() and (share[~present[0]] == 0).all() or not windows
     assert not torch.allclose(model(x, present), model(other, present | True), atol=1e-3)
 
@@ -121,7 +121,7 @@ def test_every_parameter_learns(windows):
     model, T = model_of(windows).train(), int(np.prod(windows)) ** 2
     present = torch.rand(3, 4, T) < 0.8
     present[:, :, 0] = True
-    model(torch.randn(3, 4, T, 6), present).square().sum().backward()
+    model.loss(torch.randn(3, 4, T, 6), present, torch.tensor([0.0, 1.0, 1.0])).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
 
@@ -129,17 +129,44 @@ def test_every_parameter_learns(windows):
 # ---- two passes ----
 
 def test_focus_takes_the_nearest_unseen():
-    """The neighbours of the most attended region come first; what was seen never comes again."""
-    places = torch.cartesian_prod(torch.arange(7), torch.arange(7))
-    order = torch.cat([torch.tensor([24]), torch.arange(7), torch.arange(42, 49)])
-    rest = torch.tensor([i for i in range(49) if i not in order])
+    """The ring around the most attended region comes first; what was seen never comes again."""
+    places = torch.cartesian_prod(torch.arange(11), torch.arange(11))
+    order = torch.cat([torch.tensor([60]), torch.arange(11), torch.arange(110, 121)])
+    rest = torch.tensor([i for i in range(121) if i not in order])
     places = places[torch.cat([order, rest])]
-    attention = torch.full((15,), 1e-3)
+    attention = torch.full((23,), 1e-3)
     attention[0] = 0.9
     rows = focus(places, attention, 8)
-    assert rows.min() >= 15 and len(rows.unique()) == 8
-    assert (places[rows] - torch.tensor([3, 3])).abs().max() == 1  # the ring around the middle
-    assert len(focus(places, attention, 100)) == 34  # no more than there are
+    assert rows.min() >= 23 and len(rows.unique()) == 8
+    assert (places[rows] - torch.tensor([5, 5])).abs().max() == 1
+    assert len(focus(places, attention, 100)) == 98  # no more than there are
+
+
+def test_focus_expects_more_between_two_attended_regions():
+    """Smoothed attention: between two attended regions more than beside one, and beside a region
+    that got none less than far from all."""
+    places = torch.tensor([[0, 0], [0, 4], [9, 0], [30, 0], [0, 2], [0, 6], [9, 1], [60, 60]])
+    rows = focus(places, torch.tensor([0.5, 0.5, 0.0, 0.0]), 4)
+    assert rows.tolist() == [4, 5, 7, 6]
+
+
+def test_the_loss_is_of_every_level_and_both_halves():
+    """Cross-entropy of the patches, of the regions, and of their halves, each by the same pool; a
+    bag of one patch has one half."""
+    model, x = model_of((2,)), torch.randn(2, 2, 4, 6)
+    present = torch.ones(2, 2, 4, dtype=torch.bool)
+    present[1, 1], present[1, 0, 1:] = False, False
+    y = torch.tensor([0.0, 1.0])
+    tokens, _, ((patches, _),) = model.encode(x.flatten(0, 1), present.flatten(0, 1))
+    patches, tokens = patches.view(2, 8, -1), tokens.view(2, 2, -1)
+    bags = [(patches[0], 0), (patches[0, ::2], 0), (patches[0, 1::2], 0), (tokens[0], 0),
+            (tokens[0, :1], 0), (tokens[0, 1:], 0)]
+    bags += [(patches[1, :1], 1)] * 2 + [(tokens[1, :1], 1)] * 2
+    terms = []
+    for bag, label in bags:
+        logit = model.pool(bag[None], torch.ones(1, len(bag)) > 0)[0]
+        terms.append(torch.nn.functional.softplus(-logit if label else logit))
+    assert model.loss(x, present, y).item() == pytest.approx(torch.cat(terms).mean().item())
 
 
 @pytest.mark.parametrize("windows, regions", [((), 256), ((2,), 64), ((2, 2, 2), 4)])

@@ -80,17 +80,15 @@ def run_script(main):
         text = one_line(f"{error}: a writable place with space is needed: mend it, and start again")
     except (MemoryError, RuntimeError) as error:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if isinstance(error, RuntimeError) and not (
-                lost or isinstance(error, torch.OutOfMemoryError)
-                or "allocate memory" in str(error)):
+        full = (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "allocate memory" in str(error))
+        if not (lost or full):
             raise
-            raise
-        text = ("the memory is full: a batch must fit: lower --batch, --vae-batch or "
+        text = ("another process of this run has ended: all are needed: see what it said, mend "
+                "that, and start all again") if lost else (
+                "the memory is full: a batch must fit: lower --batch, --vae-batch or "
                 "--embedder-batch, --workers, --size or --count, raise --accumulate, or take a "
                 "smaller --preset")
-        if lost:
-            text = ("another process of this run has ended: all are needed: see what it said, mend "
-                    "that, and start all again")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {text}", file=sys.stderr)

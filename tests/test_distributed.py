@@ -238,6 +238,19 @@ def test_batches_that_ranks_cannot_share_are_refused(monkeypatch, flags, says):
         train.parse([*TINY, *flags])
 
 
+def test_each_rank_takes_its_own_gpu(monkeypatch):
+    """Process 1 of a machine takes its GPU 1, if there is one, unless the CPU is asked for."""
+    monkeypatch.setattr(data, "ranks", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert data.pick_device("auto") == data.pick_device("cuda") == torch.device("cuda:1")
+    assert data.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(data.UserError, match="cuda:1.*fewer processes"):
+        data.pick_device("auto")
+
+
 def test_dry_run_forecasts_the_cache(alone, tmp_path, monkeypatch):
     """Bytes an image times images is the size of the files (headers: 128 bytes); nothing is
     written; a folder that is not there gives settings without a forecast."""

@@ -571,16 +571,16 @@ def build_model(args, images, template, labels, clusters):
 
 
 def seconds_an_image(work, sides, batch, device):
-    """Time of work(images) for an image of side sides[-1]: ever more pixels at once, until they
-    take a quarter of a second; then scaled by the area."""
+    """(seconds that work(images) takes for an image of side sides[-1], the last answer): for ever
+    more pixels at once, until they take a quarter of a second; then scaled by the area."""
     more = [(sides[-1], 2 ** k) for k in range(1, batch.bit_length())] + 2 * [(sides[-1], batch)]
     for side, n in [(sides[0], 1)] + [(side, 1) for side in sides] + more:
         x, began = torch.rand(n, 3, side, side, device=device), time.monotonic()
-        work(x).sum().item()  # waits for the GPU
+        answer = work(x).cpu()  # waits for the GPU
         took = time.monotonic() - began
         if took > 0.25:
             break
-    return took / n * (sides[-1] / side) ** 2
+    return took / n * (sides[-1] / side) ** 2, answer
 
 
 @torch.no_grad()
@@ -599,13 +599,13 @@ def forecast_cache(args):
     except UserError as error:
         return {"note": f"no forecast: {error}"}
     vae, vit, batch = vae.to(device).eval(), vit.to(device).eval(), 4 * args.vae_batch
-    tokens = conditioning_tokens(vit, torch.zeros(1, 3, args.size, args.size, device=device),
-                                 args.tokens)
-    latent = vae.config.latent_channels * (args.size // vae.config.factor) ** 2
-    size = 2 * 2 * latent + 4 * tokens.numel()  # mean and std, float16; tokens, float32
     sides = [side for side in (64, 128, 256) if side < args.size] + [args.size]
-    nets = seconds_an_image(lambda x: vae.encode(x).mean, sides, batch, device) + seconds_an_image(
-        lambda x: conditioning_tokens(vit, x, args.tokens), [args.size], batch, device)
+    encoding, _ = seconds_an_image(lambda x: vae.encode(x).mean, sides, batch, device)
+    embedding, tokens = seconds_an_image(lambda x: conditioning_tokens(vit, x, args.tokens),
+                                         [args.size], batch, device)
+    latent = vae.config.latent_channels * (args.size // vae.config.factor) ** 2
+    size = 2 * 2 * latent + 4 * tokens[0].numel()  # mean and std, float16; tokens, float32
+    nets = encoding + embedding
     seconds = max(nets, loading / args.workers) if args.workers else nets + loading
     return {"images": n, "bytes_an_image": size, "gigabytes": n * size / 1e9,
             "hours": n * seconds / 3600, "note": f"an estimate for one process on {device}"}

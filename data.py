@@ -11,6 +11,7 @@ masks of the same stem in `masks*/` beside it. A link that leaves the folder is 
 PatchCamelyon is read as Kaggle gives it (`train/` and `train_labels.csv`) or as its .h5 pair.
 """
 import argparse
+import atexit
 import csv
 import hashlib
 import io
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -77,10 +79,14 @@ def run_script(main):
     except OSError as error:
         text = one_line(f"{error}: a writable place with space is needed: mend it, and start again")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not (
-                isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        full = (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "allocate memory" in str(error))
+        if not (lost or full):
             raise
-        text = ("the memory is full: a batch must fit: lower --batch, --vae-batch or "
+        text = ("another process of this run has ended: all are needed: see what it said, mend "
+                "that, and start all again") if lost else (
+                "the memory is full: a batch must fit: lower --batch, --vae-batch or "
                 "--embedder-batch, --workers, --size or --count, raise --accumulate, or take a "
                 "smaller --preset")
     except KeyboardInterrupt:
@@ -127,9 +133,15 @@ def pick_device(name="auto"):
     """The torch.device of that name; "auto" takes CUDA, then MPS, then the CPU."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     found = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu", *gpus]
-    if name not in ["auto", *found]:
-        raise UserError(f"no device {name!r}", f"here are {', '.join(found)}", "pass --device auto")
-    return torch.device(found[0] if name == "auto" else name)
+    name = found[0] if name == "auto" else name
+    if ranks() > 1:  # each its own GPU; torch.distributed knows no "mps"
+        name = {"cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "mps": "cpu"}.get(name, name)
+    if name not in found:
+        raise UserError(f"no device {name!r}", f"here are {', '.join(found)}", "pass --device "
+                        "auto, or start fewer processes")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 def autocast_dtype(device, dtype="auto"):
@@ -142,6 +154,35 @@ def autocast_dtype(device, dtype="auto"):
     elif device.type == "cpu" and cpu.exists():
         native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu.read_text().split())
     return torch.bfloat16 if native else torch.float32
+
+
+# ---- several processes, started by torchrun ----------------------------------------------------
+
+def join_ranks():
+    """Under torchrun, join the other processes, called ranks; from now on rank 0 alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ranks() == 1:
+        dist.init_process_group(timeout=timedelta(days=1))  # rank 0 draws and writes, others wait
+        atexit.register(dist.destroy_process_group)
+        if rank():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def ranks():
+    """How many processes work together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process among them, from 0; rank 0 writes all files but the cache."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def all_ranks(value=None):
+    """What each rank passes, as a list by rank. Every rank must call it, and waits for the rest."""
+    values = [value] * ranks()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ---- images in ---------------------------------------------------------------------------------
@@ -399,6 +440,28 @@ class ImageSet:
         return source
 
 
+def _place(name_or_path):
+    """The path that a --data means, or None for phantoms."""
+    name = str(name_or_path)
+    if name in ("cxr", "histology") and Path("data", name).is_dir():
+        return Path("data", name)
+    return None if name in ("cxr", "histology", "phantoms") else Path(name)
+
+
+def survey(name_or_path, size, count):
+    """(how many images open_dataset will find at most, seconds that loading one takes)."""
+    path = _place(name_or_path)
+    if path is None:
+        return count, 0.0
+    files = list_images(path) if path.is_dir() else []
+    images = ImageSet("", "", size, files, {}, files) if files else open_dataset(path, size)
+    images[0]  # Pillow starts here
+    some, began = range(len(images) // 2, len(images), -(-len(images) // 16)), time.monotonic()
+    for i in some:
+        images[i]
+    return len(images), (time.monotonic() - began) / len(some)
+
+
 def open_dataset(name_or_path, size, seed=0, count=2400, whole=False):
     """Open a folder of images, a MedMNIST .npz, PatchCamelyon's .h5 pair, "cxr" or "histology"
     (data/NAME/ if it is there, else `count` phantoms) or "phantoms" (chests); size None keeps the
@@ -407,10 +470,8 @@ def open_dataset(name_or_path, size, seed=0, count=2400, whole=False):
     An image of a folder that cannot be read is left out and listed. `whole` reads all of each file,
     not the head alone: PNGs by their checksums, 0.4 ms a megapixel, others by decoding, 5 to 20 ms.
     """
-    name, path = str(name_or_path), Path(name_or_path)
-    if name in ("cxr", "histology") and Path("data", name).is_dir():
-        path = Path("data", name)
-    elif name in ("cxr", "histology", "phantoms"):
+    name, path = str(name_or_path), _place(name_or_path)
+    if path is None:
         return _open_phantoms(name, size or 64, seed, count)
     if name and path.is_dir():
         return _open_folder(path, size, whole)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
@@ -339,11 +340,14 @@ def random_crops(images, count, side, area, jitter, generator):
     """`count` views of each image, (count*B, C, side, side) in [-1, 1], view after view.
 
     Random box (share of the area in `area`, aspect 3/4 to 4/3), brightness, contrast, gamma, blur
-    and noise, all drawn from `generator` on the device of the images.
+    and noise, all drawn from `generator` on the device of the images. Its `share` (index, parts),
+    if it has one, says that these are the images index::parts of a larger batch: views of all of it
+    are drawn, and theirs kept.
     """
     x = images.float().repeat(count, 1, 1, 1)
-    n = len(x)
-    u = torch.rand(9, n, generator=generator, device=x.device)
+    n, draw = len(x), dict(generator=generator, device=images.device)
+    index, parts = getattr(generator, "share", (0, 1))
+    u = torch.rand(9, n, parts, **draw)[..., index]
     size, aspect = (area[0] + (area[1] - area[0]) * u[0]).sqrt(), (4 / 3) ** (u[1] - 0.5)
     w, h, zero = (size * aspect).clamp(max=1), (size / aspect).clamp(max=1), torch.zeros_like(size)
     box = [w, zero, (2 * u[2] - 1) * (1 - w), zero, h, (2 * u[3] - 1) * (1 - h)]
@@ -356,7 +360,7 @@ def random_crops(images, count, side, area, jitter, generator):
     x = (mean + (x - mean) * contrast).clamp(0, 1) ** gamma
     smooth = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
     x = x + (2 * blur - 1).clamp(min=0) * (smooth - x)  # half of the views stay sharp
-    grain = torch.randn(n, 1, side, side, generator=generator, device=x.device)  # grey stays grey
+    grain = torch.randn(n, parts, side, side, **draw)[:, index, None]  # one channel: grey stays
     return (x + 0.03 * noise * grain).clamp(0, 1) * 2 - 1
 
 
@@ -375,14 +379,45 @@ def dino_loss(student, teacher, centre, student_temp, teacher_temp):
     return (pairs * other).sum() / other.sum(), logs
 
 
+class MeanOverRanks(torch.autograd.Function):
+    """The mean of a tensor over the processes (ranks) that torchrun started; x itself if alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mean = x.clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        return mean
+
+    @staticmethod
+    def backward(ctx, grad):  # the loss of every rank depends on x: their gradients' mean
+        return MeanOverRanks.forward(ctx, grad)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """By the statistics of the batch, of all of it where ranks share it; x (B, C).
+
+    nn.SyncBatchNorm does the same, but on GPUs alone.
+    """
+
+    def forward(self, x):
+        if not dist.is_initialized():
+            return super().forward(x)
+        mean = MeanOverRanks.apply(x.float().mean(0))
+        variance = MeanOverRanks.apply((x.float() - mean).square().mean(0))
+        normed = (x.float() - mean) * (variance + self.eps).rsqrt()
+        return (normed * self.weight + self.bias).to(x.dtype)
+
+
 class DINOHead(nn.Module):
     """MLP, L2 norm, cosine with each prototype: (B, D) -> logits (B, K) in [-1, 1], float32."""
 
     def __init__(self, dim, c):
         super().__init__()
-        h, own = c.head_dim, {"track_running_stats": False}  # norm by the batch's own statistics
-        self.mlp = nn.Sequential(nn.Linear(dim, h), nn.BatchNorm1d(h, **own), nn.GELU(),
-                                 nn.Linear(h, h), nn.BatchNorm1d(h, **own), nn.GELU(),
+        h, own = c.head_dim, {"track_running_stats": False}
+        self.mlp = nn.Sequential(nn.Linear(dim, h), BatchNorm(h, **own), nn.GELU(),
+                                 nn.Linear(h, h), BatchNorm(h, **own), nn.GELU(),
                                  nn.Linear(h, c.bottleneck))
         self.prototypes = nn.Parameter(torch.randn(c.prototypes, c.bottleneck))
         self.apply(init_linear)
@@ -422,7 +457,7 @@ class DINO(nn.Module):
         small = random_crops(images, c.local_crops, half, c.local_area, c.jitter, generator)
         with torch.no_grad():
             teacher = self.teacher["head"](self.teacher["backbone"](large)[:, 0])
-            self.batch_centre.copy_(teacher.mean(dim=0))
+            self.batch_centre.copy_(MeanOverRanks.apply(teacher.mean(dim=0)))
         cls = torch.cat([self.student["backbone"](crops)[:, 0] for crops in (large, small)])
         student = self.student["head"](cls).unflatten(0, (-1, B))
         start, end = c.teacher_temp

@@ -425,15 +425,18 @@ class DinoDiffusion(nn.Module):
 
         mean, std (B, C, h, w): the VAE's posterior, drawn anew each step. condition: standardised
         tokens (B, G, D), or numbers of prompts (B,) int64. Returns (loss, {}): a dict of values to
-        log, as all losses for `fit` do.
+        log, as all losses for `fit` do. A generator's `share` (index, count), if it has one, says
+        that these are the images index::count of a larger batch: all is drawn for the whole of it,
+        (B, count, ...), and theirs is kept.
         """
-        B = mean.shape[0]
+        B, *rest = mean.shape
         draw = dict(generator=generator, device=mean.device)
-        z = mean + std * torch.randn(mean.shape, **draw)
+        index, count = getattr(generator, "share", (0, 1))
+        z = mean + std * torch.randn(B, count, *rest, **draw)[:, index]
         x0 = (z - self.shift) * self.scale
-        noise = torch.randn(x0.shape, **draw)
-        t = torch.randint(self.schedule.num_train_timesteps, (B,), **draw)
-        dropped = torch.rand(B, **draw) < self.config.drop_condition
+        noise = torch.randn(B, count, *rest, **draw)[:, index]
+        t = torch.randint(self.schedule.num_train_timesteps, (B, count), **draw)[:, index]
+        dropped = torch.rand(B, count, **draw)[:, index] < self.config.drop_condition
         if self.prompts:  # the empty prompt is the null condition
             words = ["" if drop else self.prompts[number]
                      for number, drop in zip(condition.tolist(), dropped.tolist())]

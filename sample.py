@@ -6,12 +6,13 @@
     python sample.py --random --count 16                 # no source image: tokens from a mixture
     python sample.py --prompt "Histology image of cancer tissue, morphology type two" --count 16
     python sample.py --each-prompt 10                    # a balanced labelled data set
+    torchrun --nproc-per-node 8 sample.py --random --count 100000     # on eight GPUs
 
 The last two are for a model trained with --condition prompts or labels; its --random draws prompts
 as often as its training images had them. Writes images/*.png, grid.png (sources at the left) and
 samples.csv with each image's provenance: strategy, sources and weights or prompt, seed, settings,
 and the labels it inherits with the rule that gave them. Image j uses seed `--seed + j` and does not
-depend on the batch size.
+depend on the batch size, nor on the number of processes (ranks), which take batches in turn.
 """
 import argparse
 import sys
@@ -214,40 +215,48 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    data.join_ranks()
     args = parse(argv)
     model, path = load_model(args.checkpoint, data.pick_device(args.device))
     with user_errors():
         model.schedule.sampling_timesteps(args.steps)
         rows, tokens, start, strips = plan_samples(args, model, path.parent)
     out = Path(args.out or data.next_folder(path.parent / "samples", rows[0]["strategy"]))
+    out = data.all_ranks(out)[0]
     if (out / "samples.csv").exists():
         raise UserError(f"{out} already holds samples: need a new folder, pass another --out")
     data.make_folder(out / "images")
+    for number, row in enumerate(rows):
+        row["file"] = f"images/{row['strategy']}_{number:05d}.png"
     settings = {"guidance": args.guidance, "steps": args.steps, "sampler": args.sampler,
                 "eta": args.eta, "strength": args.strength, "perturb": args.perturb,
                 "checkpoint": str(path)}
-    status, shown = StatusLine(len(rows), "sample"), {}
-    in_grid = {row for _, own in strips[:16] for row in own}
-    for i in range(0, len(rows), args.batch):
+    status, at_once = StatusLine(len(rows), "sample"), args.batch * data.ranks()
+    for first in range(0, len(rows), at_once):
+        i = first + args.batch * data.rank()
         part = slice(i, i + args.batch)
-        images = model.sample(
-            None if tokens is None else tokens[part], [row["seed"] for row in rows[part]],
-            steps=args.steps, guidance_scale=args.guidance, eta=args.eta, sampler=args.sampler,
-            batch=args.batch, start=None if start is None else start[part],
-            strength=args.strength).cpu()
-        if not images.isfinite().all():
-            raise UserError(f"images {i} to {i + len(images) - 1} are not finite: need sound "
-                            "weights, moderate guidance: lower --guidance, or pass another model")
-        for number, (row, image) in enumerate(zip(rows[part], images), i):
-            row["file"] = f"images/{row['strategy']}_{number:05d}.png"
-            data.save_png(out / row["file"], image)
-            if number in in_grid:
-                shown[number] = image
-        write_table(out / "samples.csv", rows[:i + len(images)], settings)
-        status.update(i + len(images), images=len(images))
+        if rows[part]:
+            images = model.sample(
+                None if tokens is None else tokens[part], [row["seed"] for row in rows[part]],
+                steps=args.steps, guidance_scale=args.guidance, eta=args.eta, sampler=args.sampler,
+                batch=args.batch, start=None if start is None else start[part],
+                strength=args.strength).cpu()
+            if not images.isfinite().all():
+                raise UserError(f"images {i} to {i + len(images) - 1} are not finite: need sound "
+                                "weights, moderate guidance: lower --guidance, or pass another "
+                                "model")
+            for row, image in zip(rows[part], images):
+                data.save_png(out / row["file"], image)
+        data.all_ranks()  # the table names only what is there
+        if not data.rank():
+            write_table(out / "samples.csv", rows[:first + at_once], settings)
+        status.update(min(len(rows), first + at_once), images=len(rows[first:first + at_once]))
     status.close()
+    if data.rank():
+        return 0
     data.save_grid(out / "grid.png", [
-        torch.cat([source[:1], torch.stack([shown[row] for row in own]), source[1:]])
+        torch.cat([source[:1], torch.stack([data.load_image(out / rows[row]["file"], None)
+                                            for row in own]), source[1:]])
         for source, own in strips[:16]], captions=[
             rows[own[0]]["prompt"].rpartition(" image of ")[2] for _, own in strips[:16]]
         if args.each_prompt else None)

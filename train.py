@@ -3,6 +3,7 @@
     python train.py --data cxr                                     # a laptop, ten minutes
     python train.py --data FOLDER --preset base --out runs/mine    # your X-rays on a GPU
     python train.py --data histology --condition prompts           # 33 morphologies x 2 labels
+    torchrun --nproc-per-node 8 train.py --data FOLDER --preset base          # eight GPUs
 
 Stages, each a loss of a few lines around `fit`:
     1 embedder  DINO self-distillation            (skipped when --embedder names trained weights)
@@ -16,7 +17,8 @@ sample.py reads), state.pt (what --resume reads), cache/, held_out/ (a few sourc
 prompts also prompts.csv and morphologies.png; outliers.csv and unreadable.csv where images were
 left out; lock while it runs.
 All randomness derives from (seed, stage, step), so a resumed run equals one that was never stopped
-(bit for bit on a CPU).
+(bit for bit on a CPU). Under torchrun each process (rank) takes its share of every batch with the
+noise that belongs to it, so the number of ranks changes nothing but the rounding of sums.
 """
 import argparse
 import hashlib
@@ -27,7 +29,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,16 +37,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import data
 from data import StatusLine, UserError, run_script, step_seed, user_errors
-from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
-                  load_dino)
+from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, build_vit,
+                  conditioning_tokens, load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import BASELINE, ENRICHED, UNLABELLED, balance, kmeans
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
+from vae import PUBLISHED, AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 
 PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
     "tiny": dict(size=64, embedder="tiny", vae="train", unet="train",
@@ -131,6 +134,24 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+class Share(torch.Generator):
+    """Random numbers for the images index::count of a batch, which ranks and --accumulate cut into
+    `count` parts. Losses draw for the whole batch and keep [:, index] of (B, count, ...): an
+    image's noise does not depend on the cut."""
+    share = (0, 1)
+
+
+class Loss(torch.nn.Module):
+    """A loss function as the forward pass of its model: what DistributedDataParallel wraps."""
+
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch, step, generator):
+        return self.loss_fn(batch, step, generator)
+
+
 def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run=None, ema=None,
         dtype=torch.float32, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, clip=1.0,
         ema_decay=0.999, accumulate=1, workers=0):
@@ -139,6 +160,8 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
     loss_fn(batch on the device, step, generator) -> (scalar loss, dict of values to log). The
     generator is seeded by (seed, stage, step). ema: dict of name -> tensor, updated in place with
     min(ema_decay, (1 + n) / (10 + n)): parameters only, and no memory of the random start.
+    The batch is that of all ranks together; each rank cuts its share into `accumulate` parts. The
+    loss in the log is the mean over ranks, the values beside it are those of rank 0's last part.
     With a `run`, rows go to its log and the state is saved every few minutes, at the end and on
     Ctrl-C; a saved state of this stage is taken up where it stopped.
     Raises UserError when a loss is not finite, Stopped after a signal.
@@ -151,8 +174,10 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
     status = StatusLine(steps, stage, start)
     look_every = min(10, max(1, steps // 500))  # looking at a loss waits for the GPU
     losses, began, saved, wait = [], time.time(), time.time(), 120
-    order = step_seed(seed, stage, "order")
-    plan = (batch_rows(step, batch, len(dataset), order) for step in range(start, steps))
+    rank, ranks, order = data.rank(), data.ranks(), step_seed(seed, stage, "order")
+    plan = (batch_rows(step, batch, len(dataset), order)[rank::ranks]
+            for step in range(start, steps))
+    forward = loss_fn if ranks == 1 else DistributedDataParallel(Loss(model, loss_fn))
     model.train()
     for step, rows in enumerate(loader(dataset, plan, workers), start):
         rate = learning_rate(step, steps, lr, warmup)
@@ -161,10 +186,13 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
         total = 0.0
         for k in range(accumulate):
             part = [r[k::accumulate].to(device, non_blocking=True) for r in rows]
-            generator = torch.Generator(device).manual_seed(step_seed(seed, stage, step, k))
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss, logs = loss_fn(part, step, generator)
-            (loss / accumulate).backward()
+            generator = Share(device).manual_seed(step_seed(seed, stage, step, 0))
+            generator.share = rank + ranks * k, ranks * accumulate
+            last = ranks == 1 or k == accumulate - 1  # gradients are averaged once a step
+            with nullcontext() if last else forward.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    loss, logs = forward(part, step, generator)
+                (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
         norm = torch.nn.utils.clip_grad_norm_(params.values(), clip)
         optimizer.step()
@@ -176,7 +204,8 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
         losses.append(total + 0 * norm)  # NaN too where only the gradient is not finite
         done = step + 1
         look = done % look_every == 0 or done == steps
-        values = torch.stack(losses).tolist() if look else []
+        values = data.all_ranks(torch.stack(losses).tolist()) if look else []
+        values = [sum(each) / ranks for each in zip(*values)]
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
             state = run.folder / "state.pt" if run else Path("none")
@@ -195,13 +224,14 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, seed=0, run
         if run:
             run.log(stage=stage, step=done, loss=value, lr=rate, seconds=time.time() - began,
                     **{name: float(v) for name, v in logs.items()})
-            if run.stop_signal or done == steps or time.time() - saved > wait:
+            stop = max(data.all_ranks(run.stop_signal))  # all stop at the same step
+            if stop or done == steps or time.time() - saved > wait:
                 began_save = time.time()
                 run.save(stage, done, model, optimizer, ema)
                 saved = time.time()
                 wait = max(wait, 20 * (saved - began_save))  # at most 5 % of the time
-            if run.stop_signal and done < steps:
-                raise Stopped(run.stop_signal)
+            if stop and done < steps:
+                raise Stopped(stop)
     status.close()
     model.eval()
 
@@ -246,15 +276,20 @@ def lock(folder):
 
 
 class Run:
-    """A folder that holds what was asked, what happened, and everything that a resume needs."""
+    """A folder that holds what was asked, what happened, and everything that a resume needs.
+
+    Rank 0 writes; the others read state.pt, and keep what is finished in memory.
+    """
 
     def __init__(self, folder, config, resume=False):
         self.folder, self.config = Path(folder), config
         self.finished, self.state, self.stop_signal = {}, None, 0
-        data.make_folder(self.folder / "cache")
-        self.lock = lock(self.folder)
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
+        if not data.rank():
+            data.make_folder(self.folder / "cache")
+            self.lock = lock(self.folder)
+            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink()
+        data.all_ranks()
         if resume and (self.folder / "state.pt").exists():
             saved = data.load_checkpoint(self.folder / "state.pt", ("finished", "state"),
                                          "copy it here again, or delete it and lose its steps")
@@ -264,6 +299,8 @@ class Run:
                                     f"not {config[name]}: need this run's own file: copy it here "
                                     "again, or delete it and lose its steps")
             self.finished, self.state = saved["finished"], saved["state"]
+        if data.rank():
+            return
         data.write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
         kept = [r for r in self.rows() if r["stage"] in self.finished or (self.state and (
             r["stage"] == self.state["stage"] and r["step"] <= self.state["step"]))]
@@ -280,6 +317,8 @@ class Run:
                             "back and pass --resume, or start anew with --out DIR")
 
     def log(self, **row):
+        if data.rank():
+            return
         self.stay()
         data.append_jsonl(self.folder / "log.jsonl", row)
 
@@ -309,6 +348,8 @@ class Run:
         self.write()
 
     def write(self):
+        if data.rank():
+            return
         self.stay()
         data.save_atomic(self.folder / "state.pt", {
             "version": data.CHECKPOINT_VERSION, "config": self.config,
@@ -393,6 +434,7 @@ def build_cache(run, model, images, indices, batch, workers):
 
     float16 rounds a latent by 0.05 %; tokens stay float32, for they differ from image to image
     by a few per cent of their length only. Both nets run in float32, as they will in sampling.
+    Ranks take batches in turn and write into the same files: they need one shared folder.
     """
     config, n, folder = model.config, len(indices), run.folder / "cache"
     side = config.image_size // config.vae.factor
@@ -406,18 +448,23 @@ def build_cache(run, model, images, indices, batch, workers):
         if progress.exists() and all((folder / f"{name}.npy").exists() for name in files):
             seen = json.loads(progress.read_text())
             done = seen["rows"] if seen["made_by"] == mark else 0
-        arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+" if done else "w+",
-                                                  dtype, None if done else shape)
-                  for name, (shape, dtype) in files.items()}
-        for name in files:
-            claim_disk(folder / f"{name}.npy")
-    if not done:
+        done = data.all_ranks(done)[0]
+        if not data.rank():
+            for name, (shape, dtype) in files.items():
+                if not done:
+                    np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+                claim_disk(folder / f"{name}.npy")
+        data.all_ranks()
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in files}
+    if not done and not data.rank():
         data.write_csv(folder / "index.csv", [["row", "file"]] + [
             [row, images.files[i]] for row, i in enumerate(indices.tolist())])
     if done == n:
         return
     status = StatusLine(n, "cache", done)
     plan = [list(range(i, min(i + batch, n))) for i in range(done, n, batch)]
+    plan += plan[-1:] * (-len(plan) % data.ranks())  # as many for each rank; the last one twice
+    plan = plan[data.rank()::data.ranks()]
     for k, (x,) in enumerate(loader(Pictures(images, indices), plan, workers)):
         x, rows = x.to(model.shift.device), plan[k]
         posterior = model.vae.encode(x)
@@ -425,13 +472,17 @@ def build_cache(run, model, images, indices, batch, workers):
         arrays["latents"][rows] = both.cpu().numpy()
         arrays["tokens"][rows] = conditioning_tokens(model.embedder, x,
                                                      config.tokens).cpu().numpy()
-        if k % 50 == 49 or rows[-1] == n - 1 or run.stop_signal:
+        stop = max(data.all_ranks(run.stop_signal))
+        through = min(n, done + (k + 1) * data.ranks() * batch)  # rows that all ranks have made
+        if k % 50 == 49 or through == n or stop:
             for array in arrays.values():
                 array.flush()
-            data.write_text_atomic(progress, json.dumps({"rows": rows[-1] + 1, "made_by": mark}))
-            if run.stop_signal:
-                raise Stopped(run.stop_signal)
-        status.update(rows[-1] + 1, images=len(rows))
+            data.all_ranks()
+            if not data.rank():
+                data.write_text_atomic(progress, json.dumps({"rows": through, "made_by": mark}))
+            if stop:
+                raise Stopped(stop)
+        status.update(through, images=len(rows) * data.ranks())
     status.close()
 
 
@@ -491,16 +542,18 @@ def find_outliers(args, images, batch=256):
     return found
 
 
+def own_vit(size):
+    """The ViT that is trained here, with random weights."""
+    tiny = VISION_TRANSFORMERS["tiny"]
+    side = min(size, 128)  # what it sees
+    return VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
+
+
 def build_model(args, images, template, labels, clusters):
     """The bundle, with published weights where flags name them; everything that can be refused is
     refused here, before anything is written."""
-    side = min(args.size, 128)  # what a ViT trained here sees
-    if args.embedder in ("tiny", "random"):
-        tiny = VISION_TRANSFORMERS["tiny"]
-        torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
-        vit = VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
-    else:
-        vit = load_dino(args.embedder)
+    torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
+    vit = own_vit(args.size) if args.embedder in ("tiny", "random") else load_dino(args.embedder)
     vae = VAES[args.preset] if args.vae == "train" else AutoencoderKL.from_pretrained(args.vae)
     unet = UNETS[args.preset] if args.unet == "train" else UNet.from_pretrained(args.unet)
     torch.manual_seed(step_seed(args.seed, "weights") % 2 ** 31)
@@ -515,6 +568,47 @@ def build_model(args, images, template, labels, clusters):
         if isinstance(given, torch.nn.Module):
             mine.load_state_dict(given.state_dict())
     return model
+
+
+def seconds_an_image(work, sides, batch, device):
+    """(seconds that work(images) takes for an image of side sides[-1], the last answer): for ever
+    more pixels at once, until they take a quarter of a second; then scaled by the area."""
+    more = [(sides[-1], 2 ** k) for k in range(1, batch.bit_length())] + 2 * [(sides[-1], batch)]
+    for side, n in [(sides[0], 1)] + [(side, 1) for side in sides] + more:
+        x, began = torch.rand(n, 3, side, side, device=device), time.monotonic()
+        answer = work(x).cpu()  # waits for the GPU
+        took = time.monotonic() - began
+        if took > 0.25:
+            break
+    return took / n * (sides[-1] / side) ** 2, answer
+
+
+@torch.no_grad()
+def forecast_cache(args):
+    """For --dry-run, what the cache will take at most: bytes follow from the shapes; hours are an
+    estimate, from loading a few images and from timing both nets with random weights."""
+    try:
+        with user_errors():
+            device = data.pick_device(args.device)
+            n, loading = data.survey(args.data, args.size, args.count)
+            vae = (AutoencoderKL.from_pretrained(args.vae) if args.vae not in (*PUBLISHED, "train")
+                   else AutoencoderKL(VAES["sd15" if args.vae in PUBLISHED else args.preset]))
+            vit = (own_vit(args.size) if args.embedder in ("tiny", "random") else
+                   build_vit(args.embedder) if args.embedder in VISION_TRANSFORMERS else
+                   load_dino(args.embedder))
+    except UserError as error:
+        return {"note": f"no forecast: {error}"}
+    vae, vit, batch = vae.to(device).eval(), vit.to(device).eval(), 4 * args.vae_batch
+    sides = [side for side in (64, 128, 256) if side < args.size] + [args.size]
+    encoding, _ = seconds_an_image(lambda x: vae.encode(x).mean, sides, batch, device)
+    embedding, tokens = seconds_an_image(lambda x: conditioning_tokens(vit, x, args.tokens),
+                                         [args.size], batch, device)
+    latent = vae.config.latent_channels * (args.size // vae.config.factor) ** 2
+    size = 2 * 2 * latent + 4 * tokens[0].numel()  # mean and std, float16; tokens, float32
+    nets = encoding + embedding
+    seconds = max(nets, loading / args.workers) if args.workers else nets + loading
+    return {"images": n, "bytes_an_image": size, "gigabytes": n * size / 1e9,
+            "hours": n * seconds / 3600, "note": f"an estimate for one process on {device}"}
 
 
 def train_embedder(args, run, model, pictures, dtype):
@@ -587,14 +681,16 @@ def derive_prompts(args, run, model, images, train, labels):
         if config.clusters:
             tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
             with user_errors():
-                fit_of["centers"], cluster = kmeans(model.standardise(tokens).flatten(1),
-                                                    config.clusters, args.seed)
-            fit_of["cluster"] = cluster.cpu()
+                found = kmeans(model.standardise(tokens).flatten(1), config.clusters, args.seed)
+            found = data.all_ranks([tensor.cpu() for tensor in found])[0]  # GPUs may round apart
+            fit_of = dict(zip(("centers", "cluster"), found))
         run.finish("prompts", fit_of)
     model.centers.copy_(run.finished["prompts"]["centers"])
     cluster = run.finished["prompts"]["cluster"]
     numbers = prompt_numbers(config, labels and [labels[i] for i in train], cluster)
     model.prompt_counts.copy_(numbers.bincount(minlength=len(model.prompts)))
+    if data.rank():
+        return numbers
     data.write_csv(run.folder / "prompts.csv", [["file", "label", "cluster", "prompt"]] + [
         [images.files[i], labels[i] if labels else "", k if config.clusters else "",
          model.prompts[number]] for i, k, number in zip(
@@ -636,6 +732,8 @@ def train_unet(args, run, model, images, train, sources, labels, dtype):
         numbers = derive_prompts(args, run, model, images, train, labels)
         cache = Latents(run.folder / "cache", numbers, args.seed)
     torch.set_float32_matmul_precision("high")  # not before: tokens need all of float32
+    if model.config.condition == "none":  # of the projection, only the null context is in use
+        model.projection.requires_grad_(False).null_context.requires_grad_(True)
     ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
     if args.compile:
         model.unet.compile()
@@ -650,7 +748,7 @@ def train_unet(args, run, model, images, train, sources, labels, dtype):
         for step in fit("unet", trained, loss_fn, cache, steps=steps, batch=args.batch, lr=args.lr,
                         device=model.shift.device, seed=args.seed, run=run, ema=ema, dtype=dtype,
                         ema_decay=args.ema, accumulate=args.accumulate):
-            if step % max(1, steps // args.grids) == 0:
+            if step % max(1, steps // args.grids) == 0 and not data.rank():
                 trained.eval()
                 with swapped(trained, ema):
                     preview(model, images, sources, labels, step, run.folder)
@@ -739,7 +837,8 @@ def parse(argv=None):
     a("--keep-checkpoints", action="store_true", help="keep a model_STEP.pt with each sample grid")
     a("--out", help="the run's folder (default: runs/NAME)")
     a("--resume", action="store_true", help="go on where the run stopped")
-    a("--dry-run", action="store_true", help="print the settings as JSON and exit")
+    a("--dry-run", action="store_true", help="print the settings, and the size and hours that the "
+      "cache will take, as JSON, and exit")
     args = p.parse_args(argv)
     out = Path(args.out or f"runs/{Path(args.data).resolve().stem}")
     saved = out / "config.json"
@@ -760,9 +859,12 @@ def parse(argv=None):
         if getattr(args, name) is None:
             value = min(value, args.steps or value) if name.endswith("_steps") else value
             setattr(args, name, value)
-    if args.batch % args.accumulate:
-        raise UserError(f"--batch {args.batch} cannot be cut into --accumulate {args.accumulate} "
-                        "equal parts: need a divisor; pass another --accumulate")
+    for name, parts in ("batch", args.accumulate), ("vae_batch", 1), ("embedder_batch", 1):
+        if vars(args)[name] % (data.ranks() * parts):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {vars(args)[name]} cannot be cut into {data.ranks()} x "
+                            f"{parts} equal parts (processes x --accumulate): need a divisor of "
+                            f"it: pass another {flag}, or --accumulate")
     if args.prediction is None:
         args.prediction = "eps" if "sd15" in (args.preset, args.unet) else "v"
     if args.zero_snr is None:
@@ -777,18 +879,20 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    data.join_ranks()
     args = parse(argv)
     config = {**vars(args), "torch": str(torch.__version__),
               "torchvision": str(torchvision.__version__)}
     if args.dry_run:
         print(json.dumps({**config, "vae_config": asdict(VAES[args.preset]),
-                          "unet_config": asdict(UNETS[args.preset])}, indent=2))
+                          "unet_config": asdict(UNETS[args.preset]),
+                          "cache_forecast": forecast_cache(args)}, indent=2))
         return 0
     began, device = time.time(), data.pick_device(args.device)
     images = data.open_dataset(args.data, args.size, args.seed, args.count, whole=True)
     print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
     train, test = data.split_holdout(images, args.holdout, args.seed, args.group_column)
-    outliers = find_outliers(args, images)
+    outliers = data.all_ranks(None if data.rank() else find_outliers(args, images))[0]
     dropped = torch.tensor([number for number, _ in outliers], dtype=torch.int64)
     train, test = (part[~torch.isin(part, dropped)] for part in (train, test))
     if not len(train):
@@ -801,10 +905,11 @@ def main(argv=None):
         model = build_model(args, images, *plan_prompts(args, labels, rows)).to(device)
     run = Run(args.out, config, args.resume)
     run.catch_signals()
-    run.write_split(images, train, test, args.group_column)
-    if images.unreadable:
+    if not data.rank():
+        run.write_split(images, train, test, args.group_column)
+    if images.unreadable and not data.rank():
         data.write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable])
-    if outliers:
+    if outliers and not data.rank():
         data.write_csv(run.folder / "outliers.csv", [["file", "reason"]] + [
             [images.files[i], reason] for i, reason in outliers])
         print(f"{len(outliers)} outliers left out, named in {run.folder / 'outliers.csv'}")
@@ -833,6 +938,8 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if data.rank():
+        return 0
     if args.condition == "dino" and len(train) > 1:
         tokens = torch.from_numpy(np.array(Latents(run.folder / "cache").tokens[:50_000]))
         model.embedding_sampler = EmbeddingSampler.fit(model.cpu().standardise(tokens),

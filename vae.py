@@ -59,9 +59,15 @@ class LatentGaussian:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None):
-        """One draw, mean + std * noise; the noise is drawn on the generator's own device."""
+        """One draw, mean + std * noise; the noise is drawn on the generator's own device.
+
+        A generator's `share` (index, count), if it has one, says that these are the images
+        index::count of a larger batch: noise is drawn for all of it, and theirs is kept.
+        """
         device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        index, count = getattr(generator, "share", (0, 1))
+        B, *rest = self.mean.shape
+        noise = torch.randn(B, count, *rest, generator=generator, device=device)[:, index]
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self):

@@ -130,7 +130,8 @@ def test_guidance_one_is_the_conditional_run_and_scales_linearly():
 
     def unet(x, t, context):
         calls.append(len(context))
-        return x.repeat(len(context) // len(x), 1, 1, 1) * context.mean(dim=(1, 2))[:, None, None, None]
+        repeated = x.repeat(len(context) // len(x), 1, 1, 1)
+        return repeated * context.mean(dim=(1, 2))[:, None, None, None]
     x, t = torch.randn(2, 4, 3, 3), torch.zeros(2, dtype=torch.long)
     context, null = torch.full((2, 5, 6), 2.0), torch.full((2, 5, 6), 0.5)
     assert torch.equal(guided(unet, context, null, 1.0)(x, t), unet(x, t, context))

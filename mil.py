@@ -499,7 +499,7 @@ def main(argv=None):
     a("--label-column", default="label", help="of labels.csv; the later of two values is positive")
     a("--folds", type=positive_int, default=5, help="of cross-validation, if nothing is split")
     a("--count", type=positive_int, default=1500, help="how many slides to generate")
-    a("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "8x8", "2x2"])
+    a("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "2x2"])
     a("--patches", type=positive_int, default=256, help="that one pass sees")
     a("--focus", action=argparse.BooleanOptionalAction, default=True, help="the second pass")
     a("--steps", type=positive_int, help="of training (default: of each model its own)")
@@ -522,13 +522,14 @@ def main(argv=None):
     run = Run(out, vars(args), resume=bool(shown))
     looks = {str(n): (n, False), str(2 * n): (2 * n, False), f"{n} + {n} focused": (n, True),
              "all": (10 ** 9, False)}
+    opened = None if args.data == "slides" else open_slides(args, vit, device)
     for seed in args.seeds:
-        slides = (generated_slides(seed, args.count, vit, device) if args.data == "slides"
-                  else open_slides(args, vit, device))
+        slides = opened or generated_slides(seed, args.count, vit, device)
         for fold, (train, test) in enumerate(split(slides, args.folds, seed)):
             for name in args.models:
                 stage = f"{name}, seed {seed}, fold {fold}"
-                chosen = [s for s in test if s.name == shown] if shown else test[:4]
+                chosen = [s for s in test if s.name == shown] if shown else [
+                    s for k in (1, 0) for s in [s for s in test if s.label == k][:2]]
                 if not chosen or (shown and stage not in run.finished):
                     continue
                 model = train_model(stage, name, train, args, seed, run, device)
@@ -549,6 +550,7 @@ def main(argv=None):
                         "correct --explain, or finish the run")
     if scores:
         report(out, scores, run)
+    (out / "lock").unlink()
 
 
 if __name__ == "__main__":

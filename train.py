@@ -455,7 +455,8 @@ def build_cache(run, model, images, indices, batch, workers):
                     np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
                 claim_disk(folder / f"{name}.npy")
         data.all_ranks()
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in files}
+        arrays = {name: np.load(folder / f"{name}.npy", "r+", allow_pickle=False)
+                  for name in files}
     if not done and not data.rank():
         data.write_csv(folder / "index.csv", [["row", "file"]] + [
             [row, images.files[i]] for row, i in enumerate(indices.tolist())])

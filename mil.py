@@ -137,12 +137,12 @@ class RegionalMIL(nn.Module):
         M, weight, below = len(x), self.embed.weight / self.scale, []
         x = F.gelu(F.linear(x, weight, self.embed.bias - weight @ self.shift))  # standardised
         share = present.float()
-        for i, (level, side) in enumerate(zip(self.levels, self.config.windows)):
+        for level, side in zip(self.levels, self.config.windows):
             x, present = x.reshape(-1, side ** 2, x.shape[-1]), present.reshape(-1, side ** 2)
             below.append((x.view(M, -1, x.shape[-1]), present.view(M, -1)))
             attention = self.attention(x, present)
             x, present = level(x, present, attention), present.any(dim=1)
-            # a patch gets its share of the share of its window, of all windows that hold it
+            # a patch gets its share of its window, times that of its window in the next, and so on
             share = share.view(attention.numel(), -1) * attention.reshape(-1, 1)
         return x.view(M, -1), share.view(M, -1), below
 

@@ -637,6 +637,8 @@ def train_vae(args, run, model, pictures, dtype):
 
     if "vae" not in run.finished:
         model.vae.requires_grad_(True)
+        if model.shift.device.type == "cpu":  # 69 ms a step, in channels_last 115 (bf16, measured)
+            model.vae.to(memory_format=torch.contiguous_format)
         for _ in fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps,
                      batch=args.vae_batch, lr=args.vae_lr, device=model.shift.device,
                      seed=args.seed, run=run, dtype=dtype, weight_decay=0.0, warmup=20,
@@ -644,7 +646,7 @@ def train_vae(args, run, model, pictures, dtype):
             pass
         run.finish("vae", model.vae.state_dict())
     model.vae.load_state_dict(run.finished["vae"])
-    model.vae.requires_grad_(False).eval()
+    model.vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def measure_statistics(args, model, cache):

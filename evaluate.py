@@ -41,7 +41,7 @@ from metrics import (METRICS, FIDInception, RandomFeatures, best_correlations, b
                      first_share, frechet_distance, frechet_of_moments, grey_values,
                      kernel_distance, kernel_subsets, linear_probe, merge_moments, moments,
                      off_diagonal_mean, pixel_rows, prdc, psnr, roc_auc, subsample_interval)
-from phantoms import CHEST_LABELS
+from support.phantoms import CHEST_LABELS
 from prompts import kmeans, standardise
 from segment import (attention_maps, best_labels, decoder_features, diffseg, nearest_clusters, otsu,
                      outlined, points, principal_axes, under_seeds)

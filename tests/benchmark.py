@@ -34,7 +34,7 @@ from dino import (VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,  
 from dinodiff import NoiseSchedule, ddim_sample, guided  # noqa: E402
 from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs  # noqa: E402
 from metrics import frechet_distance, kernel_distance, prdc  # noqa: E402
-from phantoms import histology_phantoms  # noqa: E402
+from support.phantoms import histology_phantoms  # noqa: E402
 from prompts import inertia, kmeans, standardise  # noqa: E402
 from train import UNETS  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402

@@ -15,7 +15,7 @@ from dinodiff import slerp
 from downstream import (Settings, arms_of, compare_arms, conditions, draw_pool, strong_augment,
                         train_classifier)
 from metrics import auc_influence, delong_test, holm
-from phantoms import chest_phantoms
+from support.phantoms import chest_phantoms
 
 FLAGS = ["--device", "cpu", "--least", "2", "--seeds", "0", "1", "--sample-steps", "1",
          "--cnn-steps", "4"]

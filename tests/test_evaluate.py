@@ -24,7 +24,7 @@ from metrics import (FIDInception, RandomFeatures, best_correlations, bootstrap_
                      frechet_of_moments, kernel_distance, kernel_subsets, linear_probe,
                      merge_moments, moments, pixel_rows, prdc, psnr, ridge_weights, roc_auc,
                      subsample_interval)
-from phantoms import chest_phantoms
+from support.phantoms import chest_phantoms
 
 
 @pytest.fixture(scope="module")

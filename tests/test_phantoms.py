@@ -5,8 +5,8 @@ from PIL import Image
 from scipy import ndimage
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-import phantoms
-from phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms, histology_phantoms,
+from support import phantoms
+from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms, histology_phantoms,
                       paint_slide, slide_phantoms)
 
 BOTH = pytest.mark.parametrize("draw", [chest_phantoms, histology_phantoms])

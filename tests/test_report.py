@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 import data
 import report
 from evaluate import cohen_kappa
-from phantoms import chest_phantoms
+from support.phantoms import chest_phantoms
 
 VOID = {"meta", "img", "input", "br"}
 

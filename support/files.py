@@ -1,0 +1,117 @@
+"""Files that are whole or not there: atomic writes, tables, logs, checkpoints."""
+import csv
+import io
+import itertools
+import json
+import os
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from support.command import UserError, user_errors
+
+CHECKPOINT_VERSION = 1
+
+
+def make_folder(path):
+    """Make a folder and its parents; raises UserError if that is not allowed."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror})", "a writable place is needed",
+                        "pass another --out") from error
+
+
+def next_folder(parent, name):
+    """The first of parent/name, parent/name_2, parent/name_3, ... that does not exist."""
+    paths = (Path(parent, f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
+    return next(path for path in paths if not path.exists())
+
+
+@contextmanager
+def atomic_file(path):
+    """A binary file that takes the place of `path` only once it is complete and on the disk."""
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: names may be as long as they may be
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
+        why = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(why, OSError):
+            raise
+        raise UserError(f"{path} cannot be written ({why.strerror or why})",
+                        "a writable folder with space is needed", "pass another --out") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def save_atomic(path, obj):
+    """torch.save that leaves either the old file or the whole new one."""
+    with atomic_file(path) as file:
+        torch.save(obj, file)
+
+
+def write_text_atomic(path, text):
+    """Write UTF-8 text so that a reader sees either the old file or the whole new one."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))  # file names may hold any byte
+
+
+def write_csv(path, rows):
+    """Write rows (the first names the columns) so that a reader sees a whole file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text_atomic(path, text.getvalue())
+
+
+def append_jsonl(path, row):
+    """Add one dict as a line of JSON."""
+    with user_errors(f"{path} must be writable", "make space there, and start again"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path):
+    """The rows of such a file, none if it is missing; a line that was cut short is left out."""
+    rows = []
+    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def load_checkpoint(path, needs=(), do="make one with: python train.py --data cxr"):
+    """Read a file of this project on the CPU; code inside such a file is never run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        lacks = [name for name in needs if name not in checkpoint]
+        if checkpoint["version"] == CHECKPOINT_VERSION and not lacks:
+            return checkpoint
+        why = f"its version is {str(checkpoint['version'])[:40]}, it lacks {lacks or 'nothing'}"
+    except Exception:  # a damaged or foreign file makes torch.load raise nearly any type
+        why = "missing, damaged, cut short, no checkpoint, or pickled code, which is refused"
+    raise UserError(f"{path} cannot be read ({why})",
+                    f"a whole model.pt or state.pt of version {CHECKPOINT_VERSION} is needed", do)
+
+
+def resolve_checkpoint(argument=None, root="runs"):
+    """Path of a model.pt: the file or run folder named, or else that of the newest run."""
+    runs = sorted(Path(root).glob("*/model.pt"), key=os.path.getmtime)
+    path = Path(argument or (runs[-1] if runs else Path(root, "*", "model.pt")))
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}", "a trained model is needed",
+                        "make one with: python train.py --data cxr")
+    return path

@@ -8,7 +8,7 @@ from support.ranks import join_ranks, ranks, rank, all_ranks  # noqa
 from support.files import *  # noqa
 from support.files import CHECKPOINT_VERSION, make_folder, next_folder, atomic_file, save_atomic, write_text_atomic, write_csv, append_jsonl, read_jsonl, load_checkpoint, resolve_checkpoint  # noqa
 from support.pictures import *  # noqa
-from support.pictures import COLOURS, _to_picture, save_png, save_grid, line_chart  # noqa
+from support.pictures import COLOURS, to_picture as _to_picture, save_png, save_grid, line_chart  # noqa
 from support.images import *  # noqa
 from support.images import IMAGE_FORMATS, IMAGE_SUFFIXES, _open_image, _decode, load_image, _below, list_images, _why_unreadable  # noqa
 from support.datasets import *  # noqa

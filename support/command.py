@@ -1,4 +1,7 @@
-"""What every script of this project needs: one-line errors, flags, the device, progress."""
+"""What every script of this project needs: one-line errors, flags, the device, progress.
+
+What a user can cause ends as a `UserError` of one line in three parts: got, need, do.
+"""
 import argparse
 import os
 import sys
@@ -34,30 +37,44 @@ def user_errors(*parts):
         raise UserError(error, *parts) from error
 
 
+MEMORY_FLAGS = ("--batch, --vae-batch, --embedder-batch, --size or --count, raise --accumulate, "
+                "pass --checkpointing, or take a smaller --preset, as far as this script has them")
+
+
 def run_script(main):
     """Call main(); what the user caused becomes one line and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a console of few letters shows ? for the others
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return main()
-    except UserError as error:  # out of a DataLoader worker it carries a traceback: its end only
+    except UserError as error:
+        # Out of a DataLoader's process the text carries a traceback: the line is at its end.
         text = str(error).rpartition("support.command.UserError: ")[2].strip()
     except OSError as error:
         text = one_line(f"{error}: a writable place with space is needed: mend it, and start again")
     except (MemoryError, RuntimeError) as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        full = (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or "allocate memory" in str(error))
-        if not (lost or full):
+        text = _why_stopped(error)
+        if text is None:
             raise
-        text = ("another process of this run has ended: all are needed: see what it said, mend "
-                "that, and start all again") if lost else (
-                "the memory is full: a batch must fit: lower --batch, --vae-batch or "
-                "--embedder-batch, --workers, --size or --count, raise --accumulate, or take a "
-                "smaller --preset")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
+
+def _why_stopped(error):
+    """One line for a full memory or a lost process; None for a fault of ours."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return ("another process of this run has ended: all are needed: see what it said, mend "
+                "that, and start all again")
+    is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if is_full or "allocate memory" in str(error):
+        return f"the memory is full: a batch must fit: lower {MEMORY_FLAGS}"
+    return None
+
+
+# ---- flags -------------------------------------------------------------------------------------
 
 def _number(kind, low, high, need):
     """A type for argparse: numbers from low to high."""
@@ -87,12 +104,20 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
+# ---- the machine -------------------------------------------------------------------------------
+
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" takes CUDA, then MPS, then the CPU."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    found = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu", *gpus]
+    found = ["cpu", *gpus]
+    if torch.backends.mps.is_available():
+        found.insert(0, "mps")
+    if gpus:
+        found.insert(0, "cuda")
     name = found[0] if name == "auto" else name
-    if ranks() > 1:  # each its own GPU; torch.distributed knows no "mps"
+
+    # Of several processes each takes its own GPU; torch.distributed knows no "mps".
+    if ranks() > 1:
         name = {"cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "mps": "cpu"}.get(name, name)
     if name not in found:
         raise UserError(f"no device {name!r}", f"here are {', '.join(found)}", "pass --device "
@@ -106,12 +131,34 @@ def autocast_dtype(device, dtype="auto"):
     """torch.bfloat16 or torch.float32; "auto" takes bfloat16 where the chip computes in it."""
     if dtype != "auto":
         return {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
-    native, cpu = False, Path("/proc/cpuinfo")  # torch offers no public question about CPUs
+    is_native = False
+    cpu = Path("/proc/cpuinfo")  # torch offers no public question about CPUs
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and cpu.exists():
-        native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu.read_text().split())
-    return torch.bfloat16 if native else torch.float32
+        is_native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu.read_text().split())
+    return torch.bfloat16 if is_native else torch.float32
+
+
+# ---- what people see ---------------------------------------------------------------------------
+
+def print_table(rows):
+    """Print rows {name: {column: value}}; a value is a number, a list (an interval), text or None.
+    """
+    def text(value):
+        if isinstance(value, list):
+            return " to ".join(map(text, value))
+        if isinstance(value, str):
+            return value
+        return "" if value is None else f"{value:.4g}"
+
+    heads = dict.fromkeys(column for row in rows.values() for column in row)
+    table = [["", *heads]]
+    for name, row in rows.items():
+        table.append([name, *(text(row.get(head)) for head in heads)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 class StatusLine:
@@ -121,8 +168,12 @@ class StatusLine:
     """
 
     def __init__(self, total, label, start=0):
-        self.total, self.label, self.start = total, label, start  # start: done by an earlier run
-        self.terminal, self.images, self.loss = sys.stdout.isatty(), 0, None
+        self.total = total
+        self.label = label
+        self.start = start  # steps that an earlier run has done
+        self.terminal = sys.stdout.isatty()
+        self.images = 0
+        self.loss = None
         self.began = self.printed = time.monotonic()
 
     def update(self, step, loss=None, images=0):
@@ -131,16 +182,23 @@ class StatusLine:
         if loss is not None:
             self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss
         now = time.monotonic()
-        if step < self.total and now - self.printed < (0.2 if self.terminal else 10):
+        pause = 0.2 if self.terminal else 10  # seconds between two lines
+        if step < self.total and now - self.printed < pause:
             return
-        self.printed, seconds = now, max(now - self.began, 1e-9)
+        self.printed = now
+
+        seconds = max(now - self.began, 1e-9)
         left = round(seconds / max(step - self.start, 1) * (self.total - step))
         line = f"{self.label} {step}/{self.total}  {100 * step // self.total} %"
-        line += f"  loss {self.loss:.4f}" if self.loss is not None else ""
-        line += f"  {self.images / seconds:.1f} images/s" if self.images else ""
+        if self.loss is not None:
+            line += f"  loss {self.loss:.4f}"
+        if self.images:
+            line += f"  {self.images / seconds:.1f} images/s"
         line += f"  ETA {timedelta(seconds=left)}"
-        start, end = ("\r", "\033[K") if self.terminal else ("", "\n")  # \033[K: clear the rest
-        print(f"{start}{line}", end=end, flush=True)
+        if self.terminal:
+            print(f"\r{line}\033[K", end="", flush=True)  # \033[K clears the rest of the line
+        else:
+            print(line, flush=True)
 
     def close(self):
         """End the line on a terminal."""

@@ -12,7 +12,7 @@ import torch
 
 from support.command import UserError, user_errors
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2  # 1: before the embedder was centred by Sinkhorn-Knopp
 
 
 def make_folder(path):
@@ -72,6 +72,12 @@ def write_csv(path, rows):
     write_text_atomic(path, text.getvalue())
 
 
+def write_json(path, result):
+    """Write an object as indented JSON, and say where."""
+    write_text_atomic(path, json.dumps(result, indent=2))
+    print(f"wrote {path}")
+
+
 def append_jsonl(path, row):
     """Add one dict as a line of JSON."""
     with user_errors(f"{path} must be writable", "make space there, and start again"):
@@ -97,11 +103,15 @@ def load_checkpoint(path, needs=(), do="make one with: python train.py --data cx
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         lacks = [name for name in needs if name not in checkpoint]
-        if checkpoint["version"] == CHECKPOINT_VERSION and not lacks:
-            return checkpoint
-        why = f"its version is {str(checkpoint['version'])[:40]}, it lacks {lacks or 'nothing'}"
+        version = str(checkpoint["version"])[:40]
     except Exception:  # a damaged or foreign file makes torch.load raise nearly any type
         why = "missing, damaged, cut short, no checkpoint, or pickled code, which is refused"
+    else:
+        if version == str(CHECKPOINT_VERSION) and not lacks:
+            return checkpoint
+        why = f"it lacks {', '.join(lacks)}"
+        if version != str(CHECKPOINT_VERSION):
+            why = f"its version is {version}; files of other versions must be trained anew"
     raise UserError(f"{path} cannot be read ({why})",
                     f"a whole model.pt or state.pt of version {CHECKPOINT_VERSION} is needed", do)
 
@@ -109,8 +119,10 @@ def load_checkpoint(path, needs=(), do="make one with: python train.py --data cx
 def resolve_checkpoint(argument=None, root="runs"):
     """Path of a model.pt: the file or run folder named, or else that of the newest run."""
     runs = sorted(Path(root).glob("*/model.pt"), key=os.path.getmtime)
-    path = Path(argument or (runs[-1] if runs else Path(root, "*", "model.pt")))
-    path = path / "model.pt" if path.is_dir() else path
+    newest = runs[-1] if runs else Path(root, "*", "model.pt")
+    path = Path(argument or newest)
+    if path.is_dir():
+        path = path / "model.pt"
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}", "a trained model is needed",
                         "make one with: python train.py --data cxr")

@@ -1,0 +1,83 @@
+"""What experiments share: a trained run with its data, flags, and a fixed choice of images.
+
+    add_run_flags(parser)               # --checkpoint --data --batch --device --count --train-limit
+    run = open_run(args)                # .folder .model .flags .images .train .test
+    for x in batches_of(run.images, run.test, args.batch): ...   # (B, 3, H, W) in [-1, 1]
+
+Tables come from support.command.print_table and support.files.write_json.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinodiff import DinoDiffusion
+from support.command import UserError, batch_int, pick_device, positive_int, user_errors
+from support.datasets import ImageSet, open_dataset
+from support.files import load_checkpoint, resolve_checkpoint
+from support.splits import read_split
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A trained model with the images it was trained on, and those it has never seen."""
+    folder: Path
+    model: DinoDiffusion  # on the device, in eval mode
+    flags: dict  # of its training
+    images: ImageSet
+    train: torch.Tensor  # numbers of at most --train-limit training images, int64, shuffled
+    test: torch.Tensor  # numbers of at most --count held-out images, int64, shuffled
+
+
+def add_run_flags(parser, count=5000, train_limit=None):
+    """Add the flags that open_run reads, which mean the same in every experiment."""
+    add = parser.add_argument
+    add("--checkpoint", help="run folder or model.pt (default: the newest run)")
+    add("--data", help="where the run's images are now (default: as trained)")
+    add("--batch", type=batch_int, default=64, help="images at once")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--count", type=positive_int, default=count, help="at most so many held-out images")
+    add("--train-limit", type=positive_int, default=train_limit,
+        help="at most so many training images")
+
+
+def choose(indices, count):
+    """At most `count` of the indices (None: all), shuffled, always in the same way: int64 (N,)."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    return torch.as_tensor(indices)[order[:count]]
+
+
+def batches_of(images, indices, batch):
+    """Iterator of the images with these numbers, in batches (B, 3, H, W) in [-1, 1]."""
+    return (images.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(batch))
+
+
+def open_run(args, checkpoint=None):
+    """The OpenedRun of a checkpoint (a path, default: --checkpoint) and of the run flags.
+
+    Raises UserError if the file does not say what it was trained on, if its data are not there, or
+    if they have fewer than two training or held-out images.
+    """
+    path = resolve_checkpoint(checkpoint or args.checkpoint)
+    checkpoint = load_checkpoint(path, ("training",))
+    with user_errors():
+        model = DinoDiffusion.from_checkpoint(checkpoint).to(pick_device(args.device))
+    try:
+        flags = checkpoint["training"]
+        source = flags["data"]
+        seed = int(flags["seed"])
+        count = int(flags["count"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say what it was trained on ({error!r})",
+                        "the flags of its training are needed", "pass another --checkpoint"
+                        ) from error
+
+    images = open_dataset(args.data or source, model.config.image_size, seed, count)
+    train, test = read_split(path.parent / "split.csv", images)
+    if min(len(test), len(train)) < 2:
+        raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
+                        "2 of each are needed", "train with a larger --holdout")
+    print(f"{path}: {images.note}; held-out images are sources, {model.config.tokens} tokens, "
+          f"condition {model.config.condition}")
+    return OpenedRun(path.parent, model, flags, images, choose(train, args.train_limit),
+                     choose(test, args.count))

@@ -36,7 +36,9 @@ from torch import nn
 import data
 from data import UserError, positive_int, run_script, step_seed, user_errors
 from dino import build_vit, conditioning_tokens, load_dino
-from evaluate import bootstrap_interval, print_table, roc_auc, write_json
+from evaluate import bootstrap_interval, roc_auc
+from support.command import print_table
+from support.files import write_json
 from support.phantoms import histology_phantoms, paint_slide, slide_phantoms
 from segment import otsu_level
 from train import Run, fingerprint, fit

@@ -30,8 +30,10 @@ from PIL import Image
 from data import (COLOURS, Help, UserError, load_image, not_negative_int, open_dataset,
                   positive_int, read_jsonl, read_split, resolve_checkpoint, run_script, step_seed,
                   write_text_atomic, read_table)
-from evaluate import (RandomFeatures, batches_of, bootstrap_interval, choose, cohen_kappa, describe,
-                      print_table, write_json)
+from evaluate import RandomFeatures, bootstrap_interval, cohen_kappa, describe
+from experiments.common import batches_of, choose
+from support.command import print_table
+from support.files import write_json
 
 STYLE = """*{box-sizing:border-box} [hidden]{display:none} h1,figcaption,p{overflow-wrap:anywhere}
 body{margin:0;background:#f5f6f8;color:#1d2733;font:16px/1.5 system-ui,sans-serif}

@@ -40,7 +40,7 @@ def print_list(experiments):
         print(f"  {name:{width}}  {question}")
 
 
-def run_experiment(argv=None):
+def main(argv=None):
     """Run the experiment that the first argument names; without arguments list them all."""
     experiments = find_experiments()
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -62,4 +62,4 @@ def run_experiment(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(run_experiment)
+    run_script(main)

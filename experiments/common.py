@@ -9,12 +9,14 @@ Tables come from support.command.print_table and support.files.write_json.
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dinodiff import DinoDiffusion
 from support.command import UserError, batch_int, pick_device, positive_int, user_errors
 from support.datasets import ImageSet, open_dataset
 from support.files import load_checkpoint, resolve_checkpoint
+from support.phantoms import CHEST_LABELS
 from support.splits import read_split
 
 
@@ -81,3 +83,37 @@ def open_run(args, checkpoint=None):
           f"condition {model.config.condition}")
     return OpenedRun(path.parent, model, flags, images, choose(train, args.train_limit),
                      choose(test, args.count))
+
+
+def finding_columns(images):
+    """The columns of the labels that experiments ask about by default."""
+    return list(CHEST_LABELS) if set(CHEST_LABELS) <= set(images.columns) else ["finding"]
+
+
+def binary_labels(columns, names, train, test, least=20):
+    """Columns of str -> (list of label names, train (N, L), test (M, L)) of 0.0 and 1.0.
+
+    A column of "0" and "1" is one label; any other is cut at "|" into one label a value. Labels
+    need `least` images on either side in both parts.
+    """
+    labels = {}
+    for name in names:
+        if name not in columns:
+            raise UserError(f"there is no column {name!r}", f"labels.csv has "
+                            f"{', '.join(columns) or 'no columns'}", "pass --label-column")
+        cells = [set(cell.split("|")) for cell in columns[name]]
+        values = set().union(*cells) - {""}
+        wanted = {name: "1"} if values <= {"0", "1"} else {v: v for v in sorted(values)}
+        for label, value in wanted.items():
+            shown = np.array([value in cell for cell in cells], float)
+            labels[label] = shown[train], shown[test]
+
+    kept = {label: parts for label, parts in labels.items()
+            if all(least <= part.sum() <= len(part) - least for part in parts)}
+    if not kept:
+        raise UserError(f"no label of {', '.join(names)} is in {least} images, and not in {least}, "
+                        "of both parts", "an AUC needs both", "pass another --label-column")
+    if len(kept) < len(labels):
+        print(f"left out, too rare or too common: {', '.join(sorted(labels.keys() - kept))}")
+    train_y, test_y = (np.stack(part, axis=1) for part in zip(*kept.values()))
+    return list(kept), train_y, test_y

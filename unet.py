@@ -1,4 +1,4 @@
-"""UNet: the conditional U-Net of Stable Diffusion 1.5, with self- and cross-attention.
+"""UNet: the conditional U-Net of Stable Diffusion, with self- and cross-attention.
 
 Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"
 (arXiv 2112.10752, section 3.3: conditioning by cross-attention); Ronneberger et al. 2015, "U-Net"
@@ -12,49 +12,69 @@ xt is a noisy latent of about unit variance, t a step in 0..999 (int64 or float)
 condition tokens. What is predicted (noise or v) is the schedule's business, not the net's. With
 K = 1 the softmax over one token is always 1: query and key then learn nothing, so use several.
 
+    xt -- conv_in -- down_blocks (ResNet blocks, transformers, halving) -- mid_block --+
+                        | what each layer makes is handed across, last first           |
+    prediction -- conv_out -- up_blocks (ResNet blocks, transformers, doubling) -------+
+
 Deliberate differences from the reference (diffusers, whose parameter names are kept, so that
 `load_state_dict(strict=True)` loads Stable Diffusion 1.5 into the default config):
 - GroupNorm has gcd(32, channels) groups, so that narrow nets can be built.
-- Branches start at zero (see UNet.__init__).
+- Branches start at zero (see UNet.zero_branches).
 - Sides that are not multiples of 2^(levels - 1) are refused, not padded.
 """
 
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from support.fast import Linear, double
+from support.weights import load_model
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    in_channels: int = 4  # of the latent
-    out_channels: int = 4  # of the prediction
-    base_channels: int = 320  # width of the first level
+class UNetConfig:                           # the defaults are Stable Diffusion 1.5
+    in_channels: int = 4                    # of the latent
+    out_channels: int = 4                   # of the prediction
+    base_channels: int = 320                # width of the first level
     channel_multipliers: tuple = (1, 2, 4, 4)  # width of each level / base_channels
-    layers_per_block: int = 2  # ResNet blocks a level going down; going up has one more
-    attention_levels: tuple = (True, True, True, False)  # levels with transformers; the middle has
-    context_dim: int = 768  # width of a condition token
-    num_heads: int = 8  # attention heads, the same at every level
+    layers_per_block: int = 2               # ResNet blocks a level going down; going up one more
+    attention_levels: tuple = (True, True, True, False)  # has it transformers; the middle has
+    context_dim: int = 768                  # width of a condition token
+    num_heads: int = 8                      # attention heads, or a tuple with one for each level
+    norm_groups: int = 0                    # of every GroupNorm; 0 = gcd(32, channels)
 
     def __post_init__(self):
-        if len(self.attention_levels) != len(self.channel_multipliers):
-            raise ValueError(f"got {len(self.attention_levels)} attention_levels for "
-                             f"{len(self.channel_multipliers)} channel_multipliers: need one for "
-                             "each level, make them equally long")
-        for width in self.widths:
-            if width % self.num_heads:
+        levels = len(self.channel_multipliers)
+        for name, values in ("attention_levels", self.attention_levels), ("num_heads", self.heads):
+            if len(values) != levels:
+                raise ValueError(f"got {len(values)} {name} for {levels} channel_multipliers: need "
+                                 "one for each level, make them equally long")
+        for width, heads in zip(self.widths, self.heads):
+            if width % heads:
                 raise ValueError(f"a level is {width} channels wide: need a multiple of num_heads "
-                                 f"{self.num_heads}, change base_channels or num_heads")
+                                 f"{heads}, change base_channels or num_heads")
 
     @property
     def widths(self):
+        """Channels of each level."""
         return [self.base_channels * m for m in self.channel_multipliers]
+
+    @property
+    def heads(self):
+        """Attention heads of each level."""
+        if isinstance(self.num_heads, int):
+            return [self.num_heads] * len(self.channel_multipliers)
+        return list(self.num_heads)
+
+    @property
+    def time_dim(self):
+        """Entries of the time embedding that ResNet blocks hear."""
+        return 4 * self.base_channels
 
     @property
     def factor(self):
@@ -94,31 +114,23 @@ def keep_attention(unet, only=""):
             module.keep = None
 
 
-# ---------------------------------------------------------------- blocks
+# ---- blocks ------------------------------------------------------------------------------------
 
-
-def group_norm(channels, eps):
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
-
-
-class Linear(nn.Linear):
-    """nn.Linear over tokens; on the CPU as a 1x1 convolution, the same sums at up to twice the
-    speed: oneDNN, which convolves, uses AVX-512 on every maker's chips, the matrix product not."""
-
-    def forward(self, x):
-        if x.device.type != "cpu" or x.shape[1] < 16:  # a handful of tokens: nothing to gain
-            return super().forward(x)
-        x = x.unsqueeze(1).movedim(-1, 1)  # (B, N, C) -> (B, C, 1, N), the same memory
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias).movedim(1, -1).squeeze(1)
+def group_norm(channels, eps, config):
+    """GroupNorm with the config's number of groups."""
+    groups = config.norm_groups or math.gcd(32, channels)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, c_in, c_out, time_dim):
+    """Two 3x3 convolutions, the time added between them, and a shortcut."""
+
+    def __init__(self, c_in, c_out, config):
         super().__init__()
-        self.norm1 = group_norm(c_in, 1e-5)
+        self.norm1 = group_norm(c_in, 1e-5, config)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, c_out)
-        self.norm2 = group_norm(c_out, 1e-5)
+        self.time_emb_proj = nn.Linear(config.time_dim, c_out)
+        self.norm2 = group_norm(c_out, 1e-5, config)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -142,23 +154,33 @@ class Attention(nn.Module):
         self.to_v = Linear(source_dim, dim, bias=False)
         self.to_out = nn.Sequential(Linear(dim, dim))
 
+    def split_heads(self, h):
+        return h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # -> (B, heads, N, d)
+
     def forward(self, x, source, mask=None):
-        q, k, v = (h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N or M, d)
-                   for h in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        q = self.split_heads(self.to_q(x))
+        k = self.split_heads(self.to_k(source))
+        v = self.split_heads(self.to_v(source))
         if self.keep is None:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-            if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
-            weights = scores.softmax(dim=-1)  # (B, heads, N, M)
-            maps, name = self.keep
-            maps[name] = weights.detach()
-            h = weights.to(v.dtype) @ v
+            h = self.attend_and_keep(q, k, v, mask)
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, dim)
+
+    def attend_and_keep(self, q, k, v, mask):
+        """What the fused attention computes, step by step, so that the weights can be kept."""
+        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        weights = scores.softmax(dim=-1)  # (B, heads, N, M)
+        maps, name = self.keep
+        maps[name] = weights.detach()
+        return weights.to(v.dtype) @ v
 
 
 class GEGLU(nn.Module):
+    """A linear layer whose second half, through GELU, gates its first."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.proj = Linear(dim, 2 * hidden)
@@ -169,6 +191,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """An MLP on each token, four times as wide inside."""
+
     def __init__(self, dim):
         super().__init__()
         # The reference has a dropout of probability 0 in the middle; Identity keeps the numbering.
@@ -181,12 +205,12 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the context, feed-forward; each with a residual."""
 
-    def __init__(self, dim, config):
+    def __init__(self, dim, num_heads, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, dim, config.num_heads)
+        self.attn1 = Attention(dim, dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, config.context_dim, config.num_heads)
+        self.attn2 = Attention(dim, config.context_dim, num_heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -198,23 +222,25 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, dim, config):
+    """A TransformerBlock over the positions of a feature map, with a residual."""
+
+    def __init__(self, dim, num_heads, config):
         super().__init__()
-        self.norm = group_norm(dim, 1e-6)
+        self.norm = group_norm(dim, 1e-6, config)
         self.proj_in = nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, config)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, num_heads, config)])
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x, context, mask):
         B, C, H, W = x.shape
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
         h = self.transformer_blocks[0](h, context, mask)
-        h = h.transpose(1, 2).reshape(B, C, H, W)  # (B, H*W, C) -> (B, C, H, W)
+        h = h.transpose(1, 2).reshape(B, C, H, W)                  # (B, H*W, C) -> (B, C, H, W)
         return x + self.proj_out(h)
 
 
 class Resample(nn.Module):
-    """Halves (stride 2) or, with up=True, doubles both sides."""
+    """Halves both sides by a stride of 2; with up=True doubles them."""
 
     def __init__(self, channels, up=False):
         super().__init__()
@@ -222,48 +248,85 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
 
     def forward(self, x):
-        if not self.up:
-            return self.conv(x)
-        # Repeating pixels and then convolving with 3x3 weights is one transposed convolution with
-        # 4x4 weights, each the sum of those that met the same pixel: 4 products, not 9, a pixel.
-        weight = 4 * F.avg_pool2d(self.conv.weight.flip(2, 3), 2, stride=1, padding=1)
-        return F.conv_transpose2d(x, weight.transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        return double(x, self.conv) if self.up else self.conv(x)
 
 
 class Level(nn.Module):
-    """Blocks at one resolution: ResNet blocks from each of `c_ins` to c_out channels, each followed
-    by a transformer where attention is on; last a change of resolution, if any."""
+    """Layers at one resolution: ResNet blocks from each of `c_ins` to the level's width, each
+    followed by a transformer where attention is on."""
 
-    def __init__(self, c_ins, c_out, attention, config, down=False, up=False):
+    def __init__(self, c_ins, index, config):
         super().__init__()
-        time_dim = 4 * config.base_channels
-        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, time_dim) for c_in in c_ins)
+        width = config.widths[index]
+        has_attention = config.attention_levels[index]
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, width, config) for c_in in c_ins)
         self.attentions = nn.ModuleList(
-            SpatialTransformer(c_out, config) for _ in c_ins if attention)
-        if down:
-            self.downsamplers = nn.ModuleList([Resample(c_out)])
-        if up:
-            self.upsamplers = nn.ModuleList([Resample(c_out, up=True)])
-        self.down, self.up = down, up
+            SpatialTransformer(width, config.heads[index], config)
+            for _ in c_ins if has_attention)
 
     def layer(self, i, x, time, context, mask):
         x = self.resnets[i](x, time)
         return self.attentions[i](x, context, mask) if self.attentions else x
 
 
-class MidBlock(nn.Module):
-    def __init__(self, channels, config):
-        super().__init__()
-        time_dim = 4 * config.base_channels
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time_dim) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(channels, config)])
+class DownBlock(Level):
+    """A level on the way down: its layers, then all levels but the last halve the sides."""
+
+    def __init__(self, c_ins, index, config):
+        super().__init__(c_ins, index, config)
+        self.downsamplers = nn.ModuleList()  # one or none
+        if index < len(config.widths) - 1:
+            self.downsamplers.append(Resample(config.widths[index]))
 
     def forward(self, x, time, context, mask):
-        x = self.attentions[0](self.resnets[0](x, time), context, mask)
+        """Returns x, and a list of what each layer made, for the way up."""
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, time, context, mask)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """ResNet block, transformer, ResNet block at the lowest resolution."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.widths[-1]
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, config) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatialTransformer(width, config.heads[-1], config)])
+
+    def forward(self, x, time, context, mask):
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context, mask)
         return self.resnets[1](x, time)
 
 
+class UpBlock(Level):
+    """A level on the way up: each layer also hears a skip; all levels but the first then double."""
+
+    def __init__(self, c_ins, index, config):
+        super().__init__(c_ins, index, config)
+        self.upsamplers = nn.ModuleList()  # one or none
+        if index > 0:
+            self.upsamplers.append(Resample(config.widths[index], up=True))
+
+    def forward(self, x, skips, time, context, mask):
+        """skips: one for each layer, in the order in which they were made; taken from the end."""
+        for i, skip in enumerate(reversed(skips)):
+            x = torch.cat([x, skip], dim=1)  # (B, C + C_skip, h, w)
+            x = self.layer(i, x, time, context, mask)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
 class TimeEmbedding(nn.Module):
+    """A small MLP on the cosines and sines of the step."""
+
     def __init__(self, dim_in, dim):
         super().__init__()
         self.linear_1 = nn.Linear(dim_in, dim)
@@ -274,53 +337,63 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoising network; parameter names are those of diffusers' UNet2DConditionModel."""
+    """The denoising network; parameter names are those of diffusers' UNet2DConditionModel.
+
+    checkpointing: set it to True to train in less memory and a third more time: a level then keeps
+        only what goes in and out, and computes its inside anew for the gradients, which stay equal.
+    """
+
+    checkpointing = False
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
-        widths, layers = config.widths, config.layers_per_block
-        base, last = config.base_channels, len(widths) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
-        self.time_embedding = TimeEmbedding(base, 4 * base)
+        widths = config.widths
+        layers = config.layers_per_block
+        levels = len(widths)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(config.base_channels, config.time_dim)
 
+        # Down. skips: widths of the tensors handed across, in the order forward() makes them.
         self.down_blocks = nn.ModuleList()
-        skips = [base]  # widths of the tensors handed across, in the order forward() makes them
-        for i, width in enumerate(widths):
-            c_ins = [skips[-1]] + [width] * (layers - 1)
-            self.down_blocks.append(
-                Level(c_ins, width, config.attention_levels[i], config, down=i < last))
-            skips += [width] * (layers + (i < last))
+        skips = [widths[0]]
+        for i in range(levels):
+            c_ins = [skips[-1]] + [widths[i]] * (layers - 1)
+            self.down_blocks.append(DownBlock(c_ins, i, config))
+            skips += [widths[i]] * layers
+            if i < levels - 1:
+                skips.append(widths[i])
 
-        self.mid_block = MidBlock(widths[-1], config)
+        self.mid_block = MidBlock(config)
 
+        # Up. A level's first layer hears the level below; each layer hears one skip more.
         self.up_blocks = nn.ModuleList()
-        below = widths[-1]  # width of what comes from the level below
-        for i in reversed(range(len(widths))):
-            width = widths[i]
-            c_ins = [c + skips.pop() for c in [below] + [width] * layers]
-            self.up_blocks.append(
-                Level(c_ins, width, config.attention_levels[i], config, up=i > 0))
-            below = width
+        below = widths[-1]
+        for i in reversed(range(levels)):
+            c_ins = [c + skips.pop() for c in [below] + [widths[i]] * layers]
+            self.up_blocks.append(UpBlock(c_ins, i, config))
+            below = widths[i]
 
-        self.conv_norm_out = group_norm(base, 1e-5)
-        self.conv_out = nn.Conv2d(base, config.out_channels, 3, padding=1)
+        self.conv_norm_out = group_norm(widths[0], 1e-5, config)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.zero_branches()
+        self.to(memory_format=torch.channels_last)  # so image <-> tokens needs no copy
 
-        # Zero: the last layer of every residual branch, so that each block starts as its shortcut
-        # and short trainings converge sooner; and conv_out, so that the first prediction is 0,
-        # the mean of both noise and v. Loading weights overwrites all of it.
-        zero = [self.conv_out]
+    def zero_branches(self):
+        """Zero the last layer of every residual branch, so that each block starts as its shortcut
+        and short trainings converge sooner; and conv_out, so that the first prediction is 0, the
+        mean of both noise and v. Loading weights overwrites all of it."""
+        last_layers = [self.conv_out]
         for module in self.modules():
             if isinstance(module, ResnetBlock):
-                zero.append(module.conv2)
+                last_layers.append(module.conv2)
             elif isinstance(module, Attention):
-                zero.append(module.to_out[0])
+                last_layers.append(module.to_out[0])
             elif isinstance(module, FeedForward):
-                zero.append(module.net[2])
-        for module in zero:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        self.to(memory_format=torch.channels_last)  # so image <-> tokens needs no copy
+                last_layers.append(module.net[2])
+        for layer in last_layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, xt, t, context, context_mask=None):
         """Predicts noise or v.
@@ -333,191 +406,73 @@ class UNet(nn.Module):
         Returns: (B or R*B, out_channels, h, w), dtype of xt.
         Raises: ValueError if a side or the width of the context does not fit.
         """
-        height, width = xt.shape[-2:]
-        f = self.config.factor
-        if height % f or width % f:
-            raise ValueError(f"latent is {width} x {height}, but both sides must be multiples of "
-                             f"{f} ({len(self.down_blocks)} U-Net levels): use "
-                             f"{max(width // f, 1) * f} x {max(height // f, 1) * f}")
-        if context.shape[-1] != self.config.context_dim:
-            raise ValueError(f"context tokens have {context.shape[-1]} entries, but this U-Net was "
-                             f"built for {self.config.context_dim}: set context_dim or project")
+        self.check(xt, context)
         mask = None if context_mask is None else context_mask[:, None, None, :]
 
-        # time: every ResNet block starts with the same SiLU, so it is done once
+        # Time: every ResNet block starts with the same SiLU, so it is done once.
         time = timestep_embedding(t, self.config.base_channels).to(xt.dtype)
         time = F.silu(self.time_embedding(time))
 
-        # down
+        # Down: what each layer makes is kept for the way up.
         x = self.conv_in(xt)
         skips = [x]
         for level in self.down_blocks:
-            if len(x) < len(context) and (level.attentions or not level.down):
+            is_last = level is self.down_blocks[-1]
+            if len(x) < len(context) and (level.attentions or is_last):
                 copies = len(context) // len(x)  # from here on each context goes its own way
-                x, time, *skips = (torch.cat([h] * copies) for h in (x, time, *skips))
-            for i in range(len(level.resnets)):
-                x = level.layer(i, x, time, context, mask)
-                skips.append(x)
-            if level.down:
-                x = level.downsamplers[0](x)
-                skips.append(x)
+                x = torch.cat([x] * copies)
+                time = torch.cat([time] * copies)
+                skips = [torch.cat([skip] * copies) for skip in skips]
+            x, made = self.run(level, x, time, context, mask)
+            skips += made
 
-        x = self.mid_block(x, time, context, mask)
+        x = self.run(self.mid_block, x, time, context, mask)
 
-        # up
+        # Up: each layer takes the last skip that is left.
         for level in self.up_blocks:
-            for i in range(len(level.resnets)):
-                x = torch.cat([x, skips.pop()], dim=1)  # (B, C + C_skip, h, w)
-                x = level.layer(i, x, time, context, mask)
-            if level.up:
-                x = level.upsamplers[0](x)
+            layers = len(level.resnets)
+            x = self.run(level, x, skips[-layers:], time, context, mask)
+            skips = skips[:-layers]
 
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
 
-    @classmethod
-    def from_pretrained(cls, name_or_path, config=None):
-        """A U-Net with the weights of a file, a folder, or a published name.
+    def run(self, block, *inputs):
+        """What block(*inputs) gives; with checkpointing its inside is not kept for the gradients.
+        """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
-        name_or_path: .safetensors, .bin, .pt or .pth; a folder with diffusion_pytorch_model.*, in
-            it or in its unet/; or a name of PUBLISHED, downloaded once.
-        config: read off the tensors' shapes if None, with num_heads 8, which no shape tells.
+    def check(self, xt, context):
+        """Raises ValueError if a side of xt or the width of the context does not fit."""
+        height, width = xt.shape[-2:]
+        factor = self.config.factor
+        if height % factor or width % factor:
+            raise ValueError(
+                f"latent is {width} x {height}, but both sides must be multiples of {factor} "
+                f"({len(self.down_blocks)} U-Net levels): use "
+                f"{max(width // factor, 1) * factor} x {max(height // factor, 1) * factor}")
+        if context.shape[-1] != self.config.context_dim:
+            raise ValueError(f"context tokens have {context.shape[-1]} entries, but this U-Net was "
+                             f"built for {self.config.context_dim}: set context_dim or project")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """A U-Net with the weights of a published name, a file, a folder or a model.pt.
+
         Raises: FileNotFoundError, or ValueError for a broken file or another architecture.
         """
-        path = find_weights(name_or_path)
-        weights = read_weights(path)
-        config = config or infer_config(weights, path)
-        with torch.device("meta"):  # no time lost on random numbers, no second copy
-            unet = cls(config)
-        return load_strict(unet, weights, path)
-
-
-# ---------------------------------------------------------------- published weights
-
-# name -> (address, first digits of the file's sha256 as public projects record it)
-PUBLISHED = {
-    "sd15": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/unet/"
-             "diffusion_pytorch_model.safetensors", "19da7aaa4b880e59"),
-}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32}
-
-
-def find_weights(name_or_path):
-    """The weights file that a published name, a file or a folder stands for."""
-    path = Path(name_or_path)
-    if not path.exists() and str(name_or_path) in PUBLISHED:
-        url, digits = PUBLISHED[str(name_or_path)]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / f"unet-{name_or_path}.safetensors"
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
-        except (OSError, RuntimeError) as error:  # no network; or another hash
-            raise FileNotFoundError(f"could not download {name_or_path} ({error}): it is needed "
-                                    f"once, put {url} at {path}") from error
-    for file in (path, *(folder / f"diffusion_pytorch_model{end}"
-                         for folder in (path, path / "unet") for end in (".safetensors", ".bin"))):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(f"no weights at {path}: need a .safetensors, .bin, .pt or .pth file or "
-                            "a folder with diffusion_pytorch_model.safetensors, give another path "
-                            f"or one of {', '.join(PUBLISHED)}")
-
-
-def read_safetensors(path):
-    """All tensors of a .safetensors file: name -> tensor. Raises ValueError if it is not whole.
-
-    Layout: length of the header (u64, little endian); the header, JSON: name -> dtype, shape and
-    byte range; then the raw tensors without gaps.
-    """
-    tensors, end = {}, 0
-    try:
-        data = np.memmap(path, mode="c")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            first, stop = entry["data_offsets"]
-            if first != end or stop - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"the byte range of {name} is wrong")
-            raw = torch.from_numpy(data)[start + first:start + stop].clone()
-            tensors[name], end = raw.view(dtype).reshape(shape), stop
-        if start + end != len(data):
-            raise ValueError(f"{len(data)} bytes where the header needs {start + end}")
-    except Exception as error:  # a damaged header raises nearly any type
-        raise ValueError(f"{path} is not a whole safetensors file ({error!r}): need one as "
-                         "published, download it again") from error
-    return tensors
-
-
-def read_weights(path):
-    """The state dict in a weights file, floating tensors as float32."""
-    if Path(path).suffix == ".safetensors":
-        weights = read_safetensors(path)
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights)
-            if not all(map(torch.is_tensor, weights.values())):
-                raise ValueError("not every entry is a tensor")
-        except Exception as error:  # a damaged file makes torch.load raise nearly any type
-            raise ValueError(f"{path} is not a file of plain tensors ({type(error).__name__}): "
-                             "need a state dict, save it with torch.save(model.state_dict(), "
-                             "path)") from error
-    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-
-
-def load_strict(model, weights, path):
-    """Puts weights (name -> tensor) into model; every name and shape must agree.  Returns model."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [f"{name} is {given.get(name, 'missing')} instead of {own.get(name, 'nothing')}"
-             for name in sorted({*own, *given}) if own.get(name) != given.get(name)]
-    if wrong:
-        raise ValueError(f"{path} has weights of another architecture, {len(wrong)} differ, first: "
-                         f"{'; '.join(wrong[:2])}: need diffusers' layout of {model.config}, pass "
-                         "the matching file")
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(memory_format=torch.channels_last)
-
-
-def count_indices(weights, prefix):
-    """How many different indices follow prefix in the names."""
-    return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
-
-
-def infer_config(weights, path):
-    """UNetConfig read off the shapes of a state dict in diffusers' layout; num_heads stays 8."""
-    try:
-        base, in_channels = weights["conv_in.weight"].shape[:2]
-        levels = range(count_indices(weights, "down_blocks."))
-        middle = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-        widths = [weights[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
-        return UNetConfig(
-            in_channels, weights["conv_out.weight"].shape[0], base,
-            tuple(width // base for width in widths),
-            count_indices(weights, "down_blocks.0.resnets."),
-            tuple(f"down_blocks.{i}.attentions.0.norm.weight" in weights for i in levels),
-            weights[middle].shape[1])
-    except (LookupError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is not a conditional U-Net in diffusers' layout, {error} is "
-                         "missing: need the weights of a unet/ folder, pass that one") from error
+        return load_model(cls, UNetConfig, name_or_path, "unet")
 
 
 def main():
-    config = UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), layers_per_block=1,
-                        attention_levels=(False, True, True), context_dim=192, num_heads=4)
-    unet = UNet(config)
-    generator = torch.Generator().manual_seed(0)
-    xt = torch.randn(2, 4, 16, 24, generator=generator)
-    context = torch.randn(2, 5, 192, generator=generator)
-    with torch.no_grad(), keep_attention(unet) as maps:
-        prediction = unet(xt, torch.tensor([0, 999]), context)
-    print(f"{config}\nparameters {sum(p.numel() for p in unet.parameters()):,}")
+    unet = UNet(UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), layers_per_block=1,
+                           attention_levels=(False, True, True), context_dim=192, num_heads=4))
+    xt = torch.randn(2, 4, 16, 24)
+    context = torch.randn(2, 5, 192)
+    prediction = unet(xt, torch.tensor([0, 999]), context)
+    print(f"{unet.config}, {sum(p.numel() for p in unet.parameters()):,} parameters")
     print(f"xt {tuple(xt.shape)}, context {tuple(context.shape)} -> {tuple(prediction.shape)}")
-    for name, weights in maps.items():
-        print(f"{name:55} (B, heads, N, M) {tuple(weights.shape)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ the sides `levels - 1` times, so latents z are (B, 4, H / factor, W / factor) wi
     vae = AutoencoderKL.from_pretrained("vae.safetensors")    # or AutoencoderKL(VAEConfig(...))
     z = vae.encode(x).sample(generator); y = vae.decode(z)
 
+What is trained (vae_loss), with mean m and deviation s of the encoder, noise e ~ N(0, 1):
+
+    z = m + s e        loss = |x - decode(z)| + 1e-6 * KL(N(m, s^2) || N(0, 1))
+
 Deliberate differences from the reference (diffusers, whose parameter names are kept):
 - Levels narrower than 32 channels are allowed (see group_norm).
 - The second convolution of every ResNet block starts at zero (see AutoencoderKL).
@@ -18,27 +22,29 @@ Deliberate differences from the reference (diffusers, whose parameter names are 
   space of a frozen network that the caller passes in.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.fast import double
+from support.weights import load_model
+
 
 @dataclass(frozen=True)
-class VAEConfig:
-    in_channels: int = 3  # of the image
+class VAEConfig:                            # the defaults are Stable Diffusion's
+    in_channels: int = 3                    # of the image
     latent_channels: int = 4
-    base_channels: int = 128  # width at full resolution
+    base_channels: int = 128                # width at full resolution
     channel_multipliers: tuple = (1, 2, 4, 4)  # width of each level / base; any number of levels
-    layers_per_block: int = 2  # ResNet blocks a level in the encoder; the decoder has one more
+    layers_per_block: int = 2               # ResNet blocks a level; the decoder has one more
+    norm_groups: int = 0                    # of every GroupNorm; 0 = see group_norm
 
     @property
     def widths(self):
+        """Channels of each level."""
         return [self.base_channels * m for m in self.channel_multipliers]
 
     @property
@@ -59,26 +65,21 @@ class LatentGaussian:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None):
-        """One draw, mean + std * noise; the noise is drawn on the generator's own device.
-
-        A generator's `share` (index, count), if it has one, says that these are the images
-        index::count of a larger batch: noise is drawn for all of it, and theirs is kept.
-        """
-        device = generator.device if generator is not None else self.mean.device
-        index, count = getattr(generator, "share", (0, 1))
-        B, *rest = self.mean.shape
-        noise = torch.randn(B, count, *rest, generator=generator, device=device)[:, index]
+        """One draw, mean + std * noise; the noise is drawn on the generator's own device."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self):
-        """KL divergence from N(0, 1), in nats, summed over the latent: (B,)."""
+        """KL divergence from N(0, 1), in nats, summed over the latent: (B,).
+        Source: Kingma and Welling 2014, appendix B.
+        """
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
-# ---------------------------------------------------------------- loss and statistics
+# ---- loss and statistics ------------------------------------------------------------------------
 
-
-def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual_weight=0.1):
+def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual_weight=0.0):
     """Mean absolute error + kl_weight * KL + perceptual_weight * feature distance.
 
     The error is a mean over pixels; the KL is summed over the latent and averaged over the batch,
@@ -91,15 +92,16 @@ def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual
     Source: Rombach et al. 2022, equation 25, without the discriminator.
     """
     reconstruction, latent = vae(x, generator)
-    parts = {"l1": F.l1_loss(reconstruction, x), "kl": latent.kl().mean()}
-    loss = parts["l1"] + kl_weight * parts["kl"]
+    terms = {"l1": F.l1_loss(reconstruction, x), "kl": latent.kl().mean()}
+    loss = terms["l1"] + kl_weight * terms["kl"]
+
     if perceptual is not None:
         with torch.no_grad():
-            real = F.normalize(perceptual(x).float(), dim=-1)
-        fake = F.normalize(perceptual(reconstruction).float(), dim=-1)
-        parts["perceptual"] = (fake - real).square().sum(-1).mean()
-        loss = loss + perceptual_weight * parts["perceptual"]
-    return loss, {name: value.detach() for name, value in parts.items()}
+            wanted = F.normalize(perceptual(x).float(), dim=-1)
+        features = F.normalize(perceptual(reconstruction).float(), dim=-1)
+        terms["perceptual"] = (features - wanted).square().sum(-1).mean()
+        loss = loss + perceptual_weight * terms["perceptual"]
+    return loss, {name: value.detach() for name, value in terms.items()}
 
 
 def latent_statistics(batches):
@@ -108,38 +110,48 @@ def latent_statistics(batches):
     batches: iterable of (mean, std) pairs, each (B, C, h, w); read once, summed in float64.
     A sample's variance is the variance of the means plus the mean of the variances.
     Returns: shift and scale, float32, for x0 = (z - shift) * scale and z = x0 / scale + shift.
+    Raises: ValueError if there is no batch.
     """
-    count, total, squares = 0, 0.0, 0.0
+    count = 0
+    total = 0.0
+    squares = 0.0
     for mean, std in batches:
-        mean, std = mean.double(), std.double()
+        mean = mean.double()
+        std = std.double()
         count += mean.numel() // mean.shape[1]
         total = total + mean.sum((0, 2, 3))
         squares = squares + (mean**2 + std**2).sum((0, 2, 3))
     if count == 0:
         raise ValueError("got no latents to measure: need at least one batch of (mean, std), "
                          "pass the encoded training set")
+
     shift = total / count
     variance = (squares / count - shift**2).clamp(min=1e-12)
     return shift.float(), variance.rsqrt().float()
 
 
-# ---------------------------------------------------------------- blocks
+# ---- blocks -------------------------------------------------------------------------------------
 
+def group_norm(channels, groups=0):
+    """GroupNorm with so many groups; with 0 there are 32 as in Stable Diffusion.
 
-def group_norm(channels):
-    """32 groups as in Stable Diffusion. Below 32 channels, groups of four: groups of one channel
-    would wash out each image's brightness, for the output stands right behind a norm. (At 32
-    they are of one channel too: equality with the reference comes first.)"""
-    groups = math.gcd(32, channels) if channels >= 32 else max(1, channels // 4)
+    Levels below 32 channels then get groups of four: groups of one channel would wash out each
+    image's brightness, for the output stands right behind a norm. (At 32 they are of one channel
+    too: equality with the reference comes first.)
+    """
+    if groups == 0:
+        groups = math.gcd(32, channels) if channels >= 32 else max(1, channels // 4)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, c_in, c_out):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1 = group_norm(c_in)
+        self.norm1 = group_norm(c_in, groups)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out)
+        self.norm2 = group_norm(c_out, groups)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -150,11 +162,11 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions."""
+    """Single-head self-attention over all positions, with a residual."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.group_norm = group_norm(channels)
+        self.group_norm = group_norm(channels, groups)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -162,13 +174,17 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
-        q, k, v = (f(h).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
+        h = self.group_norm(x).flatten(2).transpose(1, 2)      # (B, C, H, W) -> (B, H*W, C)
+        q = self.to_q(h).unsqueeze(1)                          # (B, 1, H*W, C), one head
+        k = self.to_k(h).unsqueeze(1)
+        v = self.to_v(h).unsqueeze(1)
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + self.to_out(h).transpose(1, 2).reshape(B, C, H, W)
 
 
 class Downsample(nn.Module):
+    """Halves both sides: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -176,85 +192,98 @@ class Downsample(nn.Module):
     def forward(self, x):
         # One zero row at the bottom, one zero column at the right: the published weights were
         # trained so. Padding all around has the same output shape but shifts the image.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H, W) -> (B, C, H/2, W/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
+    """Doubles both sides: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        # Repeating pixels and then convolving with 3x3 weights is one transposed convolution with
-        # 4x4 weights, each the sum of those that met the same pixel: 4 products, not 9, a pixel.
-        weight = 4 * F.avg_pool2d(self.conv.weight.flip(2, 3), 2, stride=1, padding=1)
-        return F.conv_transpose2d(x, weight.transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        return double(x, self.conv)
 
 
 class Level(nn.Module):
     """ResNet blocks at one resolution, then at most one change of resolution."""
 
-    def __init__(self, c_in, c_out, layers, downsample=False, upsample=False):
+    def __init__(self, c_in, c_out, layers, groups, downsample=False, upsample=False):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(layers))
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def forward(self, x):
-        for layer in self.children():
-            for block in layer:
+        for blocks in self.children():  # in the order in which __init__ names them
+            for block in blocks:
                 x = block(x)
         return x
 
 
 class MidBlock(nn.Module):
-    def __init__(self, channels):
+    """ResNet block, attention, ResNet block at the lowest resolution."""
+
+    def __init__(self, channels, groups):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.attentions[0](self.resnets[0](x))
+        return self.resnets[1](x)
 
 
 class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) -> mean and logvar together (B, 2 * latent_channels, h, w)."""
+
     def __init__(self, config):
         super().__init__()
-        widths, last = config.widths, len(config.widths) - 1
+        widths = config.widths
+        last = len(widths) - 1
+        layers = config.layers_per_block
+        groups = config.norm_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block, downsample=i < last)
-            for i, width in enumerate(widths))
-        self.mid_block = MidBlock(widths[-1])
-        self.conv_norm_out = group_norm(widths[-1])
+            Level(widths[max(i - 1, 0)], widths[i], layers, groups, downsample=i < last)
+            for i in range(len(widths)))
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        for level in self.down_blocks:
+            x = level(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) -> images (B, in_channels, H, W): the encoder's mirror."""
+
     def __init__(self, config):
         super().__init__()
-        widths, last = config.widths[::-1], len(config.widths) - 1
+        widths = config.widths[::-1]
+        last = len(widths) - 1
+        layers = config.layers_per_block + 1
+        groups = config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0])
+        self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, upsample=i < last)
-            for i, width in enumerate(widths))
-        self.conv_norm_out = group_norm(widths[-1])
+            Level(widths[max(i - 1, 0)], widths[i], layers, groups, upsample=i < last)
+            for i in range(len(widths)))
+        self.conv_norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
+        for level in self.up_blocks:
+            x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -266,26 +295,30 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        moments = 2 * config.latent_channels
+        moments = 2 * config.latent_channels  # mean and logvar
         self.quant_conv = nn.Conv2d(moments, moments, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+        # Each ResNet block starts as its shortcut. Loading weights overwrites this.
         for block in self.modules():
-            if isinstance(block, ResnetBlock):  # starts as its shortcut
+            if isinstance(block, ResnetBlock):
                 nn.init.zeros_(block.conv2.weight)
                 nn.init.zeros_(block.conv2.bias)
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
-        """Images (B, in_channels, H, W) in [-1, 1] -> LatentGaussian, float32.
+        """Images (B, in_channels or 1, H, W) in [-1, 1] -> LatentGaussian, float32.
 
         Raises: ValueError if a side is not a multiple of config.factor.
         """
         height, width = x.shape[-2:]
-        f = self.config.factor
-        if height % f or width % f or not height or not width:
+        factor = self.config.factor
+        if height % factor or width % factor or not height or not width:
             raise ValueError(
-                f"image is {width} x {height}, but both sides must be multiples of {f} (the "
-                f"autoencoder's factor): use {max(width // f, 1) * f} x {max(height // f, 1) * f}")
+                f"image is {width} x {height}, but both sides must be multiples of {factor} (the "
+                f"autoencoder's factor): use {max(width // factor, 1) * factor} x "
+                f"{max(height // factor, 1) * factor}")
+        x = x.expand(-1, self.config.in_channels, -1, -1)  # grey: the same in each channel
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         return LatentGaussian(mean, logvar)
 
@@ -299,157 +332,20 @@ class AutoencoderKL(nn.Module):
         return self.decode(latent.sample(generator)), latent
 
     @classmethod
-    def from_pretrained(cls, name_or_path, config=None):
-        """An autoencoder with the weights of a file, a folder, or a published name.
+    def from_pretrained(cls, name_or_path):
+        """An autoencoder with the weights of a published name, a file, a folder or a model.pt.
 
-        name_or_path: .safetensors, .bin, .pt or .pth; a folder with diffusion_pytorch_model.*, in
-            it or in its vae/; a run's model.pt; or a name of PUBLISHED, downloaded once.
-        config: read off the tensors' shapes if None.
         Raises: FileNotFoundError, or ValueError for a broken file or another architecture.
         """
-        path = find_weights(name_or_path)
-        weights = modern_names(read_weights(path))
-        config = config or infer_config(weights, path)
-        with torch.device("meta"):  # no time lost on random numbers, no second copy
-            vae = cls(config)
-        return load_strict(vae, weights, path)
-
-
-# ---------------------------------------------------------------- published weights
-
-# name -> (address, first digits of the file's sha256 as public projects record it)
-PUBLISHED = {
-    "sd-vae-ft-mse": ("https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/"
-                      "diffusion_pytorch_model.safetensors", "a1d993488569e928"),
-    "sd15": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/vae/"
-             "diffusion_pytorch_model.safetensors", "a2b5134f4dbc140d"),
-}
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32}
-
-
-def find_weights(name_or_path):
-    """The weights file that a published name, a file or a folder stands for."""
-    path = Path(name_or_path)
-    if not path.exists() and str(name_or_path) in PUBLISHED:
-        url, digits = PUBLISHED[str(name_or_path)]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / f"vae-{name_or_path}.safetensors"
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
-        except (OSError, RuntimeError) as error:  # no network; or another hash
-            raise FileNotFoundError(f"could not download {name_or_path} ({error}): it is needed "
-                                    f"once, put {url} at {path}") from error
-    for file in (path, *(folder / f"diffusion_pytorch_model{end}"
-                         for folder in (path, path / "vae") for end in (".safetensors", ".bin"))):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(f"no weights at {path}: need a .safetensors, .bin, .pt or .pth file or "
-                            "a folder with diffusion_pytorch_model.safetensors, give another path "
-                            f"or one of {', '.join(PUBLISHED)}")
-
-
-def read_safetensors(path):
-    """All tensors of a .safetensors file: name -> tensor. Raises ValueError if it is not whole.
-
-    Layout: length of the header (u64, little endian); the header, JSON: name -> dtype, shape and
-    byte range; then the raw tensors without gaps.
-    """
-    tensors, end = {}, 0
-    try:
-        data = np.memmap(path, mode="c")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            first, stop = entry["data_offsets"]
-            if first != end or stop - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"the byte range of {name} is wrong")
-            raw = torch.from_numpy(data)[start + first:start + stop].clone()
-            tensors[name], end = raw.view(dtype).reshape(shape), stop
-        if start + end != len(data):
-            raise ValueError(f"{len(data)} bytes where the header needs {start + end}")
-    except Exception as error:  # a damaged header raises nearly any type
-        raise ValueError(f"{path} is not a whole safetensors file ({error!r}): need one as "
-                         "published, download it again") from error
-    return tensors
-
-
-def read_weights(path):
-    """The state dict in a weights file, floating tensors as float32; a run's model.pt will do."""
-    if Path(path).suffix == ".safetensors":
-        weights = read_safetensors(path)
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("state_dict", weights.get("vae", weights))
-            if not all(map(torch.is_tensor, weights.values())):
-                raise ValueError("not every entry is a tensor")
-        except Exception as error:  # a damaged file makes torch.load raise nearly any type
-            raise ValueError(f"{path} is not a file of plain tensors ({type(error).__name__}): "
-                             "need a state dict, save it with torch.save(model.state_dict(), "
-                             "path)") from error
-    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-
-
-def load_strict(model, weights, path):
-    """Puts weights (name -> tensor) into model; every name and shape must agree.  Returns model."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [f"{name} is {given.get(name, 'missing')} instead of {own.get(name, 'nothing')}"
-             for name in sorted({*own, *given}) if own.get(name) != given.get(name)]
-    if wrong:
-        raise ValueError(f"{path} has weights of another architecture, {len(wrong)} differ, first: "
-                         f"{'; '.join(wrong[:2])}: need diffusers' layout of {model.config}, pass "
-                         "the matching file")
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(memory_format=torch.channels_last)
-
-
-def count_indices(weights, prefix):
-    """How many different indices follow prefix in the names."""
-    return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
-
-
-def modern_names(weights):
-    """Renames the attention of files published before 2023; 1x1 convolutions become linear."""
-    renamed = {}
-    for name, tensor in weights.items():
-        if ".attentions." in name:
-            head, part, kind = name.rsplit(".", 2)
-            name = f"{head}.{OLD_NAMES.get(part, part)}.{kind}"
-            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
-        renamed[name] = tensor
-    return renamed
-
-
-def infer_config(weights, path):
-    """VAEConfig read off the shapes of a state dict in diffusers' layout."""
-    try:
-        base, in_channels = weights["encoder.conv_in.weight"].shape[:2]
-        widths = [weights[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0]
-                  for i in range(count_indices(weights, "encoder.down_blocks."))]
-        return VAEConfig(in_channels, weights["post_quant_conv.weight"].shape[0], base,
-                         tuple(width // base for width in widths),
-                         count_indices(weights, "encoder.down_blocks.0.resnets."))
-    except (LookupError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is not an autoencoder in diffusers' layout, {error} is missing: "
-                         "need the weights of a vae/ folder, pass that one") from error
+        return load_model(cls, VAEConfig, name_or_path, "vae")
 
 
 def main():
-    config = VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4), layers_per_block=1)
-    vae = AutoencoderKL(config)
-    x = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latent = vae.encode(x)
-    loss, parts = vae_loss(vae, x, torch.Generator().manual_seed(0))
-    print(f"{config}\nparameters {sum(p.numel() for p in vae.parameters()):,}")
-    print(f"x {tuple(x.shape)} -> z {tuple(latent.mean.shape)} -> "
-          f"{tuple(vae.decode(latent.mean).shape)}, factor {config.factor}")
-    print(f"loss {loss:.4f}, l1 {parts['l1']:.4f}, kl {parts['kl']:.1f} nats an image")
+    vae = AutoencoderKL(VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4)))
+    x = 2 * torch.rand(2, 3, 64, 96) - 1
+    y, latent = vae(x)
+    print(f"{vae.config}, {sum(p.numel() for p in vae.parameters()):,} parameters")
+    print(f"x {tuple(x.shape)} -> z {tuple(latent.mean.shape)} -> {tuple(y.shape)}")
 
 
 if __name__ == "__main__":

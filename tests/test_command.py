@@ -1,5 +1,6 @@
 """support/command.py: errors of one line, flags, the device, the status line, tables."""
 import argparse
+import gc
 import io
 import sys
 
@@ -43,6 +44,8 @@ def test_a_worker_error_is_one_line(tmp_path, capsys):
     text = capsys.readouterr().err
     assert end.value.code == 2 and text.count("\n") == 1
     assert text.startswith("error: ") and "a.png" in text and "Traceback" not in text
+    del loader, end  # the traceback holds the iterator, whose end waits for its process
+    gc.collect()
 
 
 @pytest.mark.parametrize("kind, good, bad", [

@@ -1,0 +1,133 @@
+"""Tests of support/tensors.py: files of tensors, whole, damaged, in pieces."""
+import argparse
+import json
+import struct
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+
+from support.tensors import read_safetensors, read_tensors, write_safetensors
+
+
+def by_hand(path, arrays):
+    """A .safetensors file from numpy arrays: length, header, bytes."""
+    kinds = {"float32": "F32", "float16": "F16", "int64": "I64"}
+    header = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, array in arrays.items():
+        raw = array.tobytes()
+        header[name] = {"dtype": kinds[str(array.dtype)], "shape": list(array.shape),
+                        "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_safetensors_round_trip(tmp_path):
+    """Every dtype, scalars and empty tensors come back, from files by hand and from our own."""
+    path = tmp_path / "w.safetensors"
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "half": np.float16([0.5, -2]),
+              "odd": np.float16([1.0]), "long": np.array(2**40),
+              "none": np.zeros((0, 3), np.float32)}
+    by_hand(path, arrays)
+    tensors = read_tensors(path)
+    write_safetensors(path, tensors)
+    for found in (tensors, read_tensors(path)):
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].numpy().dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+
+    state = {"b": torch.tensor([1.5], dtype=torch.bfloat16), "t": torch.rand(3, 2).T}
+    write_safetensors(path, state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read_tensors(path).items())
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_refuses_malformed_safetensors(tmp_path):
+    """Truncated, over-long, overlapping, gapped, mistyped or mis-shaped files are refused."""
+    path = tmp_path / "w.safetensors"
+    by_hand(path, {"a": np.zeros(4, np.float32), "b": np.zeros(2, np.float32)})
+    good = path.read_bytes()
+
+    def with_header(data=bytes(24), **changes):
+        header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+                  "b": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]} | changes}
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
+    path.write_bytes(with_header())
+    assert set(read_safetensors(path)) == {"a", "b"}  # the helper's unchanged file is fine
+    bad = {"empty": b"", "short": good[:5], "truncated": good[:-1], "longer": good + b"x",
+           "huge header": struct.pack("<Q", 2**63) + good[8:],
+           "not json": good[:8] + b"x" + good[9:],
+           "a list": struct.pack("<Q", 2) + b"[]", "dtype": with_header(dtype="F99"),
+           "shape": with_header(shape=[3]), "negative": with_header(shape=[-1, -2]),
+           "overlap": with_header(shape=[4], data_offsets=[8, 24]),
+           "gap": with_header(bytes(32), data_offsets=[24, 32]),
+           "beyond": with_header(shape=[200], data_offsets=[16, 816]),
+           "backwards": with_header(data_offsets=[16, 8]), "text": with_header(data_offsets="ab"),
+           "no range": with_header(data_offsets=None)}
+    for what, content in bad.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole safetensors file.*download it again"):
+            read_safetensors(path)
+            pytest.fail(what)
+
+
+class Trap:
+    """Its pickle makes a file when it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_is_executed_and_damage_is_told(tmp_path):
+    """Code, lists, text and a changed byte are refused in one line; flags of a training are read.
+    """
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(3), "args": argparse.Namespace(arch="vit_small")}, path)
+    assert read_tensors(path)["args"].arch == "vit_small"  # as DINO's full checkpoints hold
+
+    torch.save({"a": torch.ones(3), "trap": Trap(tmp_path / "ran")}, path)
+    with pytest.raises(ValueError, match="not a file of plain tensors.*without code"):
+        read_tensors(path)
+    assert not (tmp_path / "ran").exists()
+
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="w.pt is not a file of plain tensors .*it holds a list"):
+        read_tensors(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="not a file of plain tensors"):
+        read_tensors(path)
+
+    torch.save({"a": torch.ones(1000)}, path)
+    with ZipFile(path) as archive:
+        entry = archive.getinfo("w/data/0")
+    content = bytearray(path.read_bytes())
+    content[entry.header_offset + 2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        read_tensors(path)
+
+
+def test_files_in_pieces(tmp_path):
+    """An index.json stands for all its files; a missing one is named; others are refused."""
+    index = tmp_path / "model.safetensors.index.json"
+    files = {"a": "model-1.safetensors", "b": "model-2.bin"}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    write_safetensors(tmp_path / files["a"], {"a": torch.ones(2)})
+    with pytest.raises(FileNotFoundError, match="model-2.bin is missing: all 2 files"):
+        read_tensors(index)
+    torch.save({"b": torch.zeros(3)}, tmp_path / files["b"])
+    assert {name: len(tensor) for name, tensor in read_tensors(index).items()} == {"a": 2, "b": 3}
+    for content in ('{"weight_map": {"a": "../x.bin"}}', '{"weight_map": {"a": "i.json"}}', "[]",
+                    '{"weight_map": {"a": 1}}', "{", '{"colour": 1}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="not an index of weights.*download it again"):
+            read_tensors(index)

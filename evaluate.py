@@ -397,8 +397,6 @@ def add_judge_flags(parser, judges):
     add("--weights", help="a file of that network's weights, or the name of a published ViT")
     add("--size", type=positive_int, help="resize to this side (default: as they are)")
     add("--seed", type=seed_int, default=0, help="of the halves of the real images")
-    add("--batch", type=batch_int, default=64, help="images at once")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
 
 
 def main(argv=None):
@@ -407,6 +405,8 @@ def main(argv=None):
     parser.add_argument("real", help="folder of real images")
     parser.add_argument("synthetic", help="folder of others, e.g. of a run's samples")
     add_judge_flags(parser, ("random", "inception", "dino"))
+    parser.add_argument("--batch", type=batch_int, default=64, help="images at once")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU
     device = pick_device(args.device)

@@ -38,7 +38,8 @@ def add_run_flags(parser, count=5000, train_limit=None):
     add("--data", help="where the run's images are now (default: as trained)")
     add("--batch", type=batch_int, default=64, help="images at once")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--count", type=positive_int, default=count, help="at most so many held-out images")
+    add("--count", type=positive_int, default=count,
+        help="at most so many images: held out, or of each set")
     add("--train-limit", type=positive_int, default=train_limit,
         help="at most so many training images")
 

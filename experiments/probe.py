@@ -1,8 +1,8 @@
 """What does a linear read-out find in the embedder's tokens?
 
-Ridge regression on the tokens of training images, tested on held-out images: the AUC of each label,
-beside the same network with random weights and beside 16x16 raw pixels. What the tokens do not know,
-no sample that follows them can show.
+Ridge regression on the tokens of training images, tested on held-out images: the AUC of each
+label, beside the same network with random weights and beside 16x16 raw pixels. What the tokens do
+not know, no sample that follows them can show.
 
 Writes probe.json into the run's folder.
 """

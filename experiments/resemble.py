@@ -141,7 +141,8 @@ def main(args):
         table[name] = {**row, **summary.get(name, {})}
     print_table(table)
 
-    captions = ["held-out source", "VAE reconstruction", *(f"sample, seed {seed}" for seed in seeds)]
+    captions = ["held-out source", "VAE reconstruction"]
+    captions += [f"sample, seed {seed}" for seed in seeds]
     save_grid(run.folder / "resemble.png", pictures, captions)
     print(f"wrote {run.folder / 'resemble.png'}")
     write_json(run.folder / "resemble.json", {

@@ -4,6 +4,8 @@
     delong_test(a, b), holm(p)           # are two AUCs equal? adjusted for many such tests
     linear_probe(train_x, train_y, test_x, test_y)      # AUC of a ridge regression on features
     cluster_agreement(truth, clusters)   # do clusters find known classes?
+    merge_moments(a, b)                  # statistics of a stream of images
+    kernel_subsets(a, b)                 # kernel distances of random subsets
     subsample_interval(metric, a, b)     # 95 % of a distance between two sets
 
 Everything computes in float64 on the CPU. Deliberate choice: intervals of distances come from
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import norm, rankdata
 
-from evaluate import as_features, roc_auc
+from evaluate import as_features, kernel_distance, roc_auc
 
 
 # ---------------------------------------------------------------- areas under the curve
@@ -156,6 +158,34 @@ def cluster_agreement(truth, clusters):
     return {"homogeneity": homogeneity, "completeness": completeness,
             "V-measure": 2 * homogeneity * completeness / both if both else 0.0,
             "adjusted Rand": rand}
+
+
+# ---------------------------------------------------------------- distances of many images
+
+def merge_moments(a, b):
+    """Moments of two sets in one, so that none needs to be kept. Source: Chan et al. 1979.
+
+    a, b and the result: (N, mean (D,), scatter (D, D)), as evaluate.moments has them.
+    """
+    n, mean_a, scatter_a = a
+    m, mean_b, scatter_b = b
+    shift = mean_b - mean_a
+    between = torch.outer(shift, shift) * (n * m / (n + m))
+    return n + m, mean_a + shift * (m / (n + m)), scatter_a + scatter_b + between
+
+
+def kernel_subsets(a, b, subsets=50, subset_size=1000, seed=0):
+    """kernel_distance of random subsets, drawn without replacement: array (subsets,).
+
+    Their mean is KID as it is usually published. Source: Binkowski et al. 2018.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(subset_size, len(a), len(b))
+
+    def draw(x):
+        return x[torch.randperm(len(x), generator=generator)[:size]]
+
+    return np.array([kernel_distance(draw(a), draw(b)) for _ in range(subsets)])
 
 
 # ---------------------------------------------------------------- intervals

@@ -58,7 +58,7 @@ def test_every_experiment_has_its_own_help(name, monkeypatch, capsys):
         front_door.main([name, "--help"])
     out = capsys.readouterr().out
     assert f"python -m experiments {name}" in out and front_door.find_experiments()[name] in out
-    assert "--device" in out or name in ("readers", "report")
+    assert len(out.splitlines()) <= 100
 
 
 def test_judges(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from PIL import Image
 import data
 import dino
 import evaluate
+import experiments.__main__ as experiments
 import prompts
 import report
 import sample
@@ -384,7 +385,7 @@ def test_models_that_do_not_fit(run_folder, way):
     each from sample.py and evaluate.py, in a moment."""
     data.save_atomic(run_folder / "model.pt", spoil(small_model(), way))
     began = time.process_time()
-    for main, argv in ((sample.main, ["--random"]), (evaluate.main, ["resemble"])):
+    for main, argv in ((sample.main, ["--random"]), (experiments.main, ["resemble"])):
         with pytest.raises(UserError) as error:
             main([*argv, "--checkpoint", str(run_folder), "--device", "cpu"])
         assert "\n" not in str(error.value) and len(str(error.value)) < 600
@@ -417,7 +418,7 @@ def test_evaluation_needs_the_runs_own_files(run_folder):
         if split:
             (run_folder / "split.csv").write_text(split)
         with pytest.raises(UserError):
-            evaluate.main(["resemble", "--checkpoint", str(run_folder), "--device", "cpu"])
+            experiments.main(["resemble", "--checkpoint", str(run_folder), "--device", "cpu"])
 
 
 @pytest.mark.parametrize("content", [
@@ -602,29 +603,34 @@ BAD_LINES = [
     (SAMPLE, "--random --checkpoint TEXT", "python train.py"),
     (SAMPLE, "--random --out TEXT --steps 1", "pass another --out"),
     (SAMPLE, "--random --out FULL --steps 1", "pass another --out"),
-    (evaluate.main, "", "COMMAND"), (evaluate.main, "judge", "choose from"),
-    (evaluate.main, "fidelity EMPTY EMPTY", "name another folder"),
-    (evaluate.main, "fidelity /nowhere EMPTY", "pass --data"),
-    (evaluate.main, "fidelity FEW FEW", "add images"), (evaluate.main, "fidelity FEW", "required"),
-    (evaluate.main, "fidelity FEW FEW --size 0", "pass 1"),
-    (evaluate.main, "fidelity FEW FEW --features clip", "choose from"),
-    (evaluate.main, "fidelity FEW FEW --seed x", "pass 0"),
-    (evaluate.main, "resemble --steps 0", "pass 1"),
-    (evaluate.main, "resemble --guidance nan", "pass 0"),
-    (evaluate.main, "resemble --guidance -1", "pass 0"),
-    (evaluate.main, "resemble --eta 2", "from 0 to 1"),
-    (evaluate.main, "resemble --seeds 0 99999999999999999999", "pass 0"),
-    (evaluate.main, "resemble --data /nowhere", "pass --data"),
-    (evaluate.main, "resemble --device tpu", "--device auto"),
-    (evaluate.main, "resemble --steps 1001", "1 to 1000"),
-    (evaluate.main, "fidelity FEW FEW --features inception --weights TEXT", "pass --weights FILE"),
-    (evaluate.main, "fidelity FEW FEW --max-features 0", "pass 1"),
-    (evaluate.main, "privacy", "required"), (evaluate.main, "privacy EMPTY", "name another folder"),
-    (evaluate.main, "clusters --clusters 0", "pass 1"),
-    (evaluate.main, "classify --cnn-steps 0", "pass 1"),
-    (evaluate.main, "probe --tokens all", "choose from"),
-    (evaluate.main, "probe --label-column nothing", "--label-column"),
-    (evaluate.main, "probe --checkpoint TEXT", "python train.py"),
+    (evaluate.main, "", "required"), (evaluate.main, "EMPTY EMPTY", "name another folder"),
+    (evaluate.main, "FEW FEW --features dino", "pass --weights"),
+    (evaluate.main, "FEW FEW", "add images"), (experiments.main, "judge", "pass one of these"),
+    (experiments.main, "fidelity EMPTY EMPTY", "name another folder"),
+    (experiments.main, "fidelity /nowhere EMPTY", "pass --data"),
+    (experiments.main, "fidelity FEW FEW", "add images"),
+    (experiments.main, "fidelity FEW", "required"),
+    (experiments.main, "fidelity FEW FEW --size 0", "pass 1"),
+    (experiments.main, "fidelity FEW FEW --features clip", "choose from"),
+    (experiments.main, "fidelity FEW FEW --seed x", "pass 0"),
+    (experiments.main, "resemble --steps 0", "pass 1"),
+    (experiments.main, "resemble --guidance nan", "pass 0"),
+    (experiments.main, "resemble --guidance -1", "pass 0"),
+    (experiments.main, "resemble --eta 2", "from 0 to 1"),
+    (experiments.main, "resemble --seeds 0 99999999999999999999", "pass 0"),
+    (experiments.main, "resemble --data /nowhere", "pass --data"),
+    (experiments.main, "resemble --device tpu", "--device auto"),
+    (experiments.main, "resemble --steps 1001", "1 to 1000"),
+    (experiments.main, "fidelity FEW FEW --features inception --weights TEXT",
+     "pass --weights FILE"),
+    (experiments.main, "fidelity FEW FEW --max-features 0", "pass 1"),
+    (experiments.main, "privacy", "required"),
+    (experiments.main, "privacy EMPTY", "name another folder"),
+    (experiments.main, "clusters --clusters 0", "pass 1"),
+    (experiments.main, "classify --cnn-steps 0", "pass 1"),
+    (experiments.main, "probe --tokens all", "choose from"),
+    (experiments.main, "probe --label-column nothing", "--label-column"),
+    (experiments.main, "probe --checkpoint TEXT", "python train.py"),
     (dino.main, "", "--image"), (dino.main, "--image TEXT --embedder RUN/model.pt", "--image"),
     (dino.main, "--image /nowhere.png --embedder RUN/model.pt", "--image"),
     (dino.main, "--image GOOD.png --embedder resnet", "pass a file, or one of"),
@@ -679,10 +685,10 @@ def test_bad_command_lines(desk, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("main,command", [
-    (train.main, []), (sample.main, []), (evaluate.main, []), (evaluate.main, ["fidelity"]),
-    (evaluate.main, ["resemble"]), (evaluate.main, ["probe"]), (evaluate.main, ["privacy"]),
-    (evaluate.main, ["clusters"]), (evaluate.main, ["classify"]), (report.main, []),
-    (dino.main, []), (prompts.main, [])])
+    (train.main, []), (sample.main, []), (evaluate.main, []), (experiments.main, ["fidelity"]),
+    (experiments.main, ["resemble"]), (experiments.main, ["probe"]),
+    (experiments.main, ["privacy"]), (experiments.main, ["clusters"]),
+    (experiments.main, ["classify"]), (report.main, []), (dino.main, []), (prompts.main, [])])
 def test_help_fits_two_screens_and_shows_defaults(monkeypatch, capsys, main, command):
     """At most 100 lines of 80 columns; every flag has a text, and its default stands in it."""
     monkeypatch.setenv("COLUMNS", "80")

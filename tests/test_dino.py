@@ -5,20 +5,19 @@ import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
-import dino  # noqa: E402
-from dino import (DINO, DINOConfig, ViTConfig, VISION_TRANSFORMERS, VisionTransformer,  # noqa: E402
-                  attention_maps, build_vit, conditioning_tokens, load_dino)
-from make_dino import CASES, MEAN, NAMES, STD, fill, fingerprint, picture  # noqa: E402
+import dino
+from dino import (DINO, DINOConfig, ViTConfig, VISION_TRANSFORMERS, VisionTransformer, build_vit,
+                  conditioning_tokens, load_dino, sinkhorn)
+from experiments.attention import attention_maps
+from make_dino import CASES, MEAN, NAMES, STD, fill, fingerprint, picture
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "dino.npz")
 SMALL = ViTConfig(patch_size=4, embed_dim=16, depth=2, num_heads=2, image_size=16)
@@ -101,6 +100,8 @@ def test_preprocessing():
     got = dino.preprocess(x, "per_image")
     assert torch.allclose(got, ((x + 1) / 2 - mean) / (sd + 0.1), atol=1e-5)
     assert torch.allclose(got, dino.preprocess(x + 0.3, "per_image"), atol=1e-5)
+    got = dino.preprocess(x, "rad_dino")
+    assert torch.allclose(got, ((x + 1) / 2 - 0.5307) / 0.2583, atol=1e-5)
 
 
 @torch.no_grad()
@@ -138,16 +139,6 @@ def test_conditioning_tokens(normalise, side, counts):
         assert torch.allclose(got[kind][:, 1:].mean(dim=1), mean, atol=1e-5)
 
 
-@torch.no_grad()
-def test_attention_maps():
-    """One positive map a head; with CLS and registers they would sum to one. Odd sides: error."""
-    vit = VisionTransformer(replace(SMALL, registers=3))
-    maps = attention_maps(vit, images(2, 20))
-    assert maps.shape == (2, 2, 5, 5) and maps.min() > 0 and maps.sum(dim=(2, 3)).max() < 1
-    with pytest.raises(ValueError, match="patch 4 are needed: resize to 16x20"):
-        attention_maps(vit, torch.zeros(1, 3, 18, 20))
-
-
 # ---- weights ----
 
 @pytest.mark.parametrize("case", CASES)
@@ -165,52 +156,6 @@ def test_files(case, tmp_path):
         assert not any(p.requires_grad for p in loaded.parameters())
         got[:, 0].square().sum().backward()
         assert x.grad.abs().max() > 0  # usable as a perceptual loss
-
-
-def test_weights_by_name(monkeypatch, tmp_path):
-    """A file in torch.hub's cache is used; without it and without network the error says where."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setitem(VISION_TRANSFORMERS, "dino_vits16", replace(SMALL, **dino.V1))
-    asked = []
-
-    def no_network(url, *_, **__):
-        asked.append(url.removeprefix("https://dl.fbaipublicfiles.com/"))
-        raise URLError("no route")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    for name in ("dino_vitb8", "dinov2_vitl14_reg", "dino_vits16"):
-        with pytest.raises(FileNotFoundError, match=f"no route.*file into {tmp_path}/check"):
-            load_dino(name)
-    assert asked == ["dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
-                     "dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-                     "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
-    place = tmp_path / "checkpoints" / "dino_deitsmall16_pretrain.pth"
-    vit = VisionTransformer(VISION_TRANSFORMERS["dino_vits16"])
-    torch.save(vit.state_dict(), place)
-    assert torch.equal(load_dino("dino_vits16").cls_token, vit.cls_token)
-    torch.save(VisionTransformer(SMALL).state_dict(), place)  # positions of another side
-    with pytest.raises(ValueError, match=r"pos_embed.*\[1, 17, 16\].*\[1, 3137, 16\]"):
-        load_dino("dino_vits16")
-
-
-def test_wrong_files_and_names(tmp_path):
-    """Unknown names list the known ones; odd files get our message, not one of pickle or torch."""
-    for name in ("dino_vitx", "runs/none/model.pt", "tiny", tmp_path):
-        with pytest.raises(FileNotFoundError, match="dino_vits16.*dinov2_vitl14_reg.*train.py"):
-            load_dino(name)
-    path = tmp_path / "w.pth"
-    state = VisionTransformer(replace(SMALL, embed_dim=64, num_heads=1)).state_dict()
-    swiglu = {key.replace("mlp.fc1", "mlp.w12"): value for key, value in state.items()}
-    old = {"config": {"colour": 1}, "model": state}
-    for content, match in [(torch.zeros(3), "Tensor"), (path, "Unpickling"), ({4: 5}, "patch"),
-                           (swiglu, "blocks.0.mlp.fc1.weight"), ({**state, "a": state}, '"a"'),
-                           (old, "colour.*trained by this version")]:
-        torch.save(content, path)
-        with pytest.raises(ValueError, match=f"w.pth does not fit .*{match}.*pass another file"):
-            load_dino(path)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="w.pth does not fit"):
-        load_dino(path)
 
 
 # ---- self-distillation ----
@@ -237,59 +182,114 @@ def test_crops_follow_the_generator():
     assert torch.equal(x, same) and not torch.equal(x, other) and not torch.equal(x[:3], x[3:])
 
 
+def test_sinkhorn_by_hand():
+    """It is the plain form: exponentials, scaled in turn to equal columns and to rows of one."""
+    logits = torch.randn(24, 6, generator=generator())
+    q = (logits / 0.5).double().exp()
+    for _ in range(3):
+        q = q / q.sum(dim=0) / 6
+        q = q / q.sum(dim=1, keepdim=True) / 24
+    # float32 logarithms against float64: rounding
+    assert torch.allclose(sinkhorn(logits, 0.5).double(), 24 * q, atol=1e-5)
+
+
+def test_sinkhorn_balances():
+    """Rows sum to one; columns to N / K, within 10 % after three rounds and 0.1 % after ten."""
+    logits = 0.1 * torch.randn(64, 256, generator=generator())  # a batch of cosines with prototypes
+    for rounds, tolerance in ((3, 0.1), (10, 0.001)):
+        q = sinkhorn(logits, 0.05, rounds)
+        assert q.min() >= 0 and torch.allclose(q.sum(dim=1), torch.ones(64), atol=1e-5)
+        assert (q.sum(dim=0) * 256 / 64 - 1).abs().max() < tolerance
+    plain = (logits / 0.05).softmax(dim=1)
+    assert (plain.sum(dim=0) * 256 / 64 - 1).abs().max() > 2  # a softmax is not balanced
+
+
+def test_sinkhorn_does_not_overflow():
+    """Logits of 10,000 temperatures, and equal ones, whose answer is uniform, give finite targets.
+    """
+    logits = 500 * torch.randn(64, 12, generator=generator()).clamp(-1, 1)
+    for x in (logits, -logits, logits + 500, logits[:1]):
+        q = sinkhorn(x, 0.05)
+        assert q.isfinite().all() and torch.allclose(q.sum(dim=1), torch.ones(len(x)), atol=1e-4)
+    alike = torch.randn(12, generator=generator()).expand(64, 12)
+    assert torch.allclose(sinkhorn(alike, 0.05), torch.full((64, 12), 1 / 12), atol=1e-5)
+
+
 def test_loss_by_hand():
     """Three student and two teacher views: the four cross terms, each view's own left out."""
     student = torch.randn(3, 5, 4, generator=generator())
-    teacher = torch.randn(2, 5, 4, generator=generator(1))
-    centre = torch.tensor([0.1, -0.2, 0.3, 0.0])
-    p, log_p = ((teacher - centre) / 0.04).softmax(dim=2), (student / 0.1).log_softmax(dim=2)
+    p = torch.randn(2, 5, 4, generator=generator(1)).softmax(dim=2)
+    log_p = (student / 0.1).log_softmax(dim=2)
     want = sum(-(p[t] * log_p[s]).sum() for t, s in [(0, 1), (0, 2), (1, 0), (1, 2)]) / 5 / 4
-    loss = dino.dino_loss(student, teacher, centre, 0.1, 0.04)[0]
+    loss = dino.dino_loss(student, p, 0.1)[0]
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)  # float32 sums in another order
 
 
 def test_entropies_show_collapse():
-    """Uniform outputs: log K; one prototype for all: 0; one each: healthy; centring undoes one."""
-    one, each = torch.eye(8)[0].expand(2, 8, 8) * 9, torch.eye(8).expand(2, 8, 8) * 9
-    zero, log_k = torch.zeros(8), math.log(8)
-    for logits, centre, want in ((0 * one, zero, [log_k, log_k]), (one, zero, [0, 0]),
-                                 (each, zero, [0, log_k]), (one, one[0, 0], [log_k, log_k])):
-        logs = dino.dino_loss(logits, logits, centre, 0.1, 0.02)[1]
+    """Uniform targets: log K; one prototype for all: 0; one each: healthy. Sinkhorn makes the first
+    of the second."""
+    one = torch.eye(8)[0].expand(2, 8, 8)
+    each = torch.eye(8).expand(2, 8, 8)
+    log_k = math.log(8)
+    balanced = sinkhorn(9 * one.flatten(0, 1), 0.02).unflatten(0, (2, 8))
+    for targets, want in ((0 * one + 1 / 8, [log_k, log_k]), (one, [0, 0]), (each, [0, log_k]),
+                          (balanced, [log_k, log_k])):
+        logs = dino.dino_loss(one, targets, 0.1)[1]
         assert [logs["teacher_entropy"], logs["batch_entropy"]] == pytest.approx(want, abs=1e-5)
 
 
-def test_teacher_and_centre_closed_form():
-    """Teacher: each step keeps a share of its gap to the student, on a cosine; centre: an EMA."""
+def test_momentum():
+    """Half a cosine from the first share to the last; the parameters come in equal order."""
     model = DINO(SMALL, replace(SMALL_DINO, momentum=(0.5, 1.0)))
-    start = [p.clone() for p in model.teacher.parameters()]
-    with torch.no_grad():
-        for p in model.student.parameters():
-            p.add_(1.0)
-    model.batch_centre.fill_(1.0)
-    gap = 1.0
-    for progress, keep in ((1.0, 1.0), (0.5, 0.75), (0.0, 0.5)):
-        model.update_teacher(progress)
-        gap *= keep
-        for p, a in zip(model.teacher.parameters(), start):
-            assert torch.allclose(p, a + 1 - gap, atol=1e-5)  # rounding
-    assert torch.allclose(model.centre, torch.full((12,), 1 - 0.9 ** 3))
+    assert [model.momentum(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.75, 1.0])
+    pairs = list(zip(model.teacher.parameters(), model.student.parameters(), strict=True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    assert not any(mine.requires_grad for mine, _ in pairs)
 
 
 def test_loss_uses_both_kinds_of_crops_and_the_warm_up(monkeypatch):
-    """Global crops of the side, local of half; centre from the teacher; temperature on its line."""
+    """Global crops of the side, local of half; targets from the teacher, temperature on its line.
+    """
+    temperatures = []
     seen = []
+    monkeypatch.setattr(dino, "sinkhorn", lambda x, temperature, rounds: (
+        temperatures.append(temperature), sinkhorn(x, temperature, rounds))[1])
     monkeypatch.setattr(dino, "dino_loss", lambda *args: seen.append(args))
     model = DINO(SMALL, replace(SMALL_DINO, teacher_temp=(0.04, 0.07), local_crops=3))
     sides = []
+    logits = []
     model.student["backbone"].register_forward_hook(lambda m, x, y: sides.append(x[0].shape))
+    model.teacher["head"].register_forward_hook(lambda m, x, y: logits.append(y))
     for progress in (0, 0.05, 0.1, 0.9):
         model.loss(images(), progress, generator())
     assert sides[:2] == [(8, 3, 16, 16), (12, 3, 8, 8)]
-    assert [args[4] for args in seen] == pytest.approx([0.04, 0.055, 0.07, 0.07])
-    student, teacher = seen[-1][:2]
-    assert student.shape == (5, 4, 12) and teacher.shape == (2, 4, 12)
-    assert max(student.abs().max(), teacher.abs().max()) <= 1 + 1e-6  # cosines
-    assert torch.allclose(model.batch_centre, teacher.mean(dim=(0, 1)), atol=1e-6)
+    assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    student, targets, student_temp = seen[-1]
+    assert student.shape == (5, 4, 12) and targets.shape == (2, 4, 12) and student_temp == 0.1
+    assert max(student.abs().max(), logits[-1].abs().max()) <= 1 + 1e-6  # cosines
+    assert torch.equal(targets.flatten(0, 1), sinkhorn(logits[-1], 0.07))
+
+
+@torch.no_grad()
+def test_crops_and_targets_are_float32_under_autocast(monkeypatch):
+    """bfloat16 has eight bits: crops, Sinkhorn and the loss do without it."""
+    seen = {}
+
+    def watch(name):
+        plain = getattr(dino, name)
+
+        def watched(x, *rest):
+            seen[name] = x.dtype, torch.is_autocast_enabled("cpu")
+            return plain(x, *rest)
+        monkeypatch.setattr(dino, name, watched)
+
+    for name in ("random_crops", "sinkhorn", "dino_loss"):
+        watch(name)
+    model = DINO(SMALL, SMALL_DINO)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(images(), 0.0, generator())[0]
+    assert set(seen.values()) == {(torch.float32, False)} and len(seen) == 3
+    assert loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -317,7 +317,9 @@ def test_it_learns_and_resumes():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            model.update_teacher(i / 30)
+            with torch.no_grad():
+                for mine, theirs in zip(model.teacher.parameters(), model.student.parameters()):
+                    mine.lerp_(theirs, 1 - model.momentum(i / 30))
             losses.append(loss.item())
         return logs
 
@@ -331,34 +333,3 @@ def test_it_learns_and_resumes():
     steps(resumed, other, range(15, 30))
     assert losses[15:30] == losses[30:] and not resumed.teacher_vit().training
     assert all(torch.equal(v, resumed.state_dict()[key]) for key, v in model.state_dict().items())
-
-
-# ---- the command ----
-
-@pytest.mark.parametrize("arguments, match", [
-    (["colour.png"], None), (["deep.png", "--embedder", "runs/a/model.pt"], None),
-    (["colour.png", "--embedder", "tiny"], "python train.py"),
-    (["x.png"], "x.png"), (["bad.png"], "bad.png"),
-    (["colour.png", "--out", "no/such/a.png"], "no/such/a.png"),
-])
-def test_command(monkeypatch, capsys, tmp_path, arguments, match):
-    """One panel for the image and one a head; bad weights, images, places: one line, code 2."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dino.py", "--image", *arguments])
-    Path("runs/a").mkdir(parents=True)
-    ours = {"config": asdict(SMALL), "model": VisionTransformer(SMALL).state_dict()}
-    torch.save({"embedder": ours}, "runs/a/model.pt")
-    Path("bad.png").write_text("not an image")
-    Image.new("RGB", (30, 20), "red").save("colour.png")
-    Image.fromarray((np.arange(900).reshape(30, 30) * 70).astype(np.uint16)).save("deep.png")
-    if match:
-        with pytest.raises(SystemExit, match="2"):
-            dino.main()
-        text = capsys.readouterr().err
-        assert text.startswith("error: ") and text.count("\n") == 1 and match in text
-        assert not Path("attention.png").exists()
-    else:
-        dino.main()
-        assert Image.open("attention.png").size == (3 * 228, 228)  # 224 pixels and a border of 2
-        deep = dino.open_image("deep.png", 30)
-        assert (deep.min(), deep.max()) == (-1, 1) and len(deep.unique()) > 200  # not cut at 255

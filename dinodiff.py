@@ -1,21 +1,25 @@
 """DiNO-Diffusion: latent diffusion conditioned on the global tokens of a frozen DiNO ViT.
 
-Papers: DiNO-Diffusion (arXiv 2407.11594); DDPM (Ho 2020); DDIM (Song 2021); latent diffusion
-(Rombach 2022); v-prediction (Salimans & Ho 2022); classifier-free guidance (Ho & Salimans 2022);
-zero terminal SNR (Lin 2024); min-SNR weights (Hang 2023). a_t below is `alphas_cumprod[t]`.
+Papers: DiNO-Diffusion (arXiv 2407.11594); DDPM (Ho 2020); DDIM (Song 2021); DPM-Solver++ (Lu 2022,
+arXiv 2211.01095); latent diffusion (Rombach 2022); v-prediction (Salimans & Ho 2022); classifier-
+free guidance (Ho & Salimans 2022); zero terminal SNR (Lin 2024); min-SNR weights (Hang 2023).
+a_t below is `alphas_cumprod[t]`; a step of a sampler goes from t to s, and u is the t before t.
 
     forward      xt  = sqrt(a_t) x0 + sqrt(1 - a_t) eps                                  (1)
     target       v   = sqrt(a_t) eps - sqrt(1 - a_t) x0                                  (2)
     back         x0  = sqrt(a_t) xt - sqrt(1 - a_t) v,  eps = sqrt(a_t) v + sqrt(1 - a_t) xt   (3)
     DDIM         xs  = sqrt(a_s) x0 + sqrt(1 - a_s - sigma^2) eps + sigma noise          (4)
-    guidance     f   = f(null) + guidance_scale (f(context) - f(null)), 1.0 = off        (5)
-    context      c_k = W (token_k - mean_k) / std_k + position_k                         (6)
+    DPM-Solver++ xs  = (4) without noise, of x0 + (l_s - l_t) / (l_t - l_u) / 2 (x0 - x0 at u),
+                 l_t = log(a_t / (1 - a_t)) / 2                                          (5)
+    guidance     f   = f(null) + guidance_scale (f(context) - f(null)), 1.0 = off        (6)
+    context      c_k = W (token_k - mean_k) / std_k + position_k                         (7)
 
-Instead of (6) the condition may be a prompt that was derived from the image (prompts.py, arXiv
+Instead of (7) the condition may be a prompt that was derived from the image (prompts.py, arXiv
 2312.09792), a bare label prompt, or nothing.
 
 Shapes: image (B, 3, H, W) in [-1, 1]; latent x0 (B, C, h, w), about N(0, 1) per channel; global
-tokens (B, G, D); context (B, K, context_dim); t (B,) int64 in 0..T-1.
+tokens (B, G, D); context (B, K, context_dim); t (B,) int64 in 0..T-1. A condition is one tensor,
+standardised tokens (B, G, D) or prompt ids (B, L) int64, or None for no condition.
 
     model = DinoDiffusion.from_checkpoint(load_checkpoint("runs/cxr/model.pt"))
     images = model.sample(model.embed(sources), seeds=[0, 1, 2])
@@ -35,33 +39,48 @@ from prompts import PromptEncoder, build_prompts, kmeans, vocabulary_of, words_o
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
+DECODED_PIXELS = 2 ** 20  # that the VAE decodes at once: four images of 512 px fit any GPU
+
 
 # ---------------------------------------------------------------------------- noise schedule
+
+def make_betas(kind, T):
+    """The share of variance that noise takes over at each step: (T,) float64 in (0, 1).
+
+    A new kind is one more paragraph here, and its word in the error. Raises ValueError.
+    """
+    if kind == "scaled_linear":  # Stable Diffusion
+        return torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
+
+    if kind == "linear":  # Ho 2020
+        return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+
+    if kind == "cosine":  # Nichol & Dhariwal 2021, equation 17
+        u = torch.arange(T + 1, dtype=torch.float64) / T
+        signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+
+    raise ValueError(f"schedule '{kind}' is unknown: use scaled_linear, linear or cosine")
+
 
 class NoiseSchedule:
     """How much of x0 is left at each timestep, and how predictions translate.
 
-    kind: "scaled_linear" (Stable Diffusion), "linear" (DDPM) or "cosine" (Nichol & Dhariwal 2021).
-    prediction: "v" or "eps". zero_terminal_snr rescales so that the last step is pure noise.
+    kind: "scaled_linear", "linear" or "cosine", see make_betas. prediction: "v" or "eps".
+    zero_terminal_snr rescales so that the last step is pure noise.
     Raises ValueError for unknown words, and where eps would be divided by sqrt(a_T) near zero.
     """
 
     def __init__(self, num_train_timesteps=1000, kind="scaled_linear", prediction="v",
                  zero_terminal_snr=True):
-        T = num_train_timesteps
-        if kind == "scaled_linear":
-            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
-        elif kind == "linear":
-            betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-        elif kind == "cosine":
-            u = torch.arange(T + 1, dtype=torch.float64) / T
-            signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
-        else:
-            raise ValueError(f"schedule '{kind}' is unknown: use scaled_linear, linear or cosine")
         if prediction not in ("v", "eps"):
             raise ValueError(f"prediction '{prediction}' is unknown: use v or eps")
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self.num_train_timesteps = num_train_timesteps
+        self.kind = kind
+        self.prediction = prediction
+        self.zero_terminal_snr = zero_terminal_snr
+
+        alphas_cumprod = torch.cumprod(1 - make_betas(kind, num_train_timesteps), dim=0)
         if zero_terminal_snr:  # Lin 2024, algorithm 1: shift the last root to 0, keep the first
             root = alphas_cumprod.sqrt()
             alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -70,11 +89,9 @@ class NoiseSchedule:
                 f"eps-prediction with a last alphas_cumprod of {alphas_cumprod[-1]:.1e} divides by "
                 "its root at the first sampling step: use prediction 'v', or zero_terminal_snr "
                 "off with kind 'scaled_linear' or 'linear'")
-        self.num_train_timesteps = T
-        self.kind, self.prediction, self.zero_terminal_snr = kind, prediction, zero_terminal_snr
         self.alphas_cumprod = alphas_cumprod.float()  # (T,)
 
-    def _roots(self, t, like):
+    def roots(self, t, like):
         """sqrt(a_t) and sqrt(1 - a_t) of each sample, shaped to multiply `like`."""
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)
         a = self.alphas_cumprod[t].view(-1, *[1] * (like.dim() - 1))
@@ -82,33 +99,40 @@ class NoiseSchedule:
 
     def add_noise(self, x0, noise, t):
         """Equation (1): x0, noise (B, ...), t (B,) int64 -> xt (B, ...)."""
-        signal, spread = self._roots(t, x0)
+        signal, spread = self.roots(t, x0)
         return signal * x0 + spread * noise
 
     def target(self, x0, noise, t):
         """What the network should say at t: equation (2), or the noise itself."""
-        signal, spread = self._roots(t, x0)
-        return signal * noise - spread * x0 if self.prediction == "v" else noise
+        if self.prediction == "eps":
+            return noise
+        signal, spread = self.roots(t, x0)
+        return signal * noise - spread * x0
 
     def to_x0_eps(self, prediction, xt, t):
         """Equation (3): the network's output and xt -> (x0, eps). Never clipped (latents)."""
-        signal, spread = self._roots(t, xt)
-        if self.prediction == "v":
-            return signal * xt - spread * prediction, signal * prediction + spread * xt
-        return (xt - spread * prediction) / signal, prediction
+        signal, spread = self.roots(t, xt)
+        if self.prediction == "eps":
+            return (xt - spread * prediction) / signal, prediction
+        return signal * xt - spread * prediction, signal * prediction + spread * xt
 
     def min_snr_weight(self, t, gamma=5.0):
         """Loss weight (B,) of Hang 2023: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
-        signal, spread = self._roots(t, t)
+        signal, spread = self.roots(t, t)
         snr = (signal / spread).square()
         return snr.clamp(max=gamma) / (snr + 1 if self.prediction == "v" else snr)
 
-    def sampling_timesteps(self, steps):
-        """`steps` trailing timesteps, T-1 first, evenly spaced: list of int (Lin 2024, table 2)."""
+    def sampling_timesteps(self, steps, power=1):
+        """`steps` timesteps, T-1 first, the next x0 last: list of falling int.
+
+        power 1: evenly spaced, "trailing" (Lin 2024, table 2). 2: closer and closer towards x0,
+        their roots are evenly spaced.
+        """
         T = self.num_train_timesteps
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: need 1 to {T}, the number trained with")
-        return [round(T * (steps - i) / steps) - 1 for i in range(steps)]
+        spaced = [round(T * (left / steps) ** power) - 1 for left in range(steps, 0, -1)]
+        return [max(t, steps - 1 - i) for i, t in enumerate(spaced)]  # room for those that follow
 
     def pairs(self, timesteps):
         """(t, a_t, a_s) of each sampling step: s is the list's next entry, never t - T // steps,
@@ -127,6 +151,12 @@ def seeded_noise(generators, shape, like):
     return torch.stack(rows).to(like.device, like.dtype)
 
 
+def predict_x0_eps(model, x, schedule, t):
+    """The network's word on x (B, ...) at one timestep t, as (x0, eps)."""
+    batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+    return schedule.to_x0_eps(model(x, batch_t), x, batch_t)
+
+
 @torch.no_grad()
 def ddim_sample(model, x, schedule, steps=50, eta=0.0, generators=None, timesteps=None):
     """Song 2021, equation 12 (our (4)): x (B, ...) noise -> x0 (B, ...).
@@ -135,10 +165,9 @@ def ddim_sample(model, x, schedule, steps=50, eta=0.0, generators=None, timestep
     `timesteps` (descending list) overrides `steps`; the step after the last one is x0 itself.
     generators: one CPU generator an image for eta > 0, or None for the global one.
     """
-    timesteps = schedule.sampling_timesteps(steps) if timesteps is None else timesteps
+    timesteps = timesteps or schedule.sampling_timesteps(steps)
     for t, a_t, a_s in schedule.pairs(timesteps):
-        batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
-        x0, eps = schedule.to_x0_eps(model(x, batch_t), x, batch_t)
+        x0, eps = predict_x0_eps(model, x, schedule, t)
         sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
         x = math.sqrt(a_s) * x0 + math.sqrt(max(1 - a_s - sigma ** 2, 0.0)) * eps
         if sigma > 0:
@@ -152,11 +181,9 @@ def ddpm_sample(model, x, schedule, steps=None, generators=None, timesteps=None)
 
     steps defaults to all T. With fewer, neighbours in the list take the place of t and t-1.
     """
-    if timesteps is None:
-        timesteps = schedule.sampling_timesteps(steps or schedule.num_train_timesteps)
+    timesteps = timesteps or schedule.sampling_timesteps(steps or schedule.num_train_timesteps)
     for t, a_t, a_s in schedule.pairs(timesteps):
-        batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
-        x0, _ = schedule.to_x0_eps(model(x, batch_t), x, batch_t)
+        x0, _ = predict_x0_eps(model, x, schedule, t)
         alpha = a_t / a_s
         x = (math.sqrt(a_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
         variance = (1 - a_s) / (1 - a_t) * (1 - alpha)  # 0 at the last step
@@ -165,21 +192,62 @@ def ddpm_sample(model, x, schedule, steps=None, generators=None, timesteps=None)
     return x
 
 
-def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=None):
-    """Equation (5) as a model(x, t): both halves in one pass; 1.0 is the conditional run itself.
+def half_log_snr(a):
+    """log(sqrt(a) / sqrt(1 - a)), the time that DPM-Solver counts in: a in 0..1 -> -inf..inf."""
+    if a in (0.0, 1.0):
+        return math.copysign(math.inf, a - 0.5)
+    return math.log(a / (1 - a)) / 2
 
-    mask, null_mask (B, K) bool: which context tokens count, for prompts of unequal length.
+
+@torch.no_grad()
+def dpm_sample(model, x, schedule, steps=15, timesteps=None, order=2):
+    """DPM-Solver++ (2M), Lu 2022, algorithm 2 (our (5)): x (B, ...) noise -> x0 (B, ...).
+
+    DDIM holds x0 fixed during a step. This one lets it move on as it did during the step before,
+    in a straight line over half_log_snr, which costs no call of the model; order 1 is DDIM itself.
+    Steps from pure noise and to x0 are infinitely long in that time, and no line fits them: the
+    first, the last, and the one after a start in pure noise are DDIM's. So that the last one is
+    short, `steps` timesteps lie closer and closer towards x0: on a Gaussian 15 of them err by less
+    than a tenth of DDIM's 50 (evenly spaced, by twice as much).
     """
-    if guidance_scale == 1.0:
-        own_mask = () if mask is None else (mask,)
-        return lambda x, t: unet(x, t, context, *own_mask)
-    both = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
-    masks = () if mask is None else (torch.cat([null_mask, mask]),)
+    timesteps = timesteps or schedule.sampling_timesteps(steps, power=2)
+    x0_before = None
+    length_before = math.inf  # of the step before, as if the start had come from infinity
+    for t, a_t, a_s in schedule.pairs(timesteps):
+        x0, _ = predict_x0_eps(model, x, schedule, t)
+        length = half_log_snr(a_s) - half_log_snr(a_t)
+        middle = x0  # the mean x0 of the step
+        if order == 2 and math.isfinite(length) and math.isfinite(length_before):
+            middle = x0 + length / length_before / 2 * (x0 - x0_before)
 
-    def model(x, t):
-        null, conditional = unet(x, t, both, *masks).chunk(2)
+        # Equation (4) with sigma = 0, and the eps that belongs to x and this x0.
+        eps = (x - math.sqrt(a_t) * middle) / math.sqrt(1 - a_t)
+        x = math.sqrt(a_s) * middle + math.sqrt(1 - a_s) * eps
+        x0_before = x0
+        length_before = length
+    return x
+
+
+def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=None):
+    """Equation (6) as a model(x, t): both halves in one pass; 1.0 is the conditional run itself.
+
+    context, null_context: (B, K, context_dim). mask, null_mask: (B, K) bool, which context tokens
+    count, for prompts of unequal length; else None.
+    """
+    def conditional_model(x, t):
+        return unet(x, t, context, mask)
+
+    if guidance_scale == 1.0:
+        return conditional_model
+
+    both_contexts = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
+    both_masks = None if mask is None else torch.cat([null_mask, mask])
+
+    def guided_model(x, t):
+        null, conditional = unet(x, t, both_contexts, both_masks).chunk(2)
         return null + guidance_scale * (conditional - null)
-    return model
+
+    return guided_model
 
 
 # ---------------------------------------------------------------------------- the manifold
@@ -194,12 +262,18 @@ def slerp(a, b, weight):
 
     Source: Shoemake 1985. Falls back to lerp where the two are almost parallel.
     """
-    u, w = a.flatten(-2), b.flatten(-2)
-    length_a, length_b = u.norm(dim=-1, keepdim=True), w.norm(dim=-1, keepdim=True)
-    u, w = u / length_a.clamp(min=1e-8), w / length_b.clamp(min=1e-8)
+    # Directions and lengths.
+    u = a.flatten(-2)
+    w = b.flatten(-2)
+    length_a = u.norm(dim=-1, keepdim=True)
+    length_b = w.norm(dim=-1, keepdim=True)
+    u = u / length_a.clamp(min=1e-8)
+    w = w / length_b.clamp(min=1e-8)
+
+    # A point of the arc between the directions, then its length.
     angle = (u * w).sum(-1, keepdim=True).clamp(-1, 1).acos()
     mixed = (((1 - weight) * angle).sin() * u + (weight * angle).sin() * w) / angle.sin()
-    mixed = mixed * (length_a + weight * (length_b - length_a))
+    mixed = mixed * lerp(length_a, length_b, weight)
     nearly_parallel = (angle < 1e-3) | (angle > math.pi - 1e-3)
     return torch.where(nearly_parallel, lerp(a, b, weight).flatten(-2), mixed).view_as(a)
 
@@ -225,7 +299,8 @@ class EmbeddingSampler(nn.Module):
 
     def __init__(self, components, rank, tokens, dim):
         super().__init__()
-        self.tokens, self.dim = tokens, dim
+        self.tokens = tokens
+        self.dim = dim
         self.register_buffer("center", torch.zeros(tokens * dim))
         self.register_buffer("basis", torch.zeros(rank, tokens * dim))
         self.register_buffer("weights", torch.zeros(components))
@@ -235,28 +310,36 @@ class EmbeddingSampler(nn.Module):
     @classmethod
     def fit(cls, tokens, components=8, max_rank=64, shrinkage=0.3, seed=0):
         """tokens (N, G, D) standardised, N >= 2 -> a fitted sampler."""
-        n, G, D = tokens.shape
+        N, G, D = tokens.shape
         x = tokens.flatten(1).double()
+
+        # Principal components.
         center = x.mean(0)
-        rank = min(max_rank, n - 1, G * D)
+        rank = min(max_rank, N - 1, G * D)
         with torch.random.fork_rng(devices=[]):  # its start is random
             torch.manual_seed(seed)
-            _, _, basis = torch.svd_lowrank(x - center, q=min(rank + 8, n, G * D), niter=4)
+            _, _, basis = torch.svd_lowrank(x - center, q=min(rank + 8, N, G * D), niter=4)
         basis = basis[:, :rank].T
         scores = (x - center) @ basis.T  # (N, G*D) -> (N, rank)
+
+        # Clusters, of two images a dimension at least.
         distinct = scores.float().unique(dim=0).shape[0]
-        k = max(1, min(components, n // (2 * rank), distinct))  # two images a dimension at least
+        k = max(1, min(components, N // (2 * rank), distinct))
         means, assignment = kmeans(scores.float(), k, seed)
-        means = means.double()
-        within = scores - means[assignment]
-        pooled = within.T @ within / n + 1e-6 * torch.eye(rank, dtype=x.dtype)
+
+        # A Gaussian for each.
+        within = scores - means[assignment].double()
+        pooled = within.T @ within / N + 1e-6 * torch.eye(rank, dtype=x.dtype)
         sampler = cls(k, rank, G, D)
         for j in range(k):
-            own = within[assignment == j]
-            covariance = (1 - shrinkage) * own.T @ own / max(1, len(own)) + shrinkage * pooled
+            members = within[assignment == j]
+            covariance = members.T @ members / max(1, len(members))
+            covariance = (1 - shrinkage) * covariance + shrinkage * pooled
             sampler.factors[j] = torch.linalg.cholesky(covariance).float()
-            sampler.weights[j] = len(own) / n
-        sampler.center.copy_(center), sampler.basis.copy_(basis), sampler.means.copy_(means)
+            sampler.weights[j] = len(members) / N
+        sampler.center.copy_(center)
+        sampler.basis.copy_(basis)
+        sampler.means.copy_(means)
         return sampler
 
     def sample(self, generators):
@@ -272,7 +355,7 @@ class EmbeddingSampler(nn.Module):
 # ---------------------------------------------------------------------------- the condition
 
 class TokenProjection(nn.Module):
-    """Standardised global tokens (B, G, D) -> context (B, K, context_dim), equation (6).
+    """Standardised global tokens (B, G, D) -> context (B, K, context_dim), equation (7).
 
     A single context token would make every cross-attention weight 1, and queries and keys would
     get no gradient; so one global token is spread over `spread` context tokens. With several,
@@ -312,7 +395,7 @@ class DinoDiffusionConfig:
     template: str = ""                   # of the prompts: see prompts.py
     labels: tuple = ()                   # what <label> may be
     clusters: int = 0                    # K of K-means on the tokens: what <index> counts
-    schedule: str = "scaled_linear"      # scaled_linear, linear, cosine
+    schedule: str = "scaled_linear"      # see make_betas
     prediction: str = "v"                # v, eps
     zero_terminal_snr: bool = True
     drop_condition: float = 0.1          # share of training samples that see the null context
@@ -327,20 +410,20 @@ class DinoDiffusionConfig:
         if self.condition not in ("prompts", "labels"):
             return ()
         pairs = [(label, k) for label in self.labels or [None] for k in range(self.clusters or 1)]
-        return tuple(build_prompts([k for _, k in pairs] if self.clusters else None,
-                                   [label for label, _ in pairs] if self.labels else None,
-                                   self.template))
+        indices = [k for _, k in pairs] if self.clusters else None
+        labels = [label for label, _ in pairs] if self.labels else None
+        return tuple(build_prompts(indices, labels, self.template))
 
     def __post_init__(self):
         if self.vae.latent_channels != self.unet.in_channels:
             raise ValueError(f"the VAE has {self.vae.latent_channels} latent channels, the U-Net "
                              f"takes {self.unet.in_channels}: both must agree, pass another --vae")
-        step = self.vae.factor * 2 ** (len(self.unet.channel_multipliers) - 1)
+        step = self.vae.factor * self.unet.factor
         if self.image_size % step:
             need = math.ceil(self.image_size / step) * step
             raise ValueError(
                 f"image side {self.image_size} is not a multiple of {step} (VAE {self.vae.factor} "
-                f"x U-Net {step // self.vae.factor}): pass --size {need}")
+                f"x U-Net {self.unet.factor}): pass --size {need}")
 
 
 class DinoDiffusion(nn.Module):
@@ -352,29 +435,32 @@ class DinoDiffusion(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vae, self.embedder = AutoencoderKL(config.vae), VisionTransformer(config.vit)
-        self.vae.requires_grad_(False).eval()
-        self.embedder.requires_grad_(False).eval()
+        self.vae = AutoencoderKL(config.vae).requires_grad_(False).eval()
+        self.embedder = VisionTransformer(config.vit).requires_grad_(False).eval()
         self.unet = UNet(config.unet)
-        self.prompts, width = config.prompts, config.unet.context_dim
-        if self.prompts:
-            self.projection = PromptEncoder(
-                vocabulary_of(self.prompts), width,
-                max_words=max(len(words_of(prompt)) for prompt in self.prompts))
-        else:
-            self.projection = TokenProjection(*config.token_shape, width)
         self.schedule = NoiseSchedule(1000, config.schedule, config.prediction,
                                       config.zero_terminal_snr)
+
+        # What turns a condition into context tokens.
+        self.prompts = config.prompts
+        if self.prompts:
+            longest = max(len(words_of(prompt)) for prompt in self.prompts)
+            self.projection = PromptEncoder(vocabulary_of(self.prompts), config.unet.context_dim,
+                                            max_words=longest)
+        else:
+            self.projection = TokenProjection(*config.token_shape, config.unet.context_dim)
+
+        # Statistics of the training set.
         C = config.vae.latent_channels
-        self.register_buffer("shift", torch.zeros(C, 1, 1))          # x0 = (z - shift) * scale
-        self.register_buffer("scale", torch.ones(C, 1, 1))
-        self.register_buffer("token_mean", torch.zeros(config.token_shape))
-        self.register_buffer("token_std", torch.ones(config.token_shape))
         G, D = config.token_shape
+        self.register_buffer("shift", torch.zeros(C, 1, 1))  # x0 = (z - shift) * scale
+        self.register_buffer("scale", torch.ones(C, 1, 1))
+        self.register_buffer("token_mean", torch.zeros(G, D))
+        self.register_buffer("token_std", torch.ones(G, D))
         self.register_buffer("centers", torch.zeros(config.clusters, G * D))  # of K-means
-        self.register_buffer("prompt_counts",                         # training images of each
-                             torch.zeros(len(self.prompts), dtype=torch.int64))
-        self.embedding_sampler = None                                 # set after training
+        counts = torch.zeros(len(self.prompts), dtype=torch.int64)
+        self.register_buffer("prompt_counts", counts)  # training images of each
+        self.embedding_sampler = None  # set after training
 
     @property
     def trained(self):
@@ -398,56 +484,70 @@ class DinoDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode(self, x0):
-        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]."""
-        return self.vae.decode(x0 / self.scale + self.shift).clamp(-1, 1)
+        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]; DECODED_PIXELS at a time."""
+        pixels = x0.shape[2] * x0.shape[3] * self.config.vae.factor ** 2
+        slices = x0.split(max(1, DECODED_PIXELS // pixels))
+        images = [self.vae.decode(part / self.scale + self.shift) for part in slices]
+        return torch.cat(images).clamp(-1, 1)
+
+    # ---- conditions
 
     def cluster_of(self, tokens):
         """Standardised tokens (B, G, D) -> number of the nearest K-means centre, (B,) int64."""
         return torch.cdist(tokens.flatten(1), self.centers).argmin(1)
 
-    def context(self, condition, batch):
-        """Standardised tokens (B, G, D), B prompts, or None for no condition ->
-        context (batch, K, context_dim), and mask (batch, K) bool for prompts or else None.
+    def prompt_ids(self, prompts):
+        """List of B str -> the condition of a model that follows prompts, (B, L) int64.
 
-        Raises ValueError for a prompt with unknown words.
+        L is one number whatever the prompts are. Raises ValueError for a prompt with unknown words.
         """
-        if not self.prompts:
-            return (self.projection.null(batch) if condition is None
-                    else self.projection(condition)), None
-        context, mask = self.projection([""] * batch if condition is None else condition)
-        more = 1 + self.projection.max_words - context.shape[1]  # one K, whatever the batch holds
-        return F.pad(context, (0, 0, 0, more)), F.pad(mask, (0, more))
+        return self.projection.tokenize(prompts)
+
+    def context(self, condition, batch):
+        """Tokens (batch, G, D), prompt ids (batch, L) or None for no condition ->
+        context (batch, K, context_dim), and mask (batch, K) bool for prompts or else None.
+        """
+        if self.prompts:
+            return self.projection(self.projection.null(batch) if condition is None else condition)
+        if condition is None:
+            return self.projection.null(batch), None
+        return self.projection(condition), None
 
     # ---- training
 
     def loss(self, mean, std, condition, generator):
         """One training step's loss: mean (prediction - target)^2 over uniform t.
 
-        mean, std (B, C, h, w): the VAE's posterior, drawn anew each step. condition: standardised
-        tokens (B, G, D), or numbers of prompts (B,) int64. Returns (loss, {}): a dict of values to
-        log, as all losses for `fit` do. A generator's `share` (index, count), if it has one, says
-        that these are the images index::count of a larger batch: all is drawn for the whole of it,
-        (B, count, ...), and theirs is kept.
+        mean, std: (B, C, h, w), the VAE's posterior, drawn anew each step.
+        condition: (B, G, D) or (B, L); a part of it, `drop_condition`, is replaced by the null
+            condition, so that guidance has both halves. Of no account to an unconditional model.
+        generator: of all that is drawn, on mean's device.
+        Returns (loss, {}): a dict of values to log, as all losses for `fit` do.
         """
-        B, *rest = mean.shape
-        draw = dict(generator=generator, device=mean.device)
-        index, count = getattr(generator, "share", (0, 1))
-        z = mean + std * torch.randn(B, count, *rest, **draw)[:, index]
+        B = len(mean)
+        device = mean.device
+
+        # Latent, noise and timestep.
+        z = mean + std * torch.randn(mean.shape, generator=generator, device=device)
         x0 = (z - self.shift) * self.scale
-        noise = torch.randn(B, count, *rest, **draw)[:, index]
-        t = torch.randint(self.schedule.num_train_timesteps, (B, count), **draw)[:, index]
-        dropped = torch.rand(B, count, **draw)[:, index] < self.config.drop_condition
-        if self.prompts:  # the empty prompt is the null condition
-            words = ["" if drop else self.prompts[number]
-                     for number, drop in zip(condition.tolist(), dropped.tolist())]
-            context, mask = self.context(words, B)
-        elif self.config.condition == "none":
-            context, mask = self.context(None, B)
-        else:
-            context, mask = torch.where(dropped[:, None, None], self.projection.null(B),
-                                        self.projection(condition)), None
+        noise = torch.randn(mean.shape, generator=generator, device=device)
+        t = torch.randint(self.schedule.num_train_timesteps, (B,), generator=generator,
+                          device=device)
+
+        # Context, or for some images the null context.
+        context, mask = self.context(None, B)
+        if self.config.condition != "none":
+            dropped = torch.rand(B, generator=generator, device=device) < self.config.drop_condition
+            null_context, null_mask = context, mask
+            context, mask = self.context(condition, B)
+            context = torch.where(dropped[:, None, None], null_context, context)
+            if mask is not None:
+                mask = torch.where(dropped[:, None], null_mask, mask)
+
+        # The error of the prediction.
         prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, context, mask)
-        error = F.mse_loss(prediction.float(), self.schedule.target(x0, noise, t), reduction="none")
+        target = self.schedule.target(x0, noise, t)
+        error = F.mse_loss(prediction.float(), target, reduction="none")
         error = error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
         if self.config.min_snr_gamma:
             error = error * self.schedule.min_snr_weight(t, self.config.min_snr_gamma)
@@ -457,64 +557,78 @@ class DinoDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, condition, seeds, steps=50, guidance_scale=1.0, eta=0.0, sampler="ddim",
-               batch=64, start=None, strength=1.0):
+               batch=64, start=None, strength=1.0, dtype=torch.float32):
         """New images (N, 3, H, W) in [-1, 1], one for each seed, on the model's device.
 
-        condition: tokens (N, G, D) standardised, N prompts, or None. start (N, 3, H, W) with
-        strength < 1 begins from that image with noise of the timestep at that share of the way
-        (img2img). Image i depends on its seed and condition alone, not on `batch`.
+        condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
+        start: images (N, 3, H, W); with strength < 1 the sampler begins from them, with the noise
+            of the timestep at that share of all T (img2img).
+        dtype: torch.bfloat16 puts the U-Net under autocast; all the rest stays float32.
+        Image i depends on its seed and condition alone, not on `batch`.
         Raises ValueError for steps outside 1..T, a strength outside (0, 1], an unknown sampler.
         """
-        if sampler not in ("ddim", "ddpm"):
-            raise ValueError(f"sampler '{sampler}' is unknown: use ddim or ddpm")
+        if sampler not in ("ddim", "ddpm", "dpm"):
+            raise ValueError(f"sampler '{sampler}' is unknown: use ddim, ddpm or dpm")
         if not 0 < strength <= 1:
             raise ValueError(f"strength {strength}: need more than 0 and at most 1 (all noise)")
-        timesteps = self.schedule.sampling_timesteps(steps)
-        if strength < 1:
-            timesteps = timesteps[min(round(steps * (1 - strength)), steps - 1):]
+        timesteps = self.schedule.sampling_timesteps(steps, power=2 if sampler == "dpm" else 1)
+        limit = strength * self.schedule.num_train_timesteps
+        timesteps = [t for t in timesteps if t < limit] or timesteps[-1:]
+        device = self.shift.device
         side = self.config.image_size // self.config.vae.factor
+
         images = []
-        for i in range(0, len(seeds), batch):
-            generators = [torch.Generator().manual_seed(s) for s in seeds[i:i + batch]]
-            n = len(generators)
-            shape = (n, self.config.vae.latent_channels, side, side)
-            x = seeded_noise(generators, shape, self.shift)
+        for first in range(0, len(seeds), batch):
+            rows = slice(first, first + batch)
+
+            # Noise, of each image's own seed, or a noisy start image.
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            B = len(generators)
+            x = seeded_noise(generators, (B, len(self.shift), side, side), self.shift)
             if strength < 1:
-                t = torch.full((n,), timesteps[0], device=x.device)
-                x = self.schedule.add_noise(self.encode(start[i:i + batch].to(x.device)), x, t)
-            part = None if condition is None else condition[i:i + batch]
-            if torch.is_tensor(part):
-                part = part.to(x.device)
-            (context, mask), (null, null_mask) = self.context(part, n), self.context(None, n)
-            model = guided(self.unet, context, null, 1.0 if part is None else guidance_scale,
-                           mask, null_mask)
-            if sampler == "ddim":
-                x = ddim_sample(model, x, self.schedule, steps, eta, generators, timesteps)
-            else:
-                x = ddpm_sample(model, x, self.schedule, steps, generators, timesteps)
+                t = torch.full((B,), timesteps[0], device=device)
+                x = self.schedule.add_noise(self.encode(start[rows].to(device)), x, t)
+
+            # The model, with both contexts.
+            null_context, null_mask = self.context(None, B)
+            model = guided(self.unet, null_context, null_context, 1.0, null_mask, null_mask)
+            if condition is not None:
+                context, mask = self.context(condition[rows].to(device), B)
+                model = guided(self.unet, context, null_context, guidance_scale, mask, null_mask)
+
+            # Noise to x0; samplers multiply no matrices, so autocast touches the U-Net alone.
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                if sampler == "ddim":
+                    x = ddim_sample(model, x, self.schedule, steps, eta, generators, timesteps)
+                elif sampler == "ddpm":
+                    x = ddpm_sample(model, x, self.schedule, steps, generators, timesteps)
+                else:
+                    x = dpm_sample(model, x, self.schedule, steps, timesteps)
             images.append(self.decode(x))
         return torch.cat(images)
 
-    # ---- plain dictionaries (files are data.py's business)
+    # ---- plain dictionaries; files are the business of support/files.py
+
+    STATISTICS = ("shift", "scale", "token_mean", "token_std", "centers", "prompt_counts")
 
     def to_checkpoint(self):
         """Plain dict of tensors and values that `from_checkpoint` and torch.save take."""
-        gmm = self.embedding_sampler
+        mixture = self.embedding_sampler
         return {
             "config": asdict(self.config),
             "embedder": {"config": asdict(self.config.vit), "model": self.embedder.state_dict()},
             "vae": self.vae.state_dict(),
             "unet": self.unet.state_dict(),
             "projection": self.projection.state_dict(),
-            "statistics": {n: getattr(self, n) for n in (
-                "shift", "scale", "token_mean", "token_std", "centers", "prompt_counts")},
-            "embedding_sampler": None if gmm is None else gmm.state_dict(),
+            "statistics": {name: getattr(self, name) for name in self.STATISTICS},
+            "embedding_sampler": None if mixture is None else mixture.state_dict(),
         }
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
         """The inverse, in eval mode. Raises ValueError if the parts do not fit each other."""
         try:
+            # The config; sizes far from the weights' would fill the memory before they are refused.
             raw = dict(checkpoint["config"])
             raw["labels"] = tuple(raw.get("labels", ()))
             for name, kind in (("vae", VAEConfig), ("unet", UNetConfig), ("vit", ViTConfig)):
@@ -522,17 +636,19 @@ class DinoDiffusion(nn.Module):
             layers = (raw["vae"].layers_per_block, raw["unet"].layers_per_block, raw["vit"].depth)
             if max(layers) > len(checkpoint["unet"]):
                 raise ValueError(f"{max(layers)} layers")
+
+            # Weights and statistics.
             model = cls(DinoDiffusionConfig(**raw))
             model.embedder.load_state_dict(checkpoint["embedder"]["model"])
             for part in ("vae", "unet", "projection"):
                 getattr(model, part).load_state_dict(checkpoint[part])
             for name, value in checkpoint["statistics"].items():
                 getattr(model, name).copy_(value)
-            gmm = checkpoint["embedding_sampler"]
-            if gmm is not None:
-                model.embedding_sampler = EmbeddingSampler(*gmm["means"].shape,
-                                                           *model.config.token_shape)
-                model.embedding_sampler.load_state_dict(gmm)
+            mixture = checkpoint["embedding_sampler"]
+            if mixture is not None:
+                shape = (*mixture["means"].shape, *model.config.token_shape)
+                model.embedding_sampler = EmbeddingSampler(*shape)
+                model.embedding_sampler.load_state_dict(mixture)
         except Exception as error:  # a foreign file raises nearly any type
             raise ValueError(
                 "this is not a DiNO-Diffusion model that this version reads "

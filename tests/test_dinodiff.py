@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import dinodiff
 from dino import ViTConfig
 from dinodiff import (DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler, NoiseSchedule,
-                      TokenProjection, ddim_sample, ddpm_sample, guided, lerp, perturb, prototypes,
-                      seeded_noise, slerp)
+                      TokenProjection, ddim_sample, ddpm_sample, dpm_sample, guided, lerp,
+                      make_betas, perturb, prototypes, seeded_noise, slerp)
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -79,6 +80,72 @@ def test_ddim_visits_the_trailing_steps(steps):
         assert seen == [999, 922, 845, 768, 691, 614, 537, 461, 384, 307, 230, 153, 76]
 
 
+@pytest.mark.parametrize("prediction,zero_snr", [("v", True), ("v", False), ("eps", False)])
+def test_dpm_gains_a_factor_of_four(prediction, zero_snr):
+    """Against the exact path of data N(MU, SIGMA^2), second order: twice the steps, a quarter of
+    the error (in the limit; 3.5 to 4.6 at these steps). DDIM, of first order, gains two.
+
+    All lists end at the same timestep, and the exact answer is the model's x0 there: the move
+    from it to x0 is one step, whatever their number.
+    """
+    schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=zero_snr)
+    x, last = start_noise(200), 200
+    a, b = schedule.alphas_cumprod.double()[[last, -1]]
+
+    def spread(a):  # deviation of xt: on the exact path (xt - sqrt(a) MU) / spread stays the same
+        return (a * SIGMA ** 2 + 1 - a).sqrt()
+    exact = MU + a.sqrt() * SIGMA ** 2 / spread(a) * (x - b.sqrt() * MU) / spread(b)
+
+    def error(sampler, steps):
+        timesteps = torch.linspace(999, last, steps + 1).round().int().tolist()
+        made = sampler(gaussian_model(schedule), x, schedule, timesteps=timesteps)
+        return (made - exact).abs().mean().item()
+    for sampler, low, high in ((dpm_sample, 3.5, 4.6), (ddim_sample, 1.7, 2.3)):
+        errors = [error(sampler, steps) for steps in (17, 34, 68)]
+        print(sampler.__name__, errors)
+        assert low < errors[0] / errors[1] < high and low < errors[1] / errors[2] < high
+    assert error(dpm_sample, 17) < error(ddim_sample, 68)
+
+
+@pytest.mark.parametrize("prediction,zero_snr", [("v", True), ("eps", False)])
+def test_dpm_of_first_order_is_ddim(prediction, zero_snr):
+    """Order 1 equals DDIM at eta 0 on one list; order 2 leaves its path after two steps; one step
+    from pure noise (log-SNR minus infinity) is the data's mean, and nothing is NaN."""
+    schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=zero_snr)
+    model, x = gaussian_model(schedule), start_noise(50)
+    for timesteps in ([999, 700, 400, 50], [999], [600, 300, 0]):
+        ddim = ddim_sample(model, x, schedule, timesteps=timesteps)
+        first = dpm_sample(model, x, schedule, timesteps=timesteps, order=1)
+        assert torch.allclose(first, ddim, atol=1e-6)  # the schedule is float32
+        second = dpm_sample(model, x, schedule, timesteps=timesteps)
+        assert second.isfinite().all()
+        assert torch.allclose(second, ddim, atol=1e-6) == (len(timesteps) < 3)
+    if zero_snr:
+        assert torch.allclose(dpm_sample(model, x, schedule, steps=1), torch.full_like(x, MU),
+                              atol=1e-5)
+
+
+def test_dpm_gives_back_a_gaussian():
+    """15 steps to x0 itself: mean and deviation to 0.005, a tenth of the error of DDIM's 50."""
+    schedule = NoiseSchedule()
+    x = dpm_sample(gaussian_model(schedule), start_noise(), schedule)
+    ddim = ddim_sample(gaussian_model(schedule), start_noise(), schedule)
+    assert abs(x.mean() - MU) < 0.005
+    assert abs(x.std() - SIGMA) < min(0.005, 0.1 * abs(ddim.std() - SIGMA))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 15, 50, 400, 1000])
+def test_timesteps_that_close_in_on_x0(steps):
+    """power 2: `steps` of them, T-1 first, strictly falling to 0 or near it, gaps never growing."""
+    timesteps = NoiseSchedule().sampling_timesteps(steps, power=2)
+    assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
+    gaps = [a - b for a, b in zip(timesteps, timesteps[1:])]
+    assert all(gap >= 1 for gap in gaps)
+    assert all(later <= earlier + 1 for earlier, later in zip(gaps, gaps[1:]))  # rounding
+    if steps == 7:
+        assert timesteps == [999, 734, 509, 326, 183, 81, 19]
+
+
 def test_schedules_match_their_definitions():
     """Known ends: scaled linear 0.0047 (root 0.068), linear 4.0e-5, cosine 2.4e-9; zero SNR 0."""
     last = {kind: NoiseSchedule(kind=kind, zero_terminal_snr=False).alphas_cumprod[-1].item()
@@ -89,6 +156,11 @@ def test_schedules_match_their_definitions():
     before = NoiseSchedule(zero_terminal_snr=False).alphas_cumprod
     after = NoiseSchedule(zero_terminal_snr=True).alphas_cumprod
     assert after[-1] == 0 and torch.isclose(after[0], before[0])
+    for kind in last:
+        betas = make_betas(kind, 50)
+        assert betas.shape == (50,) and betas.min() > 0 and betas.max() < 1
+    with pytest.raises(ValueError, match="schedule 'sine' is unknown: use scaled_linear"):
+        make_betas("sine", 50)
     assert (after[1:] < after[:-1]).all()
 
 
@@ -128,7 +200,7 @@ def test_guidance_one_is_the_conditional_run_and_scales_linearly():
     """Scale 1 never calls the null half; scale s is null + s (conditional - null), all channels."""
     calls = []
 
-    def unet(x, t, context):
+    def unet(x, t, context, mask=None):
         calls.append(len(context))
         repeated = x.repeat(len(context) // len(x), 1, 1, 1)
         return repeated * context.mean(dim=(1, 2))[:, None, None, None]
@@ -226,7 +298,8 @@ def test_image_of_a_seed_does_not_depend_on_the_batch(model):
     """Seeds 4..8 sampled together, alone, and in another order: the same images (1e-4: sums of
     convolutions are ordered differently for other batch sizes)."""
     tokens = model.embed(pictures(5))
-    for settings in (dict(), dict(sampler="ddpm"), dict(eta=1.0, guidance_scale=2.0)):
+    for settings in (dict(), dict(sampler="ddpm"), dict(sampler="dpm"),
+                     dict(eta=1.0, guidance_scale=2.0)):
         together = model.sample(tokens, [4, 5, 6, 7, 8], steps=4, **settings)
         split = model.sample(tokens, [4, 5, 6, 7, 8], steps=4, batch=2, **settings)
         alone = model.sample(tokens[3:4], [7], steps=4, **settings)
@@ -244,6 +317,27 @@ def test_strength_keeps_more_or_less_of_the_start(model):
     assert far[0] < far[1]
     with pytest.raises(ValueError, match="strength"):
         model.sample(tokens, [0, 1], strength=0.0)
+    with pytest.raises(ValueError, match="use ddim, ddpm or dpm"):
+        model.sample(tokens, [0, 1], sampler="euler")
+
+
+def test_bf16_stays_near_float32(model):
+    """With dtype bfloat16 the U-Net alone is rounded: images agree to a grey level on average, and
+    are float32."""
+    tokens = model.embed(pictures(2))
+    whole, half = (model.sample(tokens, [0, 1], steps=3, sampler="dpm", dtype=dtype)
+                   for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert 0 < (whole - half).abs().mean() < 2 / 255
+
+
+def test_decoding_in_slices_changes_nothing(model, monkeypatch):
+    """Five latents, two at a time: the VAE sees 2, 2 and 1, and the images are the same."""
+    x0, sizes = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    whole, decode = model.decode(x0), model.vae.decode
+    monkeypatch.setattr(dinodiff, "DECODED_PIXELS", 2 * 32 * 32 + 1)
+    monkeypatch.setattr(model.vae, "decode", lambda z: (sizes.append(len(z)), decode(z))[1])
+    assert torch.allclose(model.decode(x0), whole, atol=1e-5) and sizes == [2, 2, 1]
 
 
 def test_checkpoint_round_trip(model, tmp_path):
@@ -284,6 +378,35 @@ def test_unconditional_model_ignores_tokens():
     losses = [model.loss(mean, 0 * mean, tokens, torch.Generator().manual_seed(1))[0]
               for tokens in (torch.zeros(4, 5, 16), torch.randn(4, 5, 16))]
     assert torch.equal(*losses)
+
+
+def test_prompts_condition_as_ids():
+    """Prompts become ids (B, L) of one L; each image depends on its own row and seed alone; the
+    empty prompt is no condition; all parts of the encoder learn from `loss`; unknown words are
+    named."""
+    torch.manual_seed(0)
+    model = DinoDiffusion(replace(CONFIG, condition="prompts", labels=("cancer", "healthy"),
+                                  clusters=2, template="tissue of <label>, type <index>")).eval()
+    for p in model.unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    ids = model.prompt_ids([*model.prompts, "cancer", ""])
+    assert ids.shape == (6, 6) and ids.dtype == torch.int64
+    assert torch.equal(model.prompt_ids(["cancer"]), ids[4:5])
+    with pytest.raises(ValueError, match="unknown in the prompt: cat"):
+        model.prompt_ids(["cat tissue"])
+
+    together = model.sample(ids, [0, 1, 2, 3, 4, 5], steps=2, guidance_scale=2.0)
+    alone = model.sample(ids[4:5], [4], steps=2, guidance_scale=2.0)
+    assert torch.allclose(together[4:5], alone, atol=1e-4)  # sums in another order
+    assert not torch.allclose(alone, model.sample(ids[:1], [4], steps=2, guidance_scale=2.0))
+    assert torch.equal(model.sample(ids[5:], [0], steps=2), model.sample(None, [0], steps=2))
+
+    mean = torch.randn(4, 4, 16, 16)
+    loss, _ = model.loss(mean, 0 * mean, ids[:4], torch.Generator().manual_seed(0))
+    loss.backward()
+    missing = [name for name, p in model.projection.named_parameters()
+               if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not missing
 
 
 def test_image_side_error_has_three_parts():

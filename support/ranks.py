@@ -1,8 +1,13 @@
-"""Several processes that train or sample together, started by torchrun."""
+"""Several processes that train or sample together, started by torchrun.
+
+Each process, called a rank, computes its share of every batch; gradients are averaged before each
+step of the optimizer, so that all ranks hold the same weights. With one process nothing is done.
+"""
 import atexit
 import os
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 
@@ -31,3 +36,26 @@ def all_ranks(value=None):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def rows_of_rank(rows):
+    """The rows of a batch that this rank computes: all of them, where it is alone."""
+    return rows[rank()::ranks()]
+
+
+def average_gradients(parameters):
+    """Replace each gradient by its mean over all ranks: that of the whole batch."""
+    if ranks() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mean = parameter.grad.contiguous()
+            dist.all_reduce(mean)
+            parameter.grad.copy_(mean / ranks())
+
+
+def share_batch_norm(model):
+    """On several GPUs, let each batch norm see the batch of all ranks; returns the model."""
+    if ranks() > 1 and next(model.parameters()).is_cuda:
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model

@@ -1,7 +1,26 @@
-"""Where random numbers come from."""
+"""Where random numbers come from, and the order in which data are read."""
 import hashlib
+from functools import lru_cache
+
+import torch
 
 
 def step_seed(*parts):
     """A 63-bit seed that depends on every part, e.g. (seed, stage, step)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n, seed, epoch):
+    """The rows 0..n-1 as one epoch shuffles them, (n,) int64."""
+    generator = torch.Generator().manual_seed(step_seed(seed, epoch))
+    return torch.randperm(n, generator=generator)
+
+
+def batch_rows(step, batch, n, seed):
+    """Rows of the data for one step: epochs of reshuffled 0..n-1, cut into batches."""
+    rows = []
+    while len(rows) < batch:
+        epoch, offset = divmod(step * batch + len(rows), n)
+        rows += epoch_order(n, seed, epoch)[offset:offset + batch - len(rows)].tolist()
+    return rows

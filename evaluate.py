@@ -15,11 +15,10 @@ Features are (N, D), torch or NumPy; everything computes in float64 on the CPU. 
 faster than `sqrtm`); a fixed-seed random network as the default judge, which needs no download and
 favours nobody: never the features that conditioned the model under test; beside every figure the
 floor, which is that of real images against other real ones at equal counts. Frechet distances
-compare only with those of the same judge, resize rule and counts. With intervals, and for runs:
-`python -m experiments fidelity`.
+compare only with those of the same judge, resize rule and counts. With intervals, for runs, and by
+Inception or another judge: `python -m experiments fidelity`.
 """
 import argparse
-import hashlib
 from contextlib import suppress
 from functools import partial
 
@@ -30,7 +29,6 @@ from scipy.stats import rankdata
 from torch import nn
 from torchvision.models import inception
 
-from dino import conditioning_tokens, load_dino
 from support.command import (Help, UserError, batch_int, pick_device, positive_int, print_table,
                              run_script, seed_int, user_errors)
 from support.datasets import open_dataset
@@ -227,10 +225,6 @@ def brightness(grey):
 
 # ---------------------------------------------------------------- judges
 
-FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-               "pt_inception-2015-12-05-6726825d.pth")
-
-
 class RandomFeatures(nn.Module):
     """Fixed-seed random network: images (B, 3, H, W) in [-1, 1], side >= 32 -> (B, 217) features.
 
@@ -302,49 +296,6 @@ class FIDInception(inception.Inception3):
         return x.flatten(1)
 
 
-def load_judge(net, source):
-    """Fill a network from a file, or an address whose file name ends in the start of its hash."""
-    options = {"map_location": "cpu", "weights_only": True}  # nothing in the file is executed
-    try:
-        if source.startswith("https:"):
-            state = torch.hub.load_state_dict_from_url(source, check_hash=True, **options)
-        else:
-            state = torch.load(source, **options)
-        net.load_state_dict(state)
-    except Exception as error:  # zip, pickle, torch and network each raise their own
-        raise UserError(f"cannot load {source} ({' '.join(str(error).split())[:160]})", "a state "
-                        f"dict of {type(net).__name__} is needed", "pass --weights FILE, or delete "
-                        f"a damaged download in {torch.hub.get_dir()}/checkpoints") from None
-    return net
-
-
-def name_judge(kind, net, rule):
-    """Kind, weights (by their hash) and resize rule: figures of two names do not compare."""
-    digest = hashlib.sha256()
-    for value in net.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return f"{kind} {digest.hexdigest()[:8]}, {rule}"
-
-
-def feature_extractor(kind, weights=None, device="cpu"):
-    """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of a judge.
-
-    kind: "random", "inception" or "dino"; weights: a file, or for dino a published name as well.
-    """
-    if kind == "random":
-        return "random network, seed 0, no resize", RandomFeatures().to(device)
-    if kind == "inception":
-        net = load_judge(FIDInception(), weights or FID_WEIGHTS).eval().to(device)
-        return name_judge(kind, net, "plain bilinear to 299 px"), lambda x: net((x + 1) / 2)
-    if not weights:
-        raise UserError(f"--features {kind} names no network", "a ViT that did not condition the "
-                        "images is needed", "pass --weights NAME or FILE")
-    with user_errors():
-        net = load_dino(weights).to(device)
-    rule = f"CLS, antialiased bicubic to {net.input_side} px"
-    return name_judge(kind, net, rule), partial(conditioning_tokens, net, kind="cls")
-
-
 # ---------------------------------------------------------------- two sets of images
 
 @torch.no_grad()
@@ -383,34 +334,18 @@ def warn_of_counts(n, m, dimensions):
         print(f"warning: {n} against {m} images, and counts move distances: compare equal ones")
 
 
-def print_metrics(columns):
-    """Print {column: array (6,) of `compare`} as a table, a metric a line."""
-    print_table({metric: {name: column[i] for name, column in columns.items()}
-                 for i, metric in enumerate(METRICS)})
-
-
-def add_judge_flags(parser, judges):
-    """Add the flags that say how two sets of images are compared."""
-    add = parser.add_argument
-    add("--features", choices=judges, default="random", help="whose features: a random network, "
-        "FID's Inception, a ViT (not the one that conditioned), TorchXRayVision's DenseNet")
-    add("--weights", help="a file of that network's weights, or the name of a published ViT")
-    add("--size", type=positive_int, help="resize to this side (default: as they are)")
-    add("--seed", type=seed_int, default=0, help="of the halves of the real images")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How far are two sets of images apart?",
                                      formatter_class=Help)
-    parser.add_argument("real", help="folder of real images")
-    parser.add_argument("synthetic", help="folder of others, e.g. of a run's samples")
-    add_judge_flags(parser, ("random", "inception", "dino"))
-    parser.add_argument("--batch", type=batch_int, default=64, help="images at once")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    add = parser.add_argument
+    add("real", help="folder of real images")
+    add("synthetic", help="folder of others, e.g. of a run's samples")
+    add("--size", type=positive_int, help="resize to this side (default: as they are)")
+    add("--seed", type=seed_int, default=0, help="of the halves of the real images")
+    add("--batch", type=batch_int, default=64, help="images at once")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU
-    device = pick_device(args.device)
-    judge, extract = feature_extractor(args.features, args.weights, device)
 
     # Real images in two halves, patients apart: the floor is one half against the other.
     real = open_dataset(args.real, args.size)
@@ -419,30 +354,35 @@ def main(argv=None):
     parts = [(real, half), (real, other), (synthetic, torch.arange(len(synthetic)))]
     side = only_side({images[i].shape[-1] for images, numbers in parts for i in numbers})
 
-    # Of each image three grey values and D features.
-    def look(x):
-        return torch.cat([grey_values(x), extract(x)], dim=1)
+    # Of each image three grey values, and features.
+    device = pick_device(args.device)
+    judge = RandomFeatures().to(device)
 
-    rows = []
+    def look(x):
+        return torch.cat([grey_values(x), judge(x)], dim=1)
+
+    sets = []
     for images, numbers in parts:
-        batches = (images.batch(some.tolist()) for some in numbers.split(args.batch))
-        rows.append(describe(batches, look, device)[0])
-    shades = {"real": brightness(moments(torch.cat(rows[:2])[:, :3])),
-              "synthetic": brightness(moments(rows[2][:, :3]))}
-    refuse_unlike_modes(**shades)
+        batches = (images.batch(rows.tolist()) for rows in numbers.split(args.batch))
+        sets.append(describe(batches, look, device)[0])
+    half, other, fake = sets
+    both = torch.cat([half, other])
 
     # Every distance at equal counts first, and then of all images.
-    half, other, fake = (x[:, 3:] for x in rows)
-    equal = min(len(half), len(other), len(fake))
     with user_errors():
-        columns = {"floor": compare(half[:equal], other[:equal]),
-                   "equal": compare(half[:equal], fake[:equal]),
-                   "all": compare(torch.cat([half, other]), fake)}
-    print(f"features: {judge}, {fake.shape[1]} dimensions; {side} px; {equal} real images against "
-          f"as many real (floor) and synthetic (equal) ones; all: {len(real)} against {len(fake)}")
-    warn_of_counts(len(real), len(fake), fake.shape[1])
-    print_metrics(columns)
-    print_table({f"brightness, {name}": figures for name, figures in shades.items()})
+        grey = {"real": brightness(moments(both[:, :3])),
+                "synthetic": brightness(moments(fake[:, :3]))}
+        refuse_unlike_modes(**grey)
+        equal = min(len(half), len(other), len(fake))
+        columns = {"floor": compare(half[:equal, 3:], other[:equal, 3:]),
+                   "equal": compare(half[:equal, 3:], fake[:equal, 3:]),
+                   "all": compare(both[:, 3:], fake[:, 3:])}
+    print(f"features: random network, seed 0, no resize; {side} px; {equal} real images against "
+          f"as many real (floor) and synthetic (equal) ones; all: {len(both)} against {len(fake)}")
+    warn_of_counts(len(both), len(fake), both.shape[1] - 3)
+    print_table({metric: {name: column[i] for name, column in columns.items()}
+                 for i, metric in enumerate(METRICS)})
+    print_table({f"brightness, {name}": figures for name, figures in grey.items()})
 
 
 if __name__ == "__main__":

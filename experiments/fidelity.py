@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import (METRICS, add_judge_flags, brightness, compare, describe, frechet_of_moments,
+from dinodiff import DinoDiffusion
+from evaluate import (METRICS, brightness, compare, describe, frechet_of_moments,
                       grey_values, moments, only_side, refuse_unlike_modes, warn_of_counts)
 from experiments.common import add_run_flags, batches_of, choose, open_run
-from experiments.judges import JUDGES, judge_of
+from experiments.judges import JUDGES, feature_extractor
 from experiments.statistics import kernel_subsets, merge_moments, subsample_interval
-from support.command import UserError, pick_device, positive_int, print_table, user_errors
+from support.command import UserError, pick_device, positive_int, print_table, seed_int, user_errors
 from support.datasets import open_dataset
-from support.files import atomic_file, write_json
+from support.files import atomic_file, load_checkpoint, resolve_checkpoint, write_json
 from support.splits import split_holdout
 
 STORED = ("extractor", "side", "count", "mean", "scatter")  # arrays in a file of --save-stats
@@ -145,7 +146,12 @@ def add_flags(parser):
     add("real", help="a run (its training images), a folder, or a file of --save-stats")
     add("synthetic", help="a folder, e.g. of a run's samples, or a file of --save-stats")
     add_run_flags(parser)
-    add_judge_flags(parser, JUDGES)
+    add("--features", choices=JUDGES, default="random", help="whose: a random network, FID's "
+        "Inception, a ViT (not the one that conditioned), TorchXRayVision's DenseNet")
+    add("--weights", help="inception, xrv: a file of weights; dino: a published ViT's name or a "
+        "file (default: the embedder of --checkpoint)")
+    add("--size", type=positive_int, help="resize to this side (default: as they are)")
+    add("--seed", type=seed_int, default=0, help="of the halves, the noise and the intervals")
     add("--max-features", type=positive_int, default=5000, help="keep features of so many images "
         "a set; the others count in the streamed Frechet distance only")
     add("--save-stats", metavar="FILE", help="write REAL's statistics, for later use as REAL")
@@ -154,7 +160,12 @@ def add_flags(parser):
 
 def main(args):
     device = pick_device(args.device)
-    extractor, extract = judge_of(args, device)
+    model = None
+    if args.features == "dino" and not args.weights:
+        checkpoint = load_checkpoint(resolve_checkpoint(args.checkpoint))
+        with user_errors():
+            model = DinoDiffusion.from_checkpoint(checkpoint).to(device)
+    extractor, extract = feature_extractor(args.features, args.weights, device, model)
     with user_errors():
         real = gather(args.real, True, extractor, extract, device, args)
         synthetic = gather(args.synthetic, False, extractor, extract, device, args)

@@ -1,21 +1,43 @@
-"""More judges than evaluate.py has: TorchXRayVision's network, and the embedder of a model.
+"""Whose features tell sets of images apart: --features and --weights, in one place.
 
-    name, extract = judge_of(args, device)     # by --features, --weights and --checkpoint
-    features, _ = describe(batches, extract, device)
+    name, extract = feature_extractor("inception", None, device)
+    features, _ = describe(batches, extract, device)    # (N, D)
+
+The name tells weights, by their hash, and resize rule: figures of two names do not compare.
 """
+import hashlib
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 
-from dinodiff import DinoDiffusion
-from evaluate import feature_extractor, load_judge, name_judge
+from dino import conditioning_tokens, load_dino
+from evaluate import FIDInception, RandomFeatures
 from support.command import UserError, user_errors
-from support.files import load_checkpoint, resolve_checkpoint
 
 JUDGES = ("random", "inception", "dino", "xrv")
+FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               "pt_inception-2015-12-05-6726825d.pth")
 
 
-def xray_extractor(weights, device):
-    """(name, function: images -> features) of TorchXRayVision's DenseNet, from a file or else the
-    package's own download."""
+def load_judge(net, source):
+    """Fill a network from a file, or an address whose file name ends in the start of its hash."""
+    options = {"map_location": "cpu", "weights_only": True}  # nothing in the file is executed
+    try:
+        if source.startswith("https:"):
+            state = torch.hub.load_state_dict_from_url(source, check_hash=True, **options)
+        else:
+            state = torch.load(source, **options)
+        net.load_state_dict(state)
+    except Exception as error:  # zip, pickle, torch and network each raise their own
+        raise UserError(f"cannot load {source} ({' '.join(str(error).split())[:160]})", "a state "
+                        f"dict of {type(net).__name__} is needed", "pass --weights FILE, or delete "
+                        f"a damaged download in {torch.hub.get_dir()}/checkpoints") from None
+    return net
+
+
+def load_xrv(weights):
+    """TorchXRayVision's DenseNet, of a file or else of the package's own download."""
     try:  # without a file the package unpickles its download, which can run code
         from torchxrayvision.models import DenseNet
         net = DenseNet(weights=None if weights else "densenet121-res224-all")
@@ -23,34 +45,48 @@ def xray_extractor(weights, device):
         raise UserError(f"--features xrv cannot start ({error})", "torchxrayvision and its "
                         "weights are needed", "pip install torchxrayvision; without network "
                         "pass --weights FILE, a state dict of its DenseNet") from error
-    if weights:
-        net = load_judge(net, weights)
-    net = net.eval().to(device)
-
-    def extract(x):
-        grey = x.mean(dim=1, keepdim=True)
-        grey = F.interpolate(grey, (224, 224), mode="bilinear", antialias=True)
-        return net.features2(1024 * grey)  # the range it was trained with
-
-    return name_judge("xrv", net, "antialiased bilinear to 224 px"), extract
+    return load_judge(net, weights) if weights else net
 
 
-def embedder_extractor(model):
-    """(name, function: images -> features) of a DinoDiffusion's own embedder."""
-    print("note: the tokens that conditioned samples do not judge them fairly")
-    rule = f"{model.config.tokens} tokens, antialiased bicubic to {model.embedder.input_side} px"
-    return name_judge("dino", model.embedder, rule), model.embed
+def feature_extractor(kind, weights, device, model=None):
+    """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of a judge.
 
-
-def judge_of(args, device):
-    """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of --features and --weights.
-
-    Without weights, "dino" is the embedder of --checkpoint.
+    kind: one of JUDGES. weights: a file, for dino a published name as well, or None: then dino is
+    the embedder of `model`, a DinoDiffusion.
     """
-    if args.features == "xrv":
-        return xray_extractor(args.weights, device)
-    if args.features == "dino" and not args.weights:
-        checkpoint = load_checkpoint(resolve_checkpoint(args.checkpoint))
+    if kind == "random":
+        return "random network, seed 0, no resize", RandomFeatures().to(device)
+
+    if kind == "inception":
+        net = load_judge(FIDInception(), weights or FID_WEIGHTS)
+        rule = "plain bilinear to 299 px"
+
+        def extract(x):
+            return net((x + 1) / 2)
+
+    elif kind == "xrv":
+        net = load_xrv(weights)
+        rule = "antialiased bilinear to 224 px"
+
+        def extract(x):
+            grey = x.mean(dim=1, keepdim=True)
+            grey = F.interpolate(grey, (224, 224), mode="bilinear", antialias=True)
+            return net.features2(1024 * grey)  # the range it was trained with
+
+    elif weights:
         with user_errors():
-            return embedder_extractor(DinoDiffusion.from_checkpoint(checkpoint).to(device))
-    return feature_extractor(args.features, args.weights, device)
+            net = load_dino(weights)
+        rule = f"CLS, antialiased bicubic to {net.input_side} px"
+        extract = partial(conditioning_tokens, net, kind="cls")
+
+    else:
+        print("note: the tokens that conditioned samples do not judge them fairly")
+        net = model.embedder
+        rule = f"{model.config.tokens} tokens, antialiased bicubic to {net.input_side} px"
+        extract = model.embed
+
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    net.eval().to(device)
+    return f"{kind} {digest.hexdigest()[:8]}, {rule}", extract

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import correlations, describe, feature_extractor
+from evaluate import correlations, describe
 from experiments.common import add_run_flags, batches_of, open_run
-from experiments.judges import embedder_extractor
+from experiments.judges import feature_extractor
 from support.command import UserError, print_table
 from support.datasets import open_dataset, read_table
 from support.files import write_json
@@ -160,10 +160,7 @@ def add_flags(parser):
 def main(args):
     run = open_run(args)
     device = next(run.model.buffers()).device
-    if args.weights:
-        extractor, extract = feature_extractor("dino", args.weights, device)
-    else:
-        extractor, extract = embedder_extractor(run.model)
+    extractor, extract = feature_extractor("dino", args.weights, device, run.model)
 
     # Whose neighbours, and who may be one: training images, and sources of the samples.
     queries = collect(run, args.samples)

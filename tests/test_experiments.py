@@ -16,6 +16,7 @@ from evaluate import RandomFeatures
 from experiments import __main__ as front_door
 from experiments import common, judges, privacy
 from experiments.common import OpenedRun, binary_labels
+from experiments.judges import feature_extractor
 from experiments.privacy import nearest, read_samples, share_below, token_distances
 from experiments.resemble import best_correlations, first_share, resemblance
 from support.command import UserError
@@ -62,10 +63,9 @@ def test_every_experiment_has_its_own_help(name, monkeypatch, capsys):
 
 
 def test_judges(tmp_path, monkeypatch):
-    """TorchXRayVision's network gets the range and side it wants; names tell weights apart; what is
-    missing is said; other judges are evaluate.py's."""
-    args = SimpleNamespace(features="xrv", weights=str(tmp_path / "w.pth"), checkpoint=None)
+    """Each gets the range and side it wants; names tell weights apart; what is missing is said."""
     images = torch.linspace(-1, 1, 32).expand(2, 3, 32, 32)
+    weights = str(tmp_path / "w.pth")
     seen = []
 
     class DenseNet(nn.Linear):
@@ -76,22 +76,29 @@ def test_judges(tmp_path, monkeypatch):
             seen.append(x)
             return x.mean(dim=(1, 2, 3))[:, None]
 
+    def load_inception(net, source):
+        net.forward = lambda x: seen.append(x) or x
+        return net
+
     monkeypatch.setitem(sys.modules, "torchxrayvision", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchxrayvision.models", SimpleNamespace(DenseNet=DenseNet))
     names = []
     for value in (0.0, 1.0):
-        torch.save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)}, args.weights)
-        name, extract = judges.judge_of(args, "cpu")
+        torch.save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)}, weights)
+        name, extract = feature_extractor("xrv", weights, "cpu")
         names.append(name)
     extract(images)
     assert names[0] != names[1] and "224 px" in name
     assert seen[-1].shape == (2, 1, 224, 224)
     assert seen[-1].min() == -1024 and seen[-1].max() == 1024
+    with pytest.raises(UserError, match="cannot load .*FIDInception is needed.*--weights"):
+        feature_extractor("inception", weights, "cpu")
+    monkeypatch.setattr(judges, "load_judge", load_inception)
+    feature_extractor("inception", weights, "cpu")[1](images)
+    assert seen[-1].min() == 0 and seen[-1].max() == 1
     monkeypatch.setitem(sys.modules, "torchxrayvision.models", None)
     with pytest.raises(UserError, match="pip install torchxrayvision"):
-        judges.judge_of(args, "cpu")
-    args.features = "random"
-    assert judges.judge_of(args, "cpu")[1](images).shape == (2, 217)
+        feature_extractor("xrv", weights, "cpu")
 
 
 def test_labels_for_the_probe():

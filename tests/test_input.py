@@ -134,8 +134,6 @@ def test_a_program_under_an_images_name_is_not_run(tmp_path, monkeypatch):
     path = folder_with(tmp_path, BAD_IMAGES, good=0) / "program.png"
     with pytest.raises(UserError, match="program.png"):
         load_image(path, 8)
-    with pytest.raises(Exception):
-        dino.open_image(path, 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (2, 2), (5, 7), (64, 65)])
@@ -543,7 +541,7 @@ def script(main, argv, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as end:
-        data.run_script(main if main in (dino.main, prompts.main) else lambda: main(argv))
+        data.run_script(main if main is prompts.main else lambda: main(argv))
     return end.value.code, capsys.readouterr().err
 
 
@@ -604,7 +602,6 @@ BAD_LINES = [
     (SAMPLE, "--random --out TEXT --steps 1", "pass another --out"),
     (SAMPLE, "--random --out FULL --steps 1", "pass another --out"),
     (evaluate.main, "", "required"), (evaluate.main, "EMPTY EMPTY", "name another folder"),
-    (evaluate.main, "FEW FEW --features dino", "pass --weights"),
     (evaluate.main, "FEW FEW", "add images"), (experiments.main, "judge", "pass one of these"),
     (experiments.main, "fidelity EMPTY EMPTY", "name another folder"),
     (experiments.main, "fidelity /nowhere EMPTY", "pass --data"),
@@ -631,11 +628,13 @@ BAD_LINES = [
     (experiments.main, "probe --tokens all", "choose from"),
     (experiments.main, "probe --label-column nothing", "--label-column"),
     (experiments.main, "probe --checkpoint TEXT", "python train.py"),
-    (dino.main, "", "--image"), (dino.main, "--image TEXT --embedder RUN/model.pt", "--image"),
-    (dino.main, "--image /nowhere.png --embedder RUN/model.pt", "--image"),
-    (dino.main, "--image GOOD.png --embedder resnet", "pass a file, or one of"),
-    (dino.main, "--image GOOD.png --embedder RUN/model.pt --out /nowhere/x.png", "--out"),
-    (dino.main, "--image GOOD.png --embedder RUN/model.pt --out TEXT", "--out"),
+    (experiments.main, "attention", "--image"),
+    (experiments.main, "attention --image TEXT --embedder RUN/model.pt", "replace or remove it"),
+    (experiments.main, "attention --image /nowhere.png --embedder RUN/model.pt", "/nowhere.png"),
+    (experiments.main, "attention --image GOOD.png --embedder resnet", "one of"),
+    (experiments.main, "attention --image GOOD.png --embedder RUN/model.pt --out TEXT/x.png",
+     "pass another --out"),
+    (experiments.main, "attention --image GOOD.png --embedder RUN/model.pt --out TEXT", ".png"),
     (report.main, "/nowhere", "pass runs/NAME"), (report.main, "RUN --count 0", "pass 1"),
     (report.main, "readers", "--make and --out"), (report.main, "RUN --seed -1", "pass 0"),
     (report.main, "readers --make FEW EMPTY --out new", "name another folder"),
@@ -688,7 +687,8 @@ def test_bad_command_lines(desk, monkeypatch, capsys):
     (train.main, []), (sample.main, []), (evaluate.main, []), (experiments.main, ["fidelity"]),
     (experiments.main, ["resemble"]), (experiments.main, ["probe"]),
     (experiments.main, ["privacy"]), (experiments.main, ["clusters"]),
-    (experiments.main, ["classify"]), (report.main, []), (dino.main, []), (prompts.main, [])])
+    (experiments.main, ["classify"]), (report.main, []), (experiments.main, ["attention"]),
+    (prompts.main, [])])
 def test_help_fits_two_screens_and_shows_defaults(monkeypatch, capsys, main, command):
     """At most 100 lines of 80 columns; every flag has a text, and its default stands in it."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -697,7 +697,7 @@ def test_help_fits_two_screens_and_shows_defaults(monkeypatch, capsys, main, com
         parsers.append(self), parse(self, *a, **k))[1])
     monkeypatch.setattr(sys, "argv", ["script.py", *command, "--help"])
     with pytest.raises(SystemExit):
-        main() if main in (dino.main, prompts.main) else main([*command, "--help"])
+        main() if main is prompts.main else main([*command, "--help"])
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 100
     for action in parsers[-1]._actions:

@@ -135,8 +135,7 @@ REFUSED = {
     "vae": (
         (r"^(encoder|decoder)\.layers\.\d|^\d+\.conv\.\d", "TAESD, the tiny autoencoder"),
         (r"^quantize\.", "an autoencoder with a codebook (VQ)"),
-        (r"(down|up)(_blocks)?\.\d+\.attn?(entions)?\.", "kl-f16 or another with attention in its "
-         "levels"),
+        (r"coder\.(down|up)(_blocks)?\.\d+\.att", "kl-f16 or another with attention in its levels"),
     ),
     "unet": (
         (r"^(add_embedding|label_emb)\.", "the U-Net of SDXL"),

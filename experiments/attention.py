@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dino import attention_weights, load_dino
-from support.command import user_errors
+from support.command import UserError, user_errors
 from support.files import resolve_checkpoint
 from support.images import load_image
 from support.pictures import save_grid
@@ -58,7 +58,9 @@ def add_flags(parser):
 
 @torch.no_grad()
 def main(args):
-    weights = args.embedder or resolve_checkpoint(None)
+    if not args.out.lower().endswith(".png"):
+        raise UserError(f"{args.out} is no place for a picture", "a .png is needed", "change --out")
+    weights = args.embedder or resolve_checkpoint()
     with user_errors():
         vit = load_dino(weights)
     x = load_image(args.image, vit.input_side)[None]                # (1, 3, side, side)

@@ -14,6 +14,7 @@ that ours is faster. A busy machine spoils times, and ratios less; least of all 
 
     OMP_NUM_THREADS=1 python tests/benchmark.py all --threads 1
 """
+# ruff: noqa: B023 - closures are called in the round of the loop that makes them
 import argparse
 import gc
 import math
@@ -27,18 +28,18 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "reference")]
-import mil  # noqa: E402
-from data import line_chart  # noqa: E402
-from dino import (VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,  # noqa: E402
-                  preprocess)
-from dinodiff import NoiseSchedule, ddim_sample, guided  # noqa: E402
-from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs  # noqa: E402
-from metrics import frechet_distance, kernel_distance, prdc  # noqa: E402
-from support.phantoms import histology_phantoms  # noqa: E402
-from prompts import inertia, kmeans, standardise  # noqa: E402
-from train import UNETS  # noqa: E402
-from unet import UNet, UNetConfig  # noqa: E402
-from vae import AutoencoderKL, VAEConfig  # noqa: E402
+import mil
+from dino import VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens, preprocess
+from dinodiff import NoiseSchedule, ddim_sample, guided
+from evaluate import frechet_distance, kernel_distance, prdc
+from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs
+from prompts import inertia, kmeans, standardise
+from support.phantoms import histology_phantoms
+from support.pictures import line_chart
+from support.slides import Slide
+from train import UNETS
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
 
 WIDE = UNetConfig(4, 4, 64, (1, 2, 4), 2, (True, True, True), 192, 4)
 
@@ -284,7 +285,7 @@ def mil_cost(repeats):
         side = math.ceil(math.sqrt(n))
         grid = torch.stack([torch.arange(n) // side, torch.arange(n) % side], dim=1)
         features = torch.randn(n, 960, generator=torch.Generator().manual_seed(0))
-        slide = mil.Slide("s", 0, "s", True, grid, torch.arange(n), lambda: (features, None))
+        slide = Slide("s", 0, "s", True, grid, torch.arange(n), lambda: (features, None))
 
         def full():
             x = F.gelu(model.embed(features))[None]

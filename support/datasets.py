@@ -34,6 +34,7 @@ class ImageSet:
     unreadable: list = field(default_factory=list)  # (path, why) of images that were left out
     official_test: list = field(default_factory=list)  # numbers that MedMNIST keeps for testing
     cache: dict = field(default_factory=dict)  # number -> image
+    depth: dict = field(default_factory=lambda: {"black": 0.0, "white": 255.0})  # see images.py
 
     def __len__(self):
         return len(self.files)
@@ -41,7 +42,7 @@ class ImageSet:
     def __getitem__(self, i):
         image = self.cache.get(int(i))
         if image is None:
-            image = load_image(self.sources[int(i)], self.size)
+            image = load_image(self.sources[int(i)], self.size, self.depth)
             if len(self.cache) * image.nbytes < CACHE_BYTES:
                 self.cache[int(i)] = image
         return image.clone()
@@ -81,7 +82,8 @@ def survey(name_or_path, size, count):
     return len(images), (time.monotonic() - began) / len(some)
 
 
-def open_dataset(name_or_path, size, seed=0, count=2400, whole=False):
+def open_dataset(name_or_path, size, seed=0, count=2400, whole=False, depth=None,
+                 uncertain="ignore"):
     """Open a folder of images, a MedMNIST .npz, PatchCamelyon's .h5 pair, "cxr" or "histology"
     (data/NAME/ if it is there, else `count` phantoms) or "phantoms" (chests); size None keeps the
     side of each file.

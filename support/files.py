@@ -1,10 +1,14 @@
 """Files that are whole or not there: atomic writes, tables, logs, checkpoints."""
+import codecs
 import csv
+import gzip
 import io
 import itertools
 import json
 import os
+import threading
 import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,16 +35,21 @@ def next_folder(parent, name):
 
 
 @contextmanager
-def atomic_file(path):
-    """A binary file that takes the place of `path` only once it is complete and on the disk."""
+def atomic_file(path, sync=True):
+    """A binary file that takes the place of `path` only once it is complete, and on the disk.
+
+    sync=False: the system brings it to the disk later, which is what thousands of files need.
+    """
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: names may be as long as they may be
+    # Short, for names may be as long as they may be; another one for each process and thread.
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
         why = error if isinstance(error, OSError) else error.__context__
@@ -70,6 +79,74 @@ def write_csv(path, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text_atomic(path, text.getvalue())
+
+
+def append_csv(path, rows):
+    """Add rows at the end of a table, all at once: a reader, or a kill, finds whole lines."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    with user_errors(f"{path} must be writable", "make space there, or pass another --out"):
+        with open(path, "ab") as file:
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _text_of(raw):
+    """Bytes of a table as text: UTF-8 or UTF-16, and Windows' cp1252 for lines that are neither."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16")
+    if raw[1:40:2] == bytes(len(raw[1:40:2])) and any(raw[:40:2]):
+        return raw.decode("utf-16-le")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        lines = []
+        for line in raw.splitlines(keepends=True):
+            try:
+                lines.append(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                lines.append(line.decode("cp1252"))
+        return "".join(lines)
+
+
+def read_csv(path):
+    """Rows of a table as a list of dicts, column -> cell, all str without spaces around them.
+
+    Comma, semicolon or tab; UTF-8 with or without BOM, UTF-16, cp1252; also .gz. Columns without a
+    name are left out. Raises UserError for what is no such table, or has two columns of one name.
+    """
+    try:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rb") as file:
+            text = _text_of(file.read()).lstrip("\r\n")
+
+        # Excel may write the delimiter into a line of its own; else the first line shows it.
+        head, _, rest = text.partition("\n")
+        if head.lower().startswith("sep="):
+            text = rest
+            head = rest.partition("\n")[0]
+        delimiter = max(",;\t", key=head.count)
+
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True,
+                           delimiter=delimiter)
+        names = [name.strip() for name in next(lines, [])]
+        rows = []
+        for cells in lines:
+            if any(cell.strip() for cell in cells[len(names):]):
+                raise ValueError(f"line {lines.line_num} has more cells than the first line")
+            if cells:
+                cells += [""] * (len(names) - len(cells))
+                rows.append({name: cell.strip() for name, cell in zip(names, cells) if name})
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error})", "a CSV file in UTF-8 is needed",
+                        "save it as CSV UTF-8") from error
+    known = [name for name in names if name]
+    if not known or len(set(known)) < len(known):
+        raise UserError(f"{path} has the columns {', '.join(known)[:200] or 'none'}",
+                        "columns with names, no two alike, are needed", "correct its first line")
+    return rows
 
 
 def write_json(path, result):

@@ -42,7 +42,7 @@ def _decode(path):
                         "a whole image file is needed", "replace or remove it") from error
 
 
-def load_image(source, size):
+def load_image(source, size, depth=None):
     """Image file, or its uint8 pixels -> (3, size, size) float32 in [-1, 1]; None keeps the side.
 
     Upright by EXIF, transparent pixels over black, the centre square, resized in float. Deep grey
@@ -94,3 +94,18 @@ def _why_unreadable(path, folder, whole):
     except Exception as error:  # a damaged file makes Pillow raise nearly any type
         return one_line(error)[:200]
     return ""
+
+
+def otsu_level(values):
+    """The level, an int of 0 to 255, that parts whole numbers (array or tensor) best in two.
+
+    Best: with the largest variance between both sides; values up to the level are the lower side.
+    Source: Otsu 1979.
+    """
+    values = torch.as_tensor(values).flatten()
+    share = torch.bincount(values, minlength=256).double() / values.numel()
+    below = share.cumsum(0)
+    mean_below = (share * torch.arange(256, device=share.device)).cumsum(0)
+    difference = mean_below[-1] * below - mean_below
+    between = difference.square() / (below * (1 - below)).clamp_min(1e-9)
+    return int(between.argmax())

@@ -1,6 +1,7 @@
 """Who is held out: groups, splits, outliers."""
 import hashlib
 import os
+import re
 from contextlib import suppress
 
 import torch
@@ -8,7 +9,18 @@ import torch.nn.functional as F
 
 from support.command import UserError, fraction
 from support.datasets import read_table
-from support.files import write_csv, write_text_atomic
+from support.files import write_csv
+
+GROUP_COLUMN = (  # of the letters of its name: PatientID, subject_id, "Case no.", dicom_patient_id
+    "(anon|deid|dicom|bcr|id)?(patient|subject|participant|person|case)s?"
+    "(submitter)?(id|uid|no|nr|num|number|name|code|key|identifier|index|barcode)?(dicom|anon)?"
+    "|groups?(id)?")
+
+
+def is_group_column(name):
+    """Whether a column of that name tells patients apart, in whatever spelling."""
+    letters = re.sub("[^a-z]", "", name.lower())
+    return re.fullmatch(GROUP_COLUMN, letters) is not None
 
 
 def image_groups(dataset, group_column=None):
@@ -16,8 +28,7 @@ def image_groups(dataset, group_column=None):
     if group_column and group_column not in dataset.columns:
         raise UserError(f"there is no column {group_column!r}", f"{dataset.name} has "
                         f"{', '.join(dataset.columns) or 'none'}", "pass another --group-column")
-    default = (name for name in dataset.columns if name.lower().replace("_", "").replace(" ", "")
-               in ("patientid", "patient", "group"))
+    default = filter(is_group_column, dataset.columns)
     cells = dataset.columns.get(group_column or next(default, None), [""] * len(dataset))
     return [cell or file for cell, file in zip(cells, dataset.files)]
 

@@ -571,9 +571,14 @@ def print_end(args, run, model, example, minutes):
           f"next: python sample.py --checkpoint {shlex.quote(args.out)} {way}")
 
 
+def parse(argv=None):
+    """Flags -> Namespace; with --resume, what is not given is as the run began."""
+    return train_settings(argv, PRESETS, VISION_TRANSFORMERS, TOKEN_KINDS)
+
+
 def main(argv=None):
     join_ranks()
-    args = train_settings(argv, PRESETS, VISION_TRANSFORMERS, TOKEN_KINDS)
+    args = parse(argv)
     config = {**vars(args), "torch": str(torch.__version__),
               "torchvision": str(torchvision.__version__)}
     if args.dry_run:

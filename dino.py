@@ -51,6 +51,7 @@ class ViTConfig:                      # the defaults are "tiny", the network tra
     antialias: bool = True            # when positions are resized
     normalise: str = "per_image"      # (x - mean) / (sd + 0.1) of each image, or a name of PIXELS
     mlp_ratio: int = 4                # hidden width of the MLP / D
+    norm_eps: float = 1e-6            # of LayerNorms; transformers' DINO v1 has 1e-12
 
 PIXELS = {  # mean and deviation of red, green and blue in [0, 1], as the networks were trained
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -150,8 +151,8 @@ class Block(nn.Module):
         super().__init__()
         dim = config.embed_dim
         hidden = config.mlp_ratio * dim
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.attn = Attention(dim, config.num_heads)
         self.mlp = nn.ModuleDict({"fc1": Linear(dim, hidden), "fc2": Linear(hidden, dim)})
         self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
@@ -187,7 +188,7 @@ class VisionTransformer(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, dim))  # unused, but in DINOv2's files
 
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.apply(init_linear)
 
     def positions(self, rows, columns):
@@ -408,7 +409,7 @@ class DINO(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
     def momentum(self, progress):
-        """The share that the teacher keeps of itself in a step; progress in [0, 1], half a cosine.
+        """The share of itself that the teacher keeps in a step; progress in [0, 1]: half a cosine.
         """
         start, end = self.config.momentum
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
@@ -469,15 +470,3 @@ def load_dino(name_or_path):
     """
     vit = load_model(VisionTransformer, ViTConfig, name_or_path, "vit")
     return vit.requires_grad_(False).eval()
-
-
-def main():
-    vit = build_vit("tiny")
-    x = 2 * torch.rand(2, 3, 64, 64) - 1
-    print(f"{vit.config}, {sum(p.numel() for p in vit.parameters()):,} parameters")
-    for kind in TOKEN_KINDS:
-        print(f"x {tuple(x.shape)} -> {kind} {tuple(conditioning_tokens(vit, x, kind).shape)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -72,11 +72,6 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
         return list(self.num_heads)
 
     @property
-    def time_dim(self):
-        """Entries of the time embedding that ResNet blocks hear."""
-        return 4 * self.base_channels
-
-    @property
     def factor(self):
         """Sides of xt must be multiples of this."""
         return 2 ** (len(self.channel_multipliers) - 1)
@@ -129,7 +124,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(c_in, 1e-5, config)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(config.time_dim, c_out)
+        self.time_emb_proj = nn.Linear(4 * config.base_channels, c_out)
         self.norm2 = group_norm(c_out, 1e-5, config)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -324,18 +319,6 @@ class UpBlock(Level):
         return x
 
 
-class TimeEmbedding(nn.Module):
-    """A small MLP on the cosines and sines of the step."""
-
-    def __init__(self, dim_in, dim):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class UNet(nn.Module):
     """The denoising network; parameter names are those of diffusers' UNet2DConditionModel.
 
@@ -352,7 +335,9 @@ class UNet(nn.Module):
         layers = config.layers_per_block
         levels = len(widths)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(config.base_channels, config.time_dim)
+        base = config.base_channels
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(base, 4 * base),
+                                             "linear_2": nn.Linear(4 * base, 4 * base)})
 
         # Down. skips: widths of the tensors handed across, in the order forward() makes them.
         self.down_blocks = nn.ModuleList()
@@ -383,17 +368,13 @@ class UNet(nn.Module):
         """Zero the last layer of every residual branch, so that each block starts as its shortcut
         and short trainings converge sooner; and conv_out, so that the first prediction is 0, the
         mean of both noise and v. Loading weights overwrites all of it."""
-        last_layers = [self.conv_out]
+        last_layers = {ResnetBlock: "conv2", Attention: "to_out.0", FeedForward: "net.2",
+                       UNet: "conv_out"}
         for module in self.modules():
-            if isinstance(module, ResnetBlock):
-                last_layers.append(module.conv2)
-            elif isinstance(module, Attention):
-                last_layers.append(module.to_out[0])
-            elif isinstance(module, FeedForward):
-                last_layers.append(module.net[2])
-        for layer in last_layers:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if type(module) in last_layers:
+                layer = module.get_submodule(last_layers[type(module)])
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, xt, t, context, context_mask=None):
         """Predicts noise or v.
@@ -411,7 +392,8 @@ class UNet(nn.Module):
 
         # Time: every ResNet block starts with the same SiLU, so it is done once.
         time = timestep_embedding(t, self.config.base_channels).to(xt.dtype)
-        time = F.silu(self.time_embedding(time))
+        time = F.silu(self.time_embedding["linear_1"](time))
+        time = F.silu(self.time_embedding["linear_2"](time))         # (B, 4 * base_channels)
 
         # Down: what each layer makes is kept for the way up.
         x = self.conv_in(xt)
@@ -437,8 +419,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
 
     def run(self, block, *inputs):
-        """What block(*inputs) gives; with checkpointing its inside is not kept for the gradients.
-        """
+        """block(*inputs); with checkpointing its inside is not kept for the gradients."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
@@ -458,22 +439,5 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """A U-Net with the weights of a published name, a file, a folder or a model.pt.
-
-        Raises: FileNotFoundError, or ValueError for a broken file or another architecture.
-        """
+        """A U-Net with weights of a published name, file or folder; Raises as load_weights."""
         return load_model(cls, UNetConfig, name_or_path, "unet")
-
-
-def main():
-    unet = UNet(UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), layers_per_block=1,
-                           attention_levels=(False, True, True), context_dim=192, num_heads=4))
-    xt = torch.randn(2, 4, 16, 24)
-    context = torch.randn(2, 5, 192)
-    prediction = unet(xt, torch.tensor([0, 999]), context)
-    print(f"{unet.config}, {sum(p.numel() for p in unet.parameters()):,} parameters")
-    print(f"xt {tuple(xt.shape)}, context {tuple(context.shape)} -> {tuple(prediction.shape)}")
-
-
-if __name__ == "__main__":
-    main()

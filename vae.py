@@ -333,20 +333,5 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """An autoencoder with the weights of a published name, a file, a folder or a model.pt.
-
-        Raises: FileNotFoundError, or ValueError for a broken file or another architecture.
-        """
+        """The autoencoder of a published name, file or folder; Raises as load_weights."""
         return load_model(cls, VAEConfig, name_or_path, "vae")
-
-
-def main():
-    vae = AutoencoderKL(VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4)))
-    x = 2 * torch.rand(2, 3, 64, 96) - 1
-    y, latent = vae(x)
-    print(f"{vae.config}, {sum(p.numel() for p in vae.parameters()):,} parameters")
-    print(f"x {tuple(x.shape)} -> z {tuple(latent.mean.shape)} -> {tuple(y.shape)}")
-
-
-if __name__ == "__main__":
-    main()

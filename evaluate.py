@@ -350,8 +350,8 @@ def main(argv=None):
     # Real images in two halves, patients apart: the floor is one half against the other.
     real = open_dataset(args.real, args.size)
     synthetic = open_dataset(args.synthetic, args.size)
-    half, other = split_holdout(real, 0.5, args.seed)
-    parts = [(real, half), (real, other), (synthetic, torch.arange(len(synthetic)))]
+    first, second = split_holdout(real, 0.5, args.seed)
+    parts = [(real, first), (real, second), (synthetic, torch.arange(len(synthetic)))]
     side = only_side({images[i].shape[-1] for images, numbers in parts for i in numbers})
 
     # Of each image three grey values, and features.
@@ -373,11 +373,11 @@ def main(argv=None):
         grey = {"real": brightness(moments(both[:, :3])),
                 "synthetic": brightness(moments(fake[:, :3]))}
         refuse_unlike_modes(**grey)
-        equal = min(len(half), len(other), len(fake))
-        columns = {"floor": compare(half[:equal, 3:], other[:equal, 3:]),
-                   "equal": compare(half[:equal, 3:], fake[:equal, 3:]),
+        count = min(len(half), len(other), len(fake))
+        columns = {"floor": compare(half[:count, 3:], other[:count, 3:]),
+                   "equal": compare(half[:count, 3:], fake[:count, 3:]),
                    "all": compare(both[:, 3:], fake[:, 3:])}
-    print(f"features: random network, seed 0, no resize; {side} px; {equal} real images against "
+    print(f"features: random network, seed 0, no resize; {side} px; {count} real images against "
           f"as many real (floor) and synthetic (equal) ones; all: {len(both)} against {len(fake)}")
     warn_of_counts(len(both), len(fake), both.shape[1] - 3)
     print_table({metric: {name: column[i] for name, column in columns.items()}

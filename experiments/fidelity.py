@@ -101,14 +101,14 @@ def gather(path, is_real, extractor, extract, device, args):
     kept = []
     for part in parts:
         room = args.max_features // len(parts)
-        features = []
+        kept_of_part = []
         for x in batches_of(images, part, args.batch):
-            new = extract(x.to(device)).flatten(1).cpu()
-            features.append(new[:room])
-            room -= len(features[-1])
-            new = moments(torch.cat([grey_values(x), new], dim=1))
-            totals = merge_moments(totals, new) if totals else new
-        kept.append(torch.cat(features))
+            features = extract(x.to(device)).flatten(1).cpu()
+            kept_of_part.append(features[:room])
+            room -= len(kept_of_part[-1])
+            of_batch = moments(torch.cat([grey_values(x), features], dim=1))
+            totals = merge_moments(totals, of_batch) if totals else of_batch
+        kept.append(torch.cat(kept_of_part))
     return ImageStatistics(side, totals, kept)
 
 
@@ -120,18 +120,18 @@ def noise_features(count, side, extract, device, args):
     return describe(batches, extract, device)[0]
 
 
-def metrics_table(real, synthetic, noise, seed):
+def metrics_table(halves, synthetic, noise, seed):
     """{metric: {column: number, or interval}} of kept features.
 
-    real: those of two halves (N, D), (N', D); synthetic (M, D); noise (equal, D). The first three
-    columns compare `equal` images with as many, the next all of them.
+    halves of the real images (N, D), (N', D); synthetic (M, D); noise (count, D). The first three
+    columns compare `count` images with as many, the next all of them.
     """
-    half, other = real
-    equal = len(noise)
+    half, other = halves
+    count = len(noise)
     columns = {}
     for name, rival in (("floor", other), ("equal", synthetic), ("noise", noise)):
-        columns[name] = compare(half[:equal], rival[:equal])
-    real = torch.cat(real)
+        columns[name] = compare(half[:count], rival[:count])
+    real = torch.cat(halves)
     columns["all"] = compare(real, synthetic)
     low, high = subsample_interval(compare, real, synthetic, rounds=20, seed=seed)
     columns["interval"] = np.stack([low, high], axis=1)

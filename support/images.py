@@ -1,5 +1,21 @@
-"""The only reader of pixels: image files to tensors."""
+"""The only reader of pixels: image files, and DICOM behind pydicom, to tensors in [-1, 1].
+
+    x = load_image("x.png", 64)                       # (3, 64, 64) float32 in [-1, 1]
+    depth, warning = choose_depth(list_images("xrays"))
+    x = load_image("x.tif", 64, depth)                # by the rule of that data set
+
+Grey of more than 8 bits ("deep") does not say what is white: files of "16 bits" often carry 8, 10
+or 12, and some an offset. So a data set has one rule for all of its files, the dict `depth`:
+
+    grey = (value - depth["black"]) / (depth["white"] - depth["black"])    cut to [0, 1]
+
+A file whose values cannot be of that rule, being far above or below, goes by itself alone, as every
+file does if depth is None. 8-bit files need no rule. DICOM files bring a window of their own.
+"""
 import math
+import os
+import re
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -11,89 +27,313 @@ from support.command import UserError, one_line
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of others, EPS runs a program
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+DICOM_SUFFIXES = {".dcm", ".dicom", ".dic", ".ima"}
+OTHER_SUFFIXES = {".jp2", ".j2k", ".jpx", ".jpf", ".jfif", ".jpe", ".heic", ".heif", ".avif",
+                  ".nii", ".mha", ".nrrd", ".pgm", ".ppm", ".tga", ".psd", ".img"}
+MASK_FOLDER = re.compile(r"masks?|masks?[ _-].*|.*masks?", re.IGNORECASE)
+
+EIGHT_BITS = {"black": 0.0, "white": 255.0}
+LEVELS = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]  # white of what cameras deliver
+OVERSHOOT = 1.05       # so much above white, processed pictures still have that white
+DEPTH_SAMPLE = 32      # files that a data set's rule is made from
+PERCENTILES = (0.5, 99.5)  # window of a DICOM file that brings none
 
 
-def _open_image(path):
+# ---- what is white -----------------------------------------------------------------------------
+
+def grey_range(low, high, is_float=False):
+    """The depth {"black", "white"} of deep grey values from low to high.
+
+    White is the least level of 8, 10, 12, 14 or 16 bits that holds them; for floats also 1. Where
+    all values are high, black is the power of two just below them, else the lowest of them.
+    """
+    black = 0.0
+    if high / 2 < low < high:
+        black = float(low)
+        power = 2.0 ** math.floor(math.log2(low)) if low >= 1 else 0.0
+        if low - power < 0.1 * (high - power):
+            black = power
+
+    levels = [1, *LEVELS] if is_float else LEVELS
+    span = high - black
+    white = next((level for level in levels if span <= OVERSHOOT * level), span)
+    return {"black": black, "white": float(black + white)}
+
+
+def choose_depth(paths):
+    """(depth, warning or "") of a data set, from the least and largest value of a few files."""
+    paths = [path for path in paths if not is_dicom(path)]
+    paths = paths[::math.ceil(len(paths) / DEPTH_SAMPLE) or 1]
+    with ThreadPool(4) as pool:
+        ranges = [found for found in pool.map(_deep_range, paths) if found]
+    if not ranges:
+        return dict(EIGHT_BITS), ""
+
+    low = min(found[0] for found in ranges)
+    high = max(found[1] for found in ranges)
+    depth = grey_range(low, high, all(is_float for _, _, is_float in ranges))
+    if not depth["black"]:
+        return depth, ""
+    return depth, (f"all grey values lie from {low:g} to {high:g}, which is an offset: "
+                   f"{depth['black']:g} is taken for black, {depth['white']:g} for white")
+
+
+def _deep_range(path):
+    """(least, largest value, whether they are floats) of a file of deep grey, else None."""
+    try:
+        with open_image(path) as image:
+            if image.mode[0] not in "IF":
+                return None
+            deep = np.asarray(image)
+            return float(deep.min()), float(deep.max()), image.mode == "F"
+    except Exception:  # damaged files make Pillow raise nearly any type; they are named elsewhere
+        return None
+
+
+def describe_depth(depth):
+    """The rule in a few words, for the first lines of a run."""
+    if depth == EIGHT_BITS:
+        return "8-bit grey"
+    return f"deep grey, black {depth['black']:g}, white {depth['white']:g}"
+
+
+def _scale_deep(deep, depth, is_float):
+    """Deep grey (H, W) float64 -> [0, 1]."""
+    low = deep.min()
+    high = deep.max()
+    if not 0 <= low <= high < math.inf:
+        raise ValueError("grey values below 0 or not finite")
+    if depth is not None:
+        span = depth["white"] - depth["black"]
+        if not span / 15 <= high - depth["black"] <= 2 * span:  # none of that set's files
+            depth = None
+    depth = depth or grey_range(low, high, is_float)
+    return ((deep - depth["black"]) / (depth["white"] - depth["black"])).clip(0, 1)
+
+
+# ---- one file ----------------------------------------------------------------------------------
+
+def open_image(path):
     """The Pillow image, its pixels not read yet; ValueError for one that would fill the memory."""
     image = Image.open(path, formats=IMAGE_FORMATS)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # from twice that, Pillow refuses it
-        raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
+    _check_size(image.width, image.height)
     return image
 
 
-def _decode(path):
-    """Image file -> float32 array (H, W) or (H, W, 3) in [0, 1], upright; its first frame."""
+def _check_size(width, height):
+    if width * height > Image.MAX_IMAGE_PIXELS:  # from twice that, Pillow refuses it
+        raise ValueError(f"{width:,} x {height:,} pixels are too many")
+
+
+def is_dicom(path):
+    """Whether a file is DICOM by its suffix, or has none (or digits of an id) and the magic word.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in DICOM_SUFFIXES:
+        return True
+    if suffix.strip(".0123456789") or os.path.islink(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def has_pydicom():
     try:
-        with _open_image(path) as image:
-            image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # grey of more than 8 bits
-            deep = np.asarray(image, dtype=np.float64)
-            high = deep.max()
-            if not 0 <= deep.min() <= high < math.inf:
-                raise ValueError("grey values below 0 or not finite")
-            full = next((2 ** bits - 1 for bits in (10, 12, 14, 16) if high < 2 ** bits), high)
-            return np.float32(deep if image.mode == "F" and high <= 1 else deep / full)
-        if image.has_transparency_data:
-            rgba = np.asarray(image.convert("RGBA")) / np.float32(255)
-            return rgba[..., :3] * rgba[..., 3:]  # over black
-        return np.asarray(image.convert("L" if image.mode in "1L" else "RGB")) / np.float32(255)
-    except Exception as error:  # a damaged file makes Pillow raise nearly any type
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})",
+        import pydicom  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _open_dicom(path, **options):
+    """The pydicom data set of a file with one picture; ValueError for others."""
+    import pydicom
+    dicom = pydicom.dcmread(path, **options)
+    frames = int(dicom.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise ValueError(f"it has {frames} frames, one picture is needed")
+    _check_size(int(dicom.Columns), int(dicom.Rows))
+    return dicom
+
+
+def _decode_dicom(path):
+    """DICOM file -> (H, W) or (H, W, 3) in [0, 1]; bright is dense, whatever the file says."""
+    from pydicom import pixels
+    dicom = _open_dicom(path)
+    values = np.asarray(pixels.pixel_array(dicom))
+    if values.ndim == 3:
+        return values / np.float32(2 ** int(dicom.BitsStored) - 1)
+    if dicom.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"{dicom.PhotometricInterpretation} is neither grey nor RGB")
+
+    # Padding around the picture is neither part of it nor of its range.
+    padding = dicom.get("PixelPaddingValue")
+    is_padding = np.zeros(values.shape, bool) if padding is None else values == padding
+    values = np.asarray(pixels.apply_modality_lut(values, dicom), np.float64)
+
+    shown = _apply_window(values, dicom, is_padding)
+    if dicom.PhotometricInterpretation == "MONOCHROME1":  # the least value is white
+        shown = 1 - shown
+    return np.where(is_padding, 0, shown)
+
+
+def _apply_window(values, dicom, is_padding):
+    """Values -> [0, 1] by the file's window, else its table of grey values, else percentiles."""
+    from pydicom import pixels
+    center, width = (np.atleast_1d(dicom.get(name, None))[0]
+                     for name in ("WindowCenter", "WindowWidth"))
+    function = dicom.get("VOILUTFunction") or "LINEAR"
+    if center is not None and width is not None and width >= 1:
+        center = float(center)
+        width = float(width)
+        if function == "SIGMOID":
+            return 1 / (1 + np.exp(-4 * (values - center) / width))
+        if function == "LINEAR":  # counts in whole values (DICOM PS3.3 C.11.2.1.2.1)
+            center -= 0.5
+            width = max(width - 1, 1e-6)
+        return ((values - center) / width + 0.5).clip(0, 1)
+
+    if dicom.get("VOILUTSequence"):
+        bits = int(dicom.VOILUTSequence[0].LUTDescriptor[2])
+        return pixels.apply_voi_lut(values.astype(np.int64), dicom) / (2.0 ** bits - 1)
+    low, high = np.percentile(values[~is_padding], PERCENTILES)
+    return ((values - low) / max(high - low, 1e-6)).clip(0, 1)
+
+
+def _decode_picture(path, depth):
+    """Image file -> (H, W) or (H, W, 3) in [0, 1], upright; its first frame."""
+    with open_image(path) as image:
+        is_inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        grey = _scale_deep(np.asarray(image, np.float64), depth, image.mode == "F")
+        return 1 - grey if is_inverted else grey  # Pillow does that for 8 bits
+
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA")) / np.float32(255)
+        alpha = rgba[..., 3:] if rgba[..., 3:].any() else 1  # all clear: nobody meant that
+        return rgba[..., :3] * alpha  # over black
+    return np.asarray(image.convert("L" if image.mode in "1L" else "RGB")) / np.float32(255)
+
+
+def _decode(path, depth):
+    """File -> float32 array (H, W) or (H, W, 3) in [0, 1]."""
+    try:
+        if not is_dicom(path):
+            return np.float32(_decode_picture(path, depth))
+        if not has_pydicom():
+            raise UserError(f"{path} is a DICOM file", "the package pydicom is needed to read it",
+                            "pip install pydicom")
+        return np.float32(_decode_dicom(path))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes both readers raise nearly any type
+        raise UserError(f"{path} cannot be read ({one_line(error)[:120].strip()})",
                         "a whole image file is needed", "replace or remove it") from error
 
 
 def load_image(source, size, depth=None):
-    """Image file, or its uint8 pixels -> (3, size, size) float32 in [-1, 1]; None keeps the side.
+    """Image file, or its uint8 pixels -> (3, size, size) float32 in [-1, 1].
 
-    Upright by EXIF, transparent pixels over black, the centre square, resized in float. Deep grey
-    is divided by the largest value of the smallest depth (10, 12, 14, 16 bits) that holds its
-    maximum, as files of "16 bits" often carry 10 or 12; floats up to 1 stay.
+    Upright by EXIF, transparent pixels over black, the centre square, resized in float.
+    size: pixels of a side; None keeps that of the square.
+    depth: the rule for deep grey of the file's data set; None decides by the file alone.
+    Raises UserError if the file cannot be read.
     """
-    pixels = np.float32(source) / 255 if isinstance(source, np.ndarray) else _decode(source)
+    is_file = not isinstance(source, np.ndarray)
+    pixels = _decode(source, depth) if is_file else np.float32(source) / 255
     x = torch.from_numpy(pixels)
-    x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)           # (H, W, C) -> (C, H, W)
+
     side = min(x.shape[1:])
-    top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
+    top = (x.shape[1] - side) // 2
+    left = (x.shape[2] - side) // 2
     x = x[:, top:top + side, left:left + side]
     if size not in (None, side):
         x = F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
     return (x * 2 - 1).expand(3, -1, -1).clone()
 
 
-def _below(folder, *parts):
-    """The path folder/parts; UserError for a link that leaves the folder."""
-    path = Path(folder, *parts)
+def why_unreadable(path, whole):
+    """What is wrong with an image file, in a line, or ""; whole reads all of it, not the head."""
+    try:
+        if not path.is_file():
+            return "not a file"  # a pipe would be waited for
+        if is_dicom(path):
+            _decode(path, None) if whole else _open_dicom(path, stop_before_pixels=True)
+            return ""
+        with open_image(path) as image:
+            if whole and image.format == "PNG":
+                image.verify()
+            elif whole:
+                _decode(path, None)
+    except Exception as error:  # a damaged file makes both readers raise nearly any type
+        return one_line(error)[:200]
+    return ""
+
+
+def count_pages(path):
+    """The number of pictures in a TIFF file, of which the first is read; 1 for other files."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return 1
+    with open_image(path) as image:
+        return getattr(image, "n_frames", 1)
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+def path_below(folder, *names):
+    """The path folder/names; UserError for a link that leaves the folder."""
+    path = Path(folder, *names)
     if path.is_symlink() and not path.resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"{path} is a link out of its folder", "no path may leave the data folder",
                         "copy what it points to, or pass that as --data")
     return path
 
 
+def scan_folder(folder):
+    """(images, passed over) below a folder, or its images/: sorted paths, {why: sorted paths}.
+
+    Hidden files and masks are neither: folders named like masks, and NAME_mask beside NAME.
+    """
+    root = Path(folder)
+    if (root / "images").is_dir():
+        root = path_below(root, "images")
+    images = []
+    passed_over = {}
+    can_read_dicom = has_pydicom()
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders
+                      if not name.startswith(".") and not MASK_FOLDER.fullmatch(name)]
+        stems = {Path(name).stem for name in files}
+        for name in files:
+            path = Path(place, name)
+            suffix = path.suffix.lower()
+            if name.startswith(".") or path.stem.removesuffix("_mask") in stems - {path.stem}:
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                images.append(path)
+            elif is_dicom(path):
+                needs = "DICOM files, which need the package pydicom (pip install pydicom)"
+                where = images if can_read_dicom else passed_over.setdefault(needs, [])
+                where.append(path)
+            elif suffix in OTHER_SUFFIXES or name.lower().endswith(".nii.gz"):
+                passed_over.setdefault("formats that are not read; save as PNG", []).append(path)
+    return sorted(images), {why: sorted(paths) for why, paths in passed_over.items()}
+
+
 def list_images(folder):
-    """Sorted paths of the images below a folder, or its images/; not hidden ones, not masks*/."""
-    root = _below(folder, "images") if Path(folder, "images").is_dir() else Path(folder)
-    paths = [path for path in sorted(root.rglob("*"))
-             if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
-             and not any(part.startswith((".", "masks")) for part in path.relative_to(root).parts)]
-    if not paths:
-        raise UserError(f"{folder} holds no image", f"files {' '.join(sorted(IMAGE_SUFFIXES))} are "
-                        "needed", "name another folder")
-    return paths
+    """Sorted paths of the images below a folder, or its images/; see scan_folder.
 
-
-def _why_unreadable(path, folder, whole):
-    """What is wrong with an image file, in a line; "" if nothing is."""
-    try:
-        if not _below(folder, path.relative_to(folder)).is_file():
-            return "not a file"  # a pipe would be waited for
-        with _open_image(path) as image:
-            if whole and image.format == "PNG":
-                image.verify()
-            elif whole:
-                _decode(path)
-    except Exception as error:  # a damaged file makes Pillow raise nearly any type
-        return one_line(error)[:200]
-    return ""
+    Raises UserError if there are none.
+    """
+    images, passed_over = scan_folder(folder)
+    if not images:
+        found = "".join(f" but {len(paths):,} {why}" for why, paths in passed_over.items())
+        raise UserError(f"{folder} holds no image{found}", f"files "
+                        f"{' '.join(sorted(IMAGE_SUFFIXES | DICOM_SUFFIXES))} are needed",
+                        "name another folder")
+    return images
 
 
 def otsu_level(values):

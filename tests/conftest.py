@@ -23,3 +23,41 @@ def small_networks():
                       UNetConfig(4, 4, 16, (1, 2, 2), 1, (False, True, True), 32, 4))
         patch.setitem(train.VISION_TRANSFORMERS, "tiny", ViTConfig(8, 48, 2, 3))
         yield
+
+
+@pytest.fixture(scope="module")
+def labelled_run(tmp_path_factory):
+    """A run folder with an untrained model of 32 px, and its 60 chests of 30 patients: columns of
+    findings, of a kind (even, odd) and of one value alone."""
+    from dino import ViTConfig
+    from dinodiff import DinoDiffusion, DinoDiffusionConfig
+    from support.datasets import open_dataset
+    from support.files import CHECKPOINT_VERSION, save_atomic, write_csv
+    from support.phantoms import chest_phantoms
+    from support.pictures import save_png
+    from support.splits import split_holdout, write_split
+    from unet import UNetConfig
+    from vae import VAEConfig
+
+    folder = tmp_path_factory.mktemp("labelled")
+    images, _, labels = chest_phantoms(60, 32, 0)
+    rows = [["file", "finding", "patientid", "sick", "kind"]]
+    for i, (image, (heart, fluid, *_)) in enumerate(zip(images, labels.tolist())):
+        save_png(folder / "images" / f"{i:02d}.png", image.expand(3, -1, -1))
+        names = [name for name, shown in (("heart", heart), ("fluid", fluid)) if shown]
+        rows.append([f"{i:02d}.png", "|".join(names) or "clear", f"p{i // 2}", "1",
+                     "odd" if i % 2 else "even"])
+    write_csv(folder / "labels.csv", rows)
+
+    torch.manual_seed(0)
+    model = DinoDiffusion(DinoDiffusionConfig(
+        image_size=32, vae=VAEConfig(3, 4, 8, (1, 2, 4), 1),
+        unet=UNetConfig(4, 4, 16, (1, 2, 2), 1, (False, True, True), 32, 4),
+        vit=ViTConfig(8, 48, 2, 3), token_shape=(5, 48)))
+    flags = {"data": str(folder), "seed": 0, "count": 2400}
+    run = folder / "run"
+    data = open_dataset(folder, 32)
+    write_split(run / "split.csv", data, *split_holdout(data, 0.4, 0))
+    save_atomic(run / "model.pt", {"version": CHECKPOINT_VERSION, **model.to_checkpoint(),
+                                   "training": flags})
+    return run

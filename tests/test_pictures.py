@@ -41,3 +41,18 @@ def test_chart(tmp_path):
     for series in ({}, {"a": ([3], [5])}, {"a": ([0, 1], [0.0, 0.0])}, {"a": ([1, 2], [1, 1e9])}):
         pictures.line_chart(path, series, "t", "x", "y", log_y=True)
         Image.open(path).verify()
+
+
+def test_dots():
+    """Dots lie where they belong, on axes that need not start at 0; odd series break nothing."""
+    series = {"a": ([-5, -3], [10, 20]), "b": ([-4], [15])}
+    plot = np.asarray(pictures.draw_chart(series, "t", "x", "y", dots=True)).astype(int)[95:470]
+    near_blue = abs(plot - (0x00, 0x72, 0xB2)).sum(-1) < 30
+    near_red = abs(plot - (0xD5, 0x5E, 0x00)).sum(-1) < 30
+    for found in (near_blue, near_red):
+        rows, columns = np.nonzero(found)
+        assert abs(rows.mean() - (285 - 95)) < 2 and abs(columns.mean() - 475) < 2  # the middle
+    rows, columns = np.nonzero(near_blue)
+    assert np.corrcoef(rows, columns)[0, 1] < -0.99 and np.ptp(columns) > 600
+    for points in ([[1], [2]], [[0, 5], [0, 0]], [[3, 3], [1e-12, 1e9]]):
+        assert pictures.draw_chart({"a<b": points}, "t", "x", "y", dots=True).size == (900, 540)

@@ -1,4 +1,4 @@
-"""segment.py and `evaluate.py segment`: planted segments come back, rules and floors do as said."""
+"""experiments/segment.py: planted segments come back, rules and floors do as said."""
 import json
 from itertools import product
 
@@ -7,13 +7,17 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-import data
-import evaluate
 from dino import ViTConfig
 from dinodiff import DinoDiffusion, DinoDiffusionConfig
-from metrics import dice
-from segment import (attention_maps, best_labels, decoder_features, diffseg, join_attention,
-                     nearest_clusters, otsu, points, principal_axes, symmetric_kl, under_seeds)
+from evaluate import dice
+from experiments import segment
+from experiments.__main__ import main as experiments
+from experiments.common import OpenedRun
+from experiments.segment import (attention_maps, best_labels, decoder_features, diffseg,
+                                 join_attention, nearest_clusters, otsu, points, principal_axes,
+                                 symmetric_kl, under_seeds)
+from support.command import UserError
+from support.datasets import open_dataset
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -34,7 +38,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def chests():
-    return data.open_dataset("phantoms", 32, seed=0, count=18)
+    return open_dataset("phantoms", 32, seed=0, count=18)
 
 
 def planted_attention(side, contrast, heads=2):
@@ -148,25 +152,23 @@ def test_otsu_parts_two_greys():
 
 @pytest.fixture
 def command(model, chests, tmp_path, monkeypatch):
-    """Runs `evaluate.py segment` on phantoms: 10 to train, 8 held out, no mask for number 17."""
+    """Runs the experiment on phantoms: 10 to train, 8 held out, no mask for number 17."""
     chests.masks["masks"] = list(chests.masks["masks"])
     chests.masks["masks"][17] = None
     train, test = torch.arange(10), torch.arange(10, 18)
 
     def open_run(args, checkpoint=None):
         foreign = checkpoint and "foreign" in str(checkpoint)
-        return tmp_path, model, {}, chests, *((test, train) if foreign else (train, test))
+        parts = (test, train) if foreign else (train, test)
+        return OpenedRun(tmp_path, model, {}, chests, *parts)
 
-    monkeypatch.setattr(evaluate, "open_run", open_run)
-    unet = model.unet
+    monkeypatch.setattr(segment, "open_run", open_run)
 
     def run(*arguments):
-        model.unet = unet
-        evaluate.main(["segment", "--clusters", "3", "--timesteps", "150", *arguments])
+        experiments(["segment", "--clusters", "3", "--timesteps", "150", *arguments])
         return json.loads((tmp_path / "segment.json").read_text())
 
-    yield run
-    model.unet = unet
+    return run
 
 
 def test_command(command, chests, tmp_path, capsys):
@@ -199,18 +201,18 @@ def test_command_with_leakage_and_other_checkpoints(command, tmp_path, capsys):
     for method in ("K-means 3, seeds", "DiffSeg, masks"):  # the same model here, so its figures
         assert rows[method] == rows[f"{tmp_path.name}/model_000010: {method}"]
     assert "floor, unconditional, DiffSeg, seeds" in rows
-    with pytest.raises(data.UserError, match="trained on other images, or on some of these"):
+    with pytest.raises(UserError, match="trained on other images, or on some of these"):
         command("--unconditional", "foreign")
 
 
 def test_masks_that_cannot_serve(command, chests):
     """An absent kind of mask, and masks that show nothing, are refused with their names."""
-    with pytest.raises(data.UserError, match=r"has no masks_manual: it has \['masks'\]: pass"):
+    with pytest.raises(UserError, match=r"has no masks_manual: it has \['masks'\]: pass"):
         command("--mask-kind", "masks_manual")
     chests.masks["blank"] = [torch.zeros(1, 32, 32, dtype=torch.bool)] * 18
-    with pytest.raises(data.UserError, match="all black or all white"):
+    with pytest.raises(UserError, match="all black or all white"):
         command("--mask-kind", "blank")
     chests.masks["few"] = [None] * 17 + [torch.eye(32)[None] > 0]
-    with pytest.raises(data.UserError, match="1 of 8 images have few"):
+    with pytest.raises(UserError, match="1 of 8 images have few"):
         command("--mask-kind", "few")
     del chests.masks["blank"], chests.masks["few"]

@@ -1,0 +1,56 @@
+"""experiments/classify.py: sets side by side on the same real images, and labels that cannot serve."""
+import json
+
+import pytest
+import torch
+
+from experiments.__main__ import main as experiments
+from experiments.classify import label_values
+from support.command import UserError
+from support.files import write_csv
+from support.pictures import save_png
+
+FLAGS = ["--device", "cpu", "--seeds", "0", "1", "--cnn-steps", "2", "--label-column", "kind"]
+
+
+def write_set(folder, kinds):
+    """Noise images with a column `kind`."""
+    for i in range(len(kinds)):
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1
+        save_png(folder / "images" / f"{i}.png", image)
+    rows = [[f"{i}.png", kind] for i, kind in enumerate(kinds)]
+    write_csv(folder / "labels.csv", [["file", "kind"], *rows])
+
+
+def test_command(labelled_run, tmp_path, capsys):
+    """A row for real images and for each set: images, mean and deviation over seeds, interval."""
+    write_set(tmp_path, ["even", "odd"] * 3)
+    experiments(["classify", "--checkpoint", str(labelled_run), *FLAGS, "--turns", "--train",
+                 str(tmp_path)])
+    assert "AUC of even on" in capsys.readouterr().out  # of two labels one is scored
+    table = json.loads((labelled_run / "classify.json").read_text())
+    assert list(table) == ["real", str(tmp_path)] and table[str(tmp_path)]["images"] == 6
+    for row in table.values():
+        low, high = row["95 % of the last"]
+        assert 0 <= row["AUC"] <= 1 and row["sd"] >= 0 and 0 <= low <= high <= 1
+
+
+def test_labels_that_are_told_apart():
+    """Of two labels the first; of more all; one alone or an empty cell is refused."""
+    assert label_values(["b", "a", "b"], "x") == ["a"]
+    assert label_values(["c", "b", "a", "b"], "x") == ["a", "b", "c"]
+    for cells in (["a", "a"], ["a", "b", ""]):
+        with pytest.raises(UserError, match="column 'x' of the held-out images holds"):
+            label_values(cells, "x")
+
+
+@pytest.mark.parametrize("column,says", [
+    ("finding", "has no column 'finding'"), ("age", "real has no column 'age'"),
+    ("sick", "column 'sick' of the held-out images holds .'1'.")])
+def test_sets_without_labels(labelled_run, tmp_path, column, says):
+    """Samples without the column, a run without it, and one label alone are refused."""
+    write_set(tmp_path, ["even"])
+    samples = ["--train", str(tmp_path)] if column == "finding" else []
+    with pytest.raises(UserError, match=says):
+        experiments(["classify", "--checkpoint", str(labelled_run), *FLAGS, "--label-column", column,
+                     *samples])

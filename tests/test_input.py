@@ -37,6 +37,7 @@ import unet
 import vae
 from data import UserError, load_image, open_dataset
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
+from support import weights
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
@@ -489,49 +490,44 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def published(monkeypatch, module, name, url, digits):
-    """Let a published name point to another address."""
-    if module is dino:
-        monkeypatch.setattr(dino, "weights_url", lambda _: url)
-        monkeypatch.setitem(dino.SHA256, name, digits)
-    else:
-        monkeypatch.setitem(module.PUBLISHED, name, (url, digits))
-
-
-@pytest.mark.parametrize("module,name,load", [
-    (vae, "sd15", vae.AutoencoderKL.from_pretrained), (unet, "sd15", unet.UNet.from_pretrained),
-    (dino, "dino_vits16", dino.load_dino)])
-def test_a_download_with_another_hash_leaves_nothing(tmp_path, monkeypatch, hub, module, name,
-                                                     load):
+@pytest.mark.parametrize("kind,name,load", [
+    ("vae", "sd15", vae.AutoencoderKL.from_pretrained),
+    ("unet", "sd15", unet.UNet.from_pretrained), ("vit", "dino_vits16", dino.load_dino)])
+def test_a_download_with_another_hash_leaves_nothing(tmp_path, monkeypatch, hub, kind, name, load):
     """Other bytes than published: an error, and no file is left to be taken for good later; with
     the right hash they reach the reader, which says that they are no weights; no network: the
     error says where to put the file."""
+    def publish(url, digits):
+        """Let the name point to another address."""
+        monkeypatch.setitem(weights.PUBLISHED[kind], name, (url, digits))
+
     (tmp_path / "weights.pth").write_bytes(b"not what was published")
     url = (tmp_path / "weights.pth").as_uri()
-    published(monkeypatch, module, name, url, "0123456789abcdef")
+    publish(url, "0123456789abcdef")
     with pytest.raises((ValueError, OSError), match="hash"):
         load(name)
     assert not [path for path in hub.rglob("*") if path.is_file()]
     right = hashlib.sha256(b"not what was published").hexdigest()[:16]
-    published(monkeypatch, module, name, url, right)
+    publish(url, right)
     with pytest.raises(ValueError):
         load(name)
     assert [path.read_bytes() for path in hub.rglob("*") if path.is_file()] == [
         b"not what was published"]
     for path in hub.rglob("*.*"):
         path.unlink()
-    published(monkeypatch, module, name, "http://localhost:9/none", right)
+    publish("http://localhost:9/none", right)
     with pytest.raises(OSError, match="put"):
         load(name)
     assert not [path for path in hub.rglob("*") if path.is_file()]
 
 
 def test_every_published_file_has_a_hash():
-    """All published weights but DINO's two ViT-S are checked against digits of their SHA-256."""
-    digits = [d for module in (vae, unet) for _, d in module.PUBLISHED.values()]
-    digits += [dino.SHA256.get(name) for name in dino.VISION_TRANSFORMERS if name != "tiny"]
-    assert digits.count(None) == 2 and all(d is None or re.fullmatch("[0-9a-f]{16}", d)
-                                           for d in digits)
+    """All published weights but those three are checked against digits of their SHA-256."""
+    digits = {name: digits for names in weights.PUBLISHED.values()
+              for name, (_, digits) in names.items()}
+    unknown = {name for name in digits if digits[name] is None}
+    assert unknown == {"dino_vits16", "dino_vits8", "rad-dino"}
+    assert all(re.fullmatch("[0-9a-f]{16}", digits[name]) for name in digits.keys() - unknown)
 
 
 # ---- command lines

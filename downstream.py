@@ -30,7 +30,8 @@ from torch.utils.data import Dataset
 
 from data import StatusLine, UserError, atomic_file, autocast_dtype, step_seed
 from dinodiff import prototypes, slerp
-from metrics import auc_influence, delong_test, holm, roc_auc
+from evaluate import roc_auc
+from experiments.statistics import auc_influence, delong_test, holm
 from train import fit
 
 STRATEGIES = ("reconstruct", "interpolate", "img2img", "prototypes")

@@ -75,7 +75,9 @@ def open_run(args, checkpoint=None):
                         "the flags of its training are needed", "pass another --checkpoint"
                         ) from error
 
-    images = open_dataset(args.data or source, model.config.image_size, seed, count)
+    images = open_dataset(args.data or source, model.config.image_size, seed, count,
+                          depth=flags.get("depth"),
+                          uncertain=flags.get("uncertain", "ignore"))
     train, test = read_split(path.parent / "split.csv", images)
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",

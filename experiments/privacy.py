@@ -17,8 +17,8 @@ from evaluate import correlations, describe
 from experiments.common import add_run_flags, batches_of, open_run
 from experiments.judges import feature_extractor
 from support.command import UserError, print_table
-from support.datasets import open_dataset, read_table
-from support.files import write_json
+from support.datasets import open_dataset
+from support.files import read_csv, write_json
 from support.pictures import save_grid
 
 
@@ -87,7 +87,7 @@ def read_samples(folder, images, train):
     """
     samples = open_dataset(folder, images.size)
     path = Path(folder, "samples.csv")
-    table = read_table(path) if path.is_file() else []
+    table = read_csv(path) if path.is_file() else []
     rows = {row["file"].removeprefix("images/"): row for row in table}
     lost = [file for file in samples.files if "sources" not in rows.get(file, ())]
     if lost:

@@ -1,13 +1,13 @@
-"""train.py and sample.py as a user runs them: tiny sizes, real files, real signals, on a CPU."""
+"""train.py as a user runs it: tiny sizes, real files, real signals, on a CPU."""
 import csv
 import json
-import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import evaluate
-import sample
 import train
-from data import UserError, read_jsonl
+from dinodiff import DinoDiffusion
+from prompts import balance
+from support import images as images_module
+from support import training_set
+from support.cache import Latents
+from support.command import UserError
+from support.datasets import open_dataset
+from support.files import load_checkpoint, read_jsonl
+from support.pictures import save_png
+from support.run import Run
 
+pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "phantoms", "--count", "40", "--size", "32", "--batch", "4", "--steps", "4",
         "--grids", "1", "--device", "cpu", "--dtype", "float32"]
@@ -48,6 +55,10 @@ def weights(folder):
             f"sampler.{name}": tensor for name, tensor in model["embedding_sampler"].items()}
 
 
+def model_of(folder):
+    return DinoDiffusion.from_checkpoint(load_checkpoint(folder / "model.pt"))
+
+
 def losses(folder):
     return [(r["stage"], r["step"], r["loss"]) for r in read_jsonl(folder / "log.jsonl")]
 
@@ -68,20 +79,62 @@ def test_a_run_leaves_what_it_promises(finished):
 @pytest.mark.parametrize("stage,step", [("embedder", 2), ("vae", 3), ("unet", 1), ("unet", 3)])
 def test_a_resumed_run_equals_one_never_stopped(finished, tmp_path, monkeypatch, stage, step):
     """Stopped at a step of each stage and resumed: weights and log are equal bit for bit."""
-    look = train.Run.log
+    look = Run.log
 
     def log_and_stop(self, **row):
         look(self, **row)
         if row["stage"] == stage and row["step"] == step:
             self.stop_signal = signal.SIGINT
-    monkeypatch.setattr(train.Run, "log", log_and_stop)
+    monkeypatch.setattr(Run, "log", log_and_stop)
     assert train.main([*TINY, "--out", str(tmp_path / "again")]) == 130
-    monkeypatch.setattr(train.Run, "log", look)
+    monkeypatch.setattr(Run, "log", look)
     assert train.main(["--resume", "--out", str(tmp_path / "again")]) == 0
     assert losses(tmp_path / "again") == losses(finished)
     mine, theirs = weights(tmp_path / "again"), weights(finished)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_previews_are_stops_that_change_nothing(finished, tmp_path, monkeypatch):
+    """With four grids in place of one the loop ends and goes on four times: losses and weights are
+    those of one go; stopped in the middle and resumed as well."""
+    folder = tmp_path / "run"
+    log = Run.log
+
+    def log_and_stop(self, **row):
+        log(self, **row)
+        if (row["stage"], row["step"]) == ("unet", 2):
+            self.stop_signal = signal.SIGINT
+    flags = [*TINY, "--grids", "4", "--out", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        assert train.main(flags) == 130
+    assert train.main(["--resume", "--out", str(folder)]) == 0
+    assert losses(folder) == losses(finished)
+    mine, theirs = weights(folder), weights(finished)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert len(list(folder.glob("grid_*.png"))) == 4
+
+
+def test_fit_goes_on_where_a_run_stands(tmp_path):
+    """Five steps in one go, and in three: the same weights, bit for bit; a run that is past `upto`
+    makes no step."""
+    def fitted(*stops):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        run = Run(tmp_path / str(len(stops)), {})
+        ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        def loss_fn(rows, step, generator):
+            noise = torch.randn(1, generator=generator)
+            return (model(*rows) - noise).square().sum(), {}
+        for upto in stops:
+            train.fit("line", model, loss_fn, Rows(), steps=5, upto=upto, batch=2, lr=0.1,
+                      device=torch.device("cpu"), run=run, ema=ema)
+        return [*model.parameters(), *ema.values()]
+    whole = fitted(5)
+    for parts in (fitted(1, 3, 5), fitted(2, 2, 4, 5)):
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
@@ -100,16 +153,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert "--resume" in output and (tmp_path / "run" / "state.pt").exists()
 
 
-def test_batches_are_epochs_of_permutations():
-    """Every row once an epoch, also when the batch is larger than the data; a step's rows do not
-    depend on the steps before it."""
-    rows = [r for step in range(10) for r in train.batch_rows(step, 4, 10, seed=1)]
-    assert all(sorted(rows[i:i + 10]) == list(range(10)) for i in range(0, 40, 10))
-    assert rows[:10] != rows[10:20]
-    assert train.batch_rows(7, 4, 10, seed=1) == rows[28:32]
-    assert sorted(train.batch_rows(0, 7, 3, seed=1)[:3]) == [0, 1, 2]
-
-
 def test_learning_rate_warms_up_and_ends_near_zero():
     """Linear to the peak, then half a cosine."""
     rates = [train.learning_rate(s, 100, 1.0, 10) for s in range(100)]
@@ -124,10 +167,11 @@ def test_ema_warms_up():
     torch.nn.init.zeros_(model.weight)
     ema = {"weight": torch.ones(1, 1)}
     left = 1.0
-    for step in train.fit("test", model, lambda rows, s, g: (0.0 * model(*rows).sum(), {}),
-                          Rows(), steps=20, batch=1, lr=1e-9,
-                          device=torch.device("cpu"), ema=ema, ema_decay=0.9):
-        left *= min(0.9, step / (9 + step))
+    train.fit("test", model, lambda rows, s, g: (0.0 * model(*rows).sum(), {}), Rows(), steps=20,
+              batch=1, lr=1e-9, device=torch.device("cpu"), ema=ema,
+              ema_decay=train.warmed_up(0.9))
+    for step in range(20):
+        left *= min(0.9, (1 + step) / (10 + step))
     assert abs(ema["weight"].item() - left) < 1e-5
 
 
@@ -147,112 +191,8 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     def loss_fn(rows, step, generator):
         return model(*rows).sum() * (float("nan") if step == 2 else 1.0), {}
     with pytest.raises(UserError, match="at step 3 .*learning rate.*lower --lr"):
-        for _ in train.fit("test", model, loss_fn, Rows(), steps=5, batch=1, lr=1e-3,
-                           device=torch.device("cpu")):
-            pass
-
-
-@pytest.mark.parametrize("arguments,says", [
-    (["--from-image", "IMAGE", "--count", "2"], "reconstruct"),
-    (["--from-image", "FOLDER", "--perturb", "0.5"], "perturb"),
-    (["--from-image", "IMAGE", "--strength", "0.5", "--guidance", "2"], "img2img"),
-    (["--interpolate", "IMAGE", "IMAGE2", "--frames", "3"], "interpolate"),
-    (["--prototypes", "2"], "prototype"),
-    (["--random", "--count", "2", "--sampler", "ddpm"], "random"),
-])
-def test_every_way_to_sample_writes_images_grid_and_table(finished, tmp_path, arguments, says):
-    """PNGs of the model's side, a grid, and one row of provenance for each image."""
-    sources = sorted((finished / "held_out").glob("*.png"))
-    places = {"IMAGE": sources[0], "IMAGE2": sources[1], "FOLDER": finished / "held_out"}
-    arguments = [str(places.get(a, a)) for a in arguments]
-    out = tmp_path / "out"
-    assert sample.main([*arguments, "--steps", "2", "--checkpoint", str(finished), "--out",
-                        str(out), "--device", "cpu"]) == 0
-    rows = list(csv.DictReader(open(out / "samples.csv")))
-    assert rows and {row["strategy"] for row in rows} == {says}
-    assert len({row["seed"] for row in rows}) == (1 if says == "interpolate" else len(rows))
-    for row in rows:
-        assert Image.open(out / row["file"]).size == (32, 32)
-    assert Image.open(out / "grid.png").size[0] >= 128
-
-
-def readme_commands(script):
-    """The arguments of each README line that starts with `python SCRIPT`."""
-    lines = (ROOT / "README.md").read_text().split("```")[1::2]  # the fenced blocks
-    commands = [shlex.split(line, comments=True) for block in lines for line in block.splitlines()
-                if "python" in line]
-    commands = [c[c.index("python"):] if "python" in c else c for c in commands]
-    return [c[2:] for c in commands if c[:2] == ["python", script]]
-
-
-def test_readme_commands_run(finished, prompted, tmp_path, monkeypatch):
-    """Every command of the README's blocks does what it says, on small runs and their images."""
-    sources = sorted((finished / "held_out").glob("*.png"))
-    monkeypatch.chdir(tmp_path)
-    for name, folder in (("cxr", finished), ("real", finished), ("histology", prompted)):
-        shutil.copytree(folder, tmp_path / "runs" / name)
-    split = tmp_path / "runs" / "real" / "split.csv"
-    split.write_text(split.read_text().replace(",train,", ",test,", 9))  # metrics need a few
-    os.utime(tmp_path / "runs" / "cxr" / "model.pt")  # the newest run is the default
-    places = {"A.png": sources[0], "B.png": sources[1], "x.png": sources[0], "FOLDER": "labelled",
-              "SOURCES": finished / "held_out"}
-    words = "Histology image of cancer tissue, morphology type"
-    small = ["--device", "cpu", "--steps", "2"]
-
-    def arguments(command):
-        return [str(sources[0] if a.startswith("runs/cxr/held_out") else places.get(a, a)).replace(
-            f"{words} seventeen", f"{words} two") for a in command]  # the small run has three
-
-    commands = readme_commands("sample.py")
-    assert len(commands) >= 8
-    for number, command in enumerate(commands):
-        out = [] if "--out" in command else ["--out", f"out{number}"]
-        count = ["--count", "12"] if "runs/real" in command else []
-        assert sample.main([*arguments(command), *small, *out, *count]) == 0
-    shutil.copytree("runs/real/samples/test", "runs/real/samples/train")  # "likewise train"
-    assert sample.main(["--checkpoint", "runs/histology", "--each-prompt", "1", *small, "--out",
-                        "labelled"]) == 0
-    for command in readme_commands("evaluate.py"):
-        extra = {"fidelity": ["--seed", "0"], "privacy": [], "resemble": [*small, "--count", "6"],
-                 "classify": ["--cnn-steps", "2"]}.get(command[0], ["--seeds", "0"])
-        evaluate.main([*arguments(command), *extra])
-    for name in ("cxr/resemble", "real/privacy", "histology/clusters"):
-        assert Path(f"runs/{name}.json").exists()
-    for command in readme_commands("prompts.py"):
-        done = run("prompts.py", *command, "--choose-k", "2:3", cwd=tmp_path)
-        assert done.returncode == 0 and Path("runs/histology/choose_k.png").exists(), done.stderr
-    for command in readme_commands("dino.py"):
-        done = run("dino.py", *arguments(command), cwd=tmp_path)
-        assert done.returncode == 0 and (tmp_path / "attention.png").exists(), done.stderr
-    trains = readme_commands("train.py")
-    assert len(trains) >= 5
-    for command in trains:
-        assert train.main([*command, "--dry-run"]) == 0
-
-
-def test_same_seed_same_file_whatever_the_batch(finished, tmp_path):
-    """Five images at batch 5 and at batch 2 differ by at most one grey level of rounding."""
-    for name, batch in (("a", "5"), ("b", "2")):
-        sample.main(["--random", "--count", "5", "--steps", "3", "--batch", batch, "--device",
-                     "cpu", "--checkpoint", str(finished), "--out", str(tmp_path / name)])
-    files = list((tmp_path / "a/images").glob("random*.png"))
-    assert len(files) == 5
-    for file in files:
-        pair = [np.asarray(Image.open(tmp_path / d / "images" / file.name)).astype(int)
-                for d in "ab"]
-        assert np.abs(pair[0] - pair[1]).max() <= 1
-
-
-def test_labels_are_inherited_from_the_source(finished, tmp_path):
-    """labels.csv beside a source: its cells come back in samples.csv, with the rule."""
-    source = next((finished / "held_out").glob("*.png"))
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "a.png").write_bytes(source.read_bytes())
-    (tmp_path / "x" / "labels.csv").write_text("file,finding\na.png,effusion\n")
-    sample.main(["--from-image", str(tmp_path / "x" / "a.png"), "--steps", "2", "--device", "cpu",
-                 "--checkpoint", str(finished), "--out", str(tmp_path / "out")])
-    row = next(csv.DictReader(open(tmp_path / "out" / "samples.csv")))
-    assert row["label_finding"] == "effusion" and row["label_rule"] == "of the source"
+        train.fit("test", model, loss_fn, Rows(), steps=5, batch=1, lr=1e-3,
+                  device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("flags", [
@@ -262,8 +202,7 @@ def test_labels_are_inherited_from_the_source(finished, tmp_path):
 def test_other_settings_train_and_sample(tmp_path, flags):
     """The control, the ablations and the classic settings run end to end."""
     assert train.main([*TINY, *flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
-    assert sample.main(["--random", "--steps", "2", "--device", "cpu", "--checkpoint",
-                        str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert model_of(tmp_path / "run").sample(None, [0, 1], steps=2).shape == (2, 3, 32, 32)
 
 
 def test_a_folder_of_images_trains(tmp_path):
@@ -285,27 +224,6 @@ def test_a_folder_of_images_trains(tmp_path):
     assert len(sides) == 8 and all(len(s) == 1 for s in sides.values())
 
 
-def test_perturbation_and_start_noise_are_different_draws():
-    """The generator of the tokens' noise must not repeat the one of the latent: torch's CPU
-    generator keeps 32 bits of a seed, so seed + 2^40 would be the same stream."""
-    one, other = (torch.randn(64, generator=torch.Generator().manual_seed(seed))
-                  for seed in (5, data.step_seed("perturb", 5)))
-    assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5
-
-
-def test_samples_can_be_judged_as_they_lie(finished, tmp_path):
-    """evaluate.py fidelity takes a folder that sample.py wrote: its grid is not an image of it."""
-    for seed, name in (("0", "a"), ("100", "b")):
-        sample.main(["--random", "--count", "14", "--steps", "2", "--device", "cpu", "--seed", seed,
-                     "--checkpoint", str(finished), "--out", str(tmp_path / name)])
-    evaluate.main(["fidelity", str(tmp_path / "a"), str(tmp_path / "b"), "--device", "cpu"])
-    table = json.loads((tmp_path / "b" / "fidelity.json").read_text())
-    assert table["real"] == table["synthetic"] == 14 and table["size"] == 32
-    with pytest.raises(UserError, match="already holds samples"):
-        sample.main(["--random", "--device", "cpu", "--checkpoint", str(finished), "--out",
-                     str(tmp_path / "a")])
-
-
 @pytest.fixture(scope="module")
 def prompted(tmp_path_factory):
     """A finished run on histology phantoms: 3 clusters x 2 labels."""
@@ -325,10 +243,10 @@ def test_prompts_are_derived_from_the_images(prompted):
     for row in rows:
         assert row["prompt"] == (f"Histology image of {row['label']} tissue, morphology type "
                                  f"{words[int(row['cluster'])]}")
-    images = data.open_dataset("histology", 32, count=40)
+    images = open_dataset("histology", 32, count=40)
     truth = dict(zip(images.files, images.columns["label"]))
     assert all(row["label"] == truth[row["file"]] for row in rows)
-    model, _ = sample.load_model(prompted, torch.device("cpu"))
+    model = model_of(prompted)
     tokens = torch.from_numpy(np.load(prompted / "cache/tokens.npy"))
     assert model.cluster_of(model.standardise(tokens)).tolist() == [int(r["cluster"]) for r in rows]
     assert model.prompt_counts.sum() == len(rows)
@@ -343,7 +261,7 @@ def test_conditions_make_their_prompts(tmp_path, condition, clusters, prompts):
     flags = ["--clusters", clusters] if clusters else []
     assert train.main([*TINY, "--steps", "1", "--data", source, "--condition", condition, *flags,
                        "--out", str(tmp_path / "run")]) == 0
-    model, _ = sample.load_model(tmp_path / "run", torch.device("cpu"))
+    model = model_of(tmp_path / "run")
     assert len(model.prompts) == prompts
     assert model.prompts[-1] == {
         10: "Chest X-Ray image with morphology type nine", 2: "Histology image of healthy tissue",
@@ -352,7 +270,7 @@ def test_conditions_make_their_prompts(tmp_path, condition, clusters, prompts):
 
 def test_a_resumed_prompt_run_equals_one_never_stopped(prompted, tmp_path, monkeypatch):
     """Stopped in the U-Net stage and resumed: the clusters are kept, weights equal bit for bit."""
-    look = train.Run.log
+    look = Run.log
 
     def stop(self, **row):
         look(self, **row)
@@ -362,7 +280,7 @@ def test_a_resumed_prompt_run_equals_one_never_stopped(prompted, tmp_path, monke
     flags = [*TINY, "--data", "histology", "--condition", "prompts", "--clusters", "3",
              "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log", stop)
+        patch.setattr(Run, "log", stop)
         assert train.main(flags) == 130
     monkeypatch.setattr(train, "kmeans", None)  # a second fit would fail
     assert train.main([*flags, "--resume"]) == 0
@@ -377,88 +295,38 @@ def test_every_prompt_comes_equally_often(prompted):
     """One epoch of the balanced cache holds each prompt the same number of times, and all images
     of the commonest one."""
     numbers = torch.tensor([0] * 20 + [2] * 5 + [3] * 9)
-    cache = train.Latents(prompted / "cache", numbers)
+    cache = Latents(prompted / "cache", numbers, balance(numbers.tolist(), 60))
     mean, std, condition = cache.__getitems__(list(range(len(cache))))
     assert condition.bincount().tolist() == [20, 0, 20, 20]
     assert mean.shape == std.shape and len(set(cache.order[condition == 0].tolist())) == 20
 
 
-def test_samples_by_prompt_and_a_balanced_labelled_set(prompted, tmp_path):
-    """--prompt writes --count images of the words; --each-prompt N of every prompt in use, with
-    labels from the table; the folder opens as a labelled data set."""
-    flags = ["--checkpoint", str(prompted), "--steps", "2", "--device", "cpu"]
-    words = "Histology image of cancer tissue, morphology type two"
-    assert sample.main(["--prompt", words, "--count", "3", *flags, "--out",
-                        str(tmp_path / "a")]) == 0
-    rows = list(csv.DictReader(open(tmp_path / "a/samples.csv")))
-    assert [(r["prompt"], r["label"], r["seed"]) for r in rows] == [
-        (words, "cancer", str(i)) for i in range(3)]
-    assert sample.main(["--each-prompt", "2", *flags, "--out", str(tmp_path / "b")]) == 0
-    used = {row["prompt"] for row in csv.DictReader(open(prompted / "prompts.csv"))}
-    made = data.open_dataset(tmp_path / "b", 32)
-    assert sorted(made.columns["prompt"]) == sorted([*used, *used])
-    assert all(label in prompt for label, prompt in zip(made.columns["label"],
-                                                        made.columns["prompt"]))
-    assert sample.main(["--random", "--count", "4", "--guidance", "3", *flags, "--out",
-                        str(tmp_path / "c")]) == 0
-
-
 def test_the_same_prompt_and_seed_give_the_same_image_whatever_the_company(prompted):
     """A prompt's length does not change its neighbours: padding is masked, K is one for all."""
-    model, _ = sample.load_model(prompted, torch.device("cpu"))
+    model = model_of(prompted)
     short, long = "cancer", model.prompts[0]
-    alone = model.sample([short], [5], steps=2, guidance_scale=2.0)
-    beside = model.sample([long, short], [4, 5], steps=2, guidance_scale=2.0)
+    alone = model.sample(model.prompt_ids([short]), [5], steps=2, guidance_scale=2.0)
+    beside = model.sample(model.prompt_ids([long, short]), [4, 5], steps=2, guidance_scale=2.0)
     assert torch.allclose(alone[0], beside[1], atol=1e-5)  # float32 sums in another order
-    other = model.sample([long], [5], steps=2)
+    other = model.sample(model.prompt_ids([long]), [5], steps=2)
     assert not torch.allclose(alone[0], other[0], atol=1e-5)  # after four steps they differ little
 
 
 def test_the_empty_prompt_is_the_null_condition(prompted):
     """At guidance 1 the empty prompt and no condition give one and the same image."""
-    model, _ = sample.load_model(prompted, torch.device("cpu"))
-    assert torch.equal(model.sample([""], [0], steps=2), model.sample(None, [0], steps=2))
-
-
-@pytest.mark.parametrize("flags,says", [
-    (["--from-image", "x.png"], "--prompt"),
-    (["--prompt", "image of a seventeen legged cat"], "cat"),
-    (["--prompt", "cancer " * 40], "at most"),
-])
-def test_a_prompt_model_refuses_what_it_cannot_follow(prompted, tmp_path, flags, says):
-    """Unknown words list the known ones; images are no condition here; nothing is written."""
-    with pytest.raises(UserError, match=says):
-        sample.main([*flags, "--checkpoint", str(prompted), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-def test_clusters_and_classify_print_and_write(prompted, tmp_path, capsys):
-    """The two tables of evaluate.py on a prompt run: clusters against the true morphologies, and
-    a classifier trained on samples alone."""
-    flags = ["--checkpoint", str(prompted), "--seeds", "0", "--device", "cpu"]
-    sample.main(["--each-prompt", "2", "--checkpoint", str(prompted), "--steps", "1", "--out",
-                 str(tmp_path / "made")])
-    evaluate.main(["clusters", *flags])
-    table = json.loads((prompted / "clusters.json").read_text())
-    assert any("K = 3" in name for name in table)
-    assert all(0 <= row["homogeneity"] <= 1 for row in table.values())
-    evaluate.main(["classify", *flags, "--cnn-steps", "2", "--turns", "--train",
-                   str(tmp_path / "made")])
-    table = json.loads((prompted / "classify.json").read_text())
-    assert [row["images"] for row in table.values()] == [len(list(csv.DictReader(open(
-        prompted / "prompts.csv")))), len(list((tmp_path / "made/images").iterdir()))]
-    with pytest.raises(UserError, match="follows prompts"):
-        evaluate.main(["resemble", *flags])
+    model = model_of(prompted)
+    empty = model.sample(model.prompt_ids([""]), [0], steps=2)
+    assert torch.equal(empty, model.sample(None, [0], steps=2))
 
 
 def test_outliers_are_left_out_and_named(tmp_path):
     """Black, blank and blurred patches of a colour folder are dropped and listed with a reason."""
-    images = data.open_dataset("histology", 64, count=24)
+    images = open_dataset("histology", 64, count=24)
     for i in range(24):
-        data.save_png(tmp_path / f"patches/{i:02d}.png", images[i])
-    data.save_png(tmp_path / "patches/black.png", torch.full((3, 64, 64), -0.95))
-    data.save_png(tmp_path / "patches/white.png", torch.full((3, 64, 64), 0.95))
-    data.save_png(tmp_path / "patches/blur.png", torch.nn.functional.avg_pool2d(
+        save_png(tmp_path / f"patches/{i:02d}.png", images[i])
+    save_png(tmp_path / "patches/black.png", torch.full((3, 64, 64), -0.95))
+    save_png(tmp_path / "patches/white.png", torch.full((3, 64, 64), 0.95))
+    save_png(tmp_path / "patches/blur.png", torch.nn.functional.avg_pool2d(
         images[3][None], 31, 1, 15)[0])
     flags = [*TINY, "--steps", "1", "--data", str(tmp_path / "patches"), "--size", "64"]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
@@ -484,9 +352,9 @@ def test_outliers_are_left_out_and_named(tmp_path):
 def test_labels_that_make_no_prompts_are_refused(tmp_path, table, flags, says):
     """Missing or one-valued columns, empty cells, too many clusters, a template that does not fit:
     one clear error each, nothing written."""
-    images = data.open_dataset("phantoms", 32, count=12)
+    images = open_dataset("phantoms", 32, count=12)
     for i in range(12):
-        data.save_png(tmp_path / f"in/{i:02d}.png", images[i])
+        save_png(tmp_path / f"in/{i:02d}.png", images[i])
     if table:
         (tmp_path / "in/labels.csv").write_text(table)
     with pytest.raises(UserError, match=says):
@@ -497,22 +365,121 @@ def test_labels_that_make_no_prompts_are_refused(tmp_path, table, flags, says):
 
 def test_a_resume_with_other_images_is_refused(tmp_path, monkeypatch):
     """Images that came or went since the start: an error, and split.csv stays as it was."""
-    log = train.Run.log
+    log = Run.log
 
     def log_and_stop(self, **row):
         log(self, **row)
         self.stop_signal = signal.SIGINT
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log", log_and_stop)
+        patch.setattr(Run, "log", log_and_stop)
         assert train.main([*TINY, "--out", str(folder)]) == 130
     before = (folder / "split.csv").read_text()
-    opened = data.open_dataset
-    monkeypatch.setattr(data, "open_dataset", lambda name, size, seed, count, **more: opened(
-        name, size, seed, 41, **more))
+    opened = training_set.open_dataset
+    monkeypatch.setattr(training_set, "open_dataset", lambda name, size, seed, count, **more:
+                        opened(name, size, seed, 41, **more))
     with pytest.raises(UserError, match="images differ"):
         train.main(["--resume", "--out", str(folder)])
     assert (folder / "split.csv").read_text() == before
+
+
+def test_readme_commands_start(tmp_path, monkeypatch):
+    """Every `python train.py` of the README has flags that exist."""
+    monkeypatch.chdir(tmp_path)
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]  # the fenced ones
+    lines = [line for block in blocks for line in block.splitlines() if "train.py" in line]
+    words = [shlex.split(line, comments=True) for line in lines]
+    commands = [line[2:] for line in words if line[:2] == ["python", "train.py"]]
+    assert len(commands) >= 3
+    for command in commands:
+        assert train.main([*command, "--dry-run"]) == 0
+
+
+def test_dry_run_forecasts_the_cache(finished, tmp_path, monkeypatch):
+    """Bytes an image times images is the size of the files (headers: 128 bytes); nothing is
+    written; a folder that is not there gives settings without a forecast; images in files are
+    kept as float16 pixels beside."""
+    monkeypatch.chdir(tmp_path)
+
+    def forecast(*flags):
+        return train.forecast_cache(train.parse([*TINY, "--dry-run", *flags]))
+    told, rows = forecast(), sum(1 for _ in open(finished / "cache/index.csv")) - 1
+    size = sum((finished / "cache" / name).stat().st_size - 128
+               for name in ("latents.npy", "tokens.npy"))
+    assert told["bytes_an_image"] * rows == size and told["images"] == 40
+    shutil.copytree(finished / "held_out", "mine/images")
+    mine = forecast("--data", "mine")
+    assert mine["images"] == len(list(Path("mine").rglob("*.png")))
+    assert mine["bytes_an_image"] == told["bytes_an_image"] + 2 * 3 * 32 ** 2
+    assert set(forecast("--data", "nowhere")) == {"note"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_each_file_is_decoded_once(tmp_path, monkeypatch, kind):
+    """A run decodes each file once, outliers included; a resume whose cache is complete decodes
+    the held-out examples alone."""
+    chests = open_dataset("histology", 32, count=20)
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        picture = ((chests[i] + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(picture).save(tmp_path / "in" / f"{i:02d}.{kind.lower()}")
+    decoded = Counter()
+    decode = images_module._decode
+
+    def count(path, *rest):
+        decoded[Path(path).name] += 1
+        return decode(path, *rest)
+    monkeypatch.setattr(images_module, "_decode", count)
+
+    log = Run.log
+
+    def log_and_stop(self, **row):
+        log(self, **row)
+        if (row["stage"], row["step"]) == ("unet", 2):
+            self.stop_signal = signal.SIGINT
+    flags = [*TINY, "--data", str(tmp_path / "in"), "--steps", "3", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        assert train.main(flags) == 130
+    assert len(decoded) == 20 and set(decoded.values()) == {1}
+
+    decoded.clear()
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    split = csv.DictReader(open(tmp_path / "run" / "split.csv"))
+    held_out = {row["file"] for row in split if row["split"] == "test"}
+    assert set(decoded) == held_out and set(decoded.values()) == {1}
+
+
+def test_a_folder_that_moved_goes_on(tmp_path, monkeypatch):
+    """--resume --data NEW: the same names, and the run ends; a folder of other names is refused."""
+    images = open_dataset("phantoms", 32, count=12)
+    for i in range(12):
+        save_png(tmp_path / f"old/{i:02d}.png", images[i])
+    log = Run.log
+
+    def log_and_stop(self, **row):
+        log(self, **row)
+        self.stop_signal = signal.SIGINT
+    run = ["--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        assert train.main([*TINY, "--data", str(tmp_path / "old"), "--steps", "2", *run]) == 130
+    (tmp_path / "old").rename(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "more")
+    save_png(tmp_path / "more/12.png", images[0])
+    (tmp_path / "fewer").mkdir()
+    shutil.copy(tmp_path / "new/00.png", tmp_path / "fewer")
+    with pytest.raises(UserError, match="images differ.*12.png"):
+        train.main(["--resume", "--data", str(tmp_path / "more"), *run])
+    with pytest.raises(UserError, match="01.png"):
+        train.main(["--resume", "--data", str(tmp_path / "fewer"), *run])
+    with pytest.raises(UserError, match="--data histology differs"):
+        train.main(["--resume", "--data", "histology", *run])
+    assert train.main(["--resume", "--data", str(tmp_path / "new"), *run]) == 0
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    training = load_checkpoint(tmp_path / "run/model.pt")["training"]
+    assert settings["data"] == training["data"] == str(tmp_path / "new") and "depth" in training
 
 
 def test_dry_run_prints_the_settings_and_writes_nothing(tmp_path):
@@ -533,13 +500,9 @@ BAD = [
     ("train.py", ["--preset", "huge"], "tiny"),
     ("train.py", ["--steps", "0"], "0"),
     ("train.py", ["--batch", "8", "--accumulate", "3"], "divisor"),
-    ("sample.py", ["--from-image", "TEXT", "--checkpoint", "nowhere"], "nowhere"),
     ("train.py", ["--out", "/proc/run"], "--out"),
     ("train.py", ["--prediction", "eps", "--zero-snr"], "prediction 'v'"),
     ("train.py", ["--device", "tpu"], "tpu"),
-    ("sample.py", ["--random"], "python train.py"),
-    ("sample.py", ["--random", "--checkpoint", "TEXT"], "model.pt"),
-    ("sample.py", [], "--from-image"),
 ]
 
 
@@ -556,9 +519,3 @@ def test_a_users_mistake_ends_in_one_clear_message(tmp_path, script, arguments, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_changed_flags_too(finished):
-    """No run is overwritten; a resume with other settings says which one differs."""
-    with pytest.raises(UserError, match="already holds a run"):
-        train.main([*TINY, "--out", str(finished)])
-    with pytest.raises(UserError, match="--lr 0.5 differs"):
-        train.main([*TINY, "--out", str(finished), "--resume", "--lr", "0.5"])

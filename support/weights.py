@@ -451,20 +451,21 @@ def count_indices(state, prefix):
 
 def vae_settings(state, config, path):
     """Fields of VAEConfig."""
-    base, in_channels = state["encoder.conv_in.weight"].shape[:2]
     levels = range(count_indices(state, "encoder.down_blocks."))
     widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
-    if not config and base != 128:  # published ones have 128
-        print(f"note: {path} has no config.json, and shapes do not tell the groups of its norms: "
-              "32 are assumed")
-    return {
-        "in_channels": in_channels,
+    base = math.gcd(*widths)
+    settings = {
+        "in_channels": state["encoder.conv_in.weight"].shape[1],
         "latent_channels": state["post_quant_conv.weight"].shape[0],
         "base_channels": base,
         "channel_multipliers": tuple(width // base for width in widths),
         "layers_per_block": count_indices(state, "encoder.down_blocks.0.resnets."),
         **norm_groups(config, widths),
     }
+    if not config and base != 128:  # published ones have 128
+        print(f"note: {path} has no config.json, and shapes do not tell the groups of its norms: "
+              "32 are assumed")
+    return settings
 
 
 def unet_settings(state, config, path):

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from support.command import (Help, UserError, batch_int, fraction, not_negative, not_negative_int,
-                             positive_float, positive_int, user_errors, workers_int)
+                             positive_float, positive_int, share_above_zero, user_errors,
+                             workers_int)
 from support.ranks import ranks
 from support.run import FREE_TO_CHANGE
 
@@ -172,3 +173,54 @@ def reading_processes(workers, device):
         return 0  # the CPUs are busy with training
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, cpus // on_this_machine)
+
+
+# ---- sample.py ---------------------------------------------------------------------------------
+
+
+def sample_flags(argv=None):
+    """Arguments of sample.py -> Namespace; a mistake ends the program with a line and code 2."""
+    parser = argparse.ArgumentParser(description="Sample images from a trained model.",
+                                     usage="%(prog)s WHAT [flags]", formatter_class=Help)
+
+    flag = parser.add_argument_group("what to make (one of)").add_mutually_exclusive_group(
+        required=True).add_argument
+    flag("--from-image", nargs="+", metavar="PATH", help="images, or folders of them, to resemble")
+    flag("--interpolate", nargs=2, metavar=("A", "B"), help="go from image A to image B")
+    flag("--prototypes", type=positive_int, metavar="K", help="centres of K clusters")
+    flag("--random", action="store_true", help="no source image")
+    flag("--prompt", metavar="TEXT", help="words of the training prompts")
+    flag("--each-prompt", type=positive_int, metavar="N", help="N images of every prompt")
+
+    flag = parser.add_argument_group("how far from the source").add_argument
+    flag("--perturb", type=not_negative, default=0.0,
+         help="noise on the tokens, in training-set standard deviations")
+    flag("--strength", type=share_above_zero, default=1.0,
+         help="below 1: start from the source image with this share of the noise (img2img)")
+    flag("--frames", type=batch_int, default=8, help="images from A to B")
+    flag("--mix", choices=("slerp", "lerp"), default="slerp", help="how --interpolate mixes")
+
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--count", type=positive_int, default=1, help="images for each source")
+    flag("--steps", type=positive_int, default=50, help="denoising steps, 1 to 1000")
+    flag("--sampler", choices=("ddim", "ddpm", "dpm"), default="ddim",
+         help="ddpm with --steps 1000 is Ho's; dpm (DPM-Solver++) needs about 15 steps")
+    flag("--guidance", type=not_negative, default=1.0,
+         help="1 = off; above 1 pushes away from the unconditional model")
+    flag("--eta", type=fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM; 0.5 "
+         "gave the smallest Frechet distance")
+    flag("--seed", type=not_negative_int, default=0, help="of the first image; the next has +1")
+    flag("--batch", type=batch_int, default=32, help="images at a time")
+
+    flag = parser.add_argument_group("machine and files").add_argument
+    flag("--checkpoint", help="a run's folder or a model.pt (default: the newest run)")
+    flag("--device", default="auto", help="auto, cuda, mps or cpu")
+    flag("--dtype", choices=("auto", "float32", "bf16"), default="auto",
+         help="of the U-Net (auto: bf16 on a GPU that computes in it)")
+    flag("--out", help="folder (default: a new one in the run's samples/)")
+
+    args = parser.parse_args(argv)
+    if (args.perturb or args.strength < 1) and not args.from_image:
+        parser.error("--perturb and --strength change a source: need --from-image; pass it, or "
+                     "leave them out")
+    return args

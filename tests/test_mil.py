@@ -1,5 +1,4 @@
-"""Proofs about mil.py: regions, masks, focus, budgets, files in, refusals, whole runs on a CPU."""
-import csv
+"""Proofs about mil.py: regions, masks, focus, budgets, learning, whole runs on a CPU."""
 import json
 from argparse import Namespace
 
@@ -7,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_slides import slide_of, write_features
 
 import mil
-from data import UserError
-from mil import MILConfig, RegionalMIL, Slide, focus, predict, region_table
+from mil import MILConfig, RegionalMIL, Trial, focus, predict, region_table
+from support import slides as support_slides
+from support.command import UserError
+from support.run import Run
 
 SMALL = dict(in_dim=6, dim=16, num_heads=2)
 REGIONS = pytest.mark.parametrize("windows", [(), (2,), (2, 2, 2), (4, 2), (8,)])
@@ -24,15 +26,6 @@ def model_of(windows, pool="attention", seed=0):
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)
     return model.eval()
-
-
-def slide_of(n=900, side=40, seed=0, name="s", label=0):
-    """A slide of n patches at random places of a square, with random features."""
-    g = torch.Generator().manual_seed(seed)
-    cells = torch.randperm(side * side, generator=g)[:n]
-    features = torch.randn(n, 6, generator=g)
-    return Slide(name, label, name, False, torch.stack([cells // side, cells % side], 1),
-                 torch.arange(n), lambda: (features, None))
 
 
 # ---- regions ----
@@ -221,175 +214,21 @@ def planted(n, seed):
     return slides
 
 
-class NoRun:
-    def __init__(self):
-        self.finished = {}
-
-    def finish(self, stage, weights):
-        self.finished[stage] = weights
-
-
 @pytest.mark.parametrize("name", ["abmil", "2x2", pytest.param("8x8", marks=pytest.mark.slow)])
-def test_models_learn_a_planted_focus(name, monkeypatch):
+def test_models_learn_a_planted_focus(name):
     """Every model, whole-bag on new slides, ranks planted slides first, and points at the block."""
-    monkeypatch.setattr(mil, "fit", lambda *a, **k: FIT(*a, **{**k, "run": None}))
     steps, lr = (300, 1e-3) if name == "8x8" else (120, 3e-3)  # three levels learn more slowly
     args = Namespace(patches=128, steps=steps, batch=16, lr=lr)
-    model = mil.train_model("t", name, planted(80, 1), args, 0, NoRun(), torch.device("cpu"))
-    test, hits = planted(40, 2), []
+    trial = Trial("t", name, 0, 0, planted(80, 1), planted(40, 2))
+    model = mil.train_model(trial, args, Run(), torch.device("cpu"))
+    hits = []
     logits = []
-    for s in test:
+    for s in trial.test:
         logit, seen, attention, _ = predict(model, s, 10 ** 9)
         logits.append(logit)
         hits += [bool(s.foci[seen.flatten()[attention.argmax()]])] if s.label else []
-    assert mil.roc_auc([s.label for s in test], logits) > 0.9
+    assert mil.roc_auc([s.label for s in trial.test], logits) > 0.9
     assert np.mean(hits) > 0.6  # a random patch: 0.04
-
-
-FIT = mil.fit
-
-
-# ---- files ----
-
-def write_features(folder, names, d=6, n=30, labels=None, **columns):
-    """A folder of .npz features, coords in pixels, and labels.csv."""
-    folder.mkdir(exist_ok=True)
-    for i, name in enumerate(names):
-        s = slide_of(n, 12, seed=i)
-        np.savez(folder / f"{name}.npz", features=s.read()[0][:, :d] + (i % 2),
-                 coords=s.grid.flip(1) * 256 + 17)
-    labels = labels or ["benign", "malignant"] * len(names)
-    with open(folder / "labels.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["slide", "label", *columns])
-        for i, name in enumerate(names):
-            rows.writerow([f"{name}.svs", labels[i], *(c[i] for c in columns.values())])
-    return folder
-
-
-def args_of(folder, out="unused"):
-    return Namespace(data=str(folder), label_column="label", out=str(out), tile=32)
-
-
-def test_features_of_both_kinds_and_any_stride(tmp_path):
-    """.npz and .pt, pixels and grid steps, with gaps, whole or float: all give the same grid."""
-    grid = torch.tensor([[0, 0], [0, 1], [3, 1], [7, 4]])
-    for i, coords in enumerate((grid.flip(1), grid.flip(1) * 224 + 1000, grid.flip(1) * 0.5e3)):
-        torch.save({"features": torch.ones(4, 3), "coords": coords}, tmp_path / f"{i}.pt")
-        np.savez(tmp_path / f"{i}.npz", features=np.ones((4, 3)), coords=coords)
-        for suffix in ("pt", "npz"):
-            features, pictures, found = mil.read_features(tmp_path / f"{i}.{suffix}")
-            assert torch.equal(found, grid) and features.shape == (4, 3) and pictures is None
-
-
-@pytest.mark.parametrize("features, coords, why", [
-    (np.ones((3, 2)), [[0, 0], [0, 1], [0, 0]], "repeat"),
-    (np.full((1, 2), np.nan), [[0, 0]], "not finite"),
-    (np.ones((3, 2)), [[0, 0]], "shapes"), (np.ones(3), [[0, 0]] * 3, "shapes"),
-    (np.array([object()] * 3), [[0, 0]] * 3, "allow_pickle=False")])
-def test_bad_features_are_refused(tmp_path, features, coords, why):
-    """Repeated places, NaN, wrong shapes and pickles end in one line that names the file."""
-    np.savez(tmp_path / "a.npz", features=features, coords=coords)
-    with pytest.raises(UserError, match=f"a.npz cannot be used .*{why}.*are needed"):
-        mil.read_features(tmp_path / "a.npz")
-
-
-def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):
-    """A slide that labels.csv misses and one without patches are left out, by name."""
-    folder = write_features(tmp_path / "f", ["a", "b", "c"])
-    for name, n in (("extra", 4), ("empty", 0)):
-        np.savez(folder / f"{name}.npz", features=np.ones((n, 6)), coords=np.eye(4, 2)[:n] * 0)
-    with open(folder / "labels.csv", "a") as file:
-        file.write("empty,benign\r\n")
-    slides = mil.open_slides(args_of(folder), None, None)
-    assert [(s.name, s.label) for s in slides] == [("a", 0), ("b", 1), ("c", 0)]
-    said = capsys.readouterr().out
-    assert "without a label, or links: 1 (extra)" in said and "without tissue: 1 (empty)" in said
-
-
-def test_bad_folders_are_refused(tmp_path):
-    """Unequal widths, three labels, no labels.csv and a patient in two splits: one line each."""
-    folder = write_features(tmp_path / "w", ["a", "b"])
-    np.savez(folder / "b.npz", features=np.ones((2, 5)), coords=[[0, 0], [0, 1]])
-    with pytest.raises(UserError, match="width of the features {6: 'a', 5: 'b'}"):
-        mil.open_slides(args_of(folder), None, None)
-    with pytest.raises(UserError, match="labels .'x', 'y', 'z'.*two labels"):
-        mil.open_slides(args_of(write_features(tmp_path / "l", "abc", labels="xyz")), None, None)
-    (folder / "labels.csv").unlink()
-    with pytest.raises(UserError, match="labels.csv cannot be read"):
-        mil.open_slides(args_of(folder), None, None)
-    both = write_features(tmp_path / "p", "abcd", patient="1221", split=["train"] * 3 + ["test"])
-    with pytest.raises(UserError, match="in two splits: 1;"):
-        mil.split(mil.open_slides(args_of(both), None, None), 5, 0)
-
-
-def test_folds_keep_groups_together_and_test_every_slide_once():
-    """Cross-validation parts no patient; a given split is kept as it is."""
-    slides = [slide_of(3, 3, i, f"s{i}", i % 2) for i in range(20)]
-    for i, s in enumerate(slides):
-        s.group = f"g{i // 4}"
-    parts = mil.split(slides, 3, 0)
-    assert sorted(s.name for _, test in parts for s in test) == sorted(s.name for s in slides)
-    for train, test in parts:
-        assert test and not {s.group for s in train} & {s.group for s in test}
-    slides[0].is_test = slides[1].is_test = slides[2].is_test = slides[3].is_test = True
-    (train, test), = mil.split(slides, 3, 0)
-    assert test == slides[:4] and train == slides[4:]
-    with pytest.raises(UserError, match="nobody; labels in each training part: .1."):
-        mil.split([s for s in slides if s.is_test or s.label], 3, 0)
-
-
-# ---- images ----
-
-def picture(path, tissue, side=32):
-    """White paper; the tiles of a grid that are named hold pink noise."""
-    pixels = np.full((4 * side + 5, 5 * side + 9, 3), 240, np.uint8)
-    pixels[:] += np.random.default_rng(0).integers(0, 4, pixels.shape, dtype=np.uint8)
-    for i, j in tissue:
-        noise = np.random.default_rng(i * 5 + j).integers(0, 60, (side, side, 3))
-        pixels[i * side:(i + 1) * side, j * side:(j + 1) * side] = np.uint8(noise + [180, 80, 150])
-    Image.fromarray(pixels).save(path)
-
-
-def test_images_are_tiled_once_and_blank_tiles_counted(tmp_path, monkeypatch, capsys):
-    """Tissue tiles get features, places and thumbnails; paper does not; a second run reads the
-    cache; another tile side does not; an image of paper only is named."""
-    vit = mil.build_vit("random").eval()
-    (tmp_path / "x").mkdir()
-    tissue = [(0, 0), (1, 2), (3, 4)]
-    picture(tmp_path / "x/a.png", tissue), picture(tmp_path / "x/b.png", [(2, 2), (2, 3)])
-    picture(tmp_path / "x/paper.png", [])
-    (tmp_path / "labels.csv").write_text("file,label,group\nx/a.png,0,p\nx/b.png,1,q\n"
-                                         "x/paper.png,1,r\n")
-    args = args_of(tmp_path / "x", tmp_path / "out")
-    slides = mil.open_slides(args, vit, torch.device("cpu"))
-    said = capsys.readouterr().out
-    assert "without tissue: 1 (paper)" in said and "55 blank tiles left out, 5 patches" in said
-    assert [s.grid.tolist() for s in slides] == [[[0, 0], [1, 2], [3, 4]], [[0, 0], [0, 1]]]
-    assert [s.group for s in slides] == ["p", "q"] and slides[0].take(torch.arange(3)).shape[1] > 5
-    assert slides[0].read()[1].shape == (3, 3, 8, 8)
-    calls, embed = [], mil.embed
-    monkeypatch.setattr(mil, "embed", lambda *a: calls.append(1) or embed(*a))
-    mil.open_slides(args, vit, torch.device("cpu"))
-    assert not calls
-    args.tile = 16
-    mil.read_features.cache_clear()
-    assert sum(len(s.grid) for s in mil.open_slides(args, vit, torch.device("cpu"))) == 20 and calls
-
-
-def test_otsu_parts_two_groups():
-    """The threshold lies between two humps, wherever they are."""
-    rng = np.random.default_rng(0)
-    for low, high in ((10, 60), (100, 220)):
-        values = np.concatenate([rng.normal(low, 4, 900), rng.normal(high, 6, 300)])
-        assert low + 8 < mil.otsu_level(values.clip(0, 255).astype(np.uint8)) < high - 8
-
-
-def test_damaged_image_is_refused(tmp_path):
-    """A file that is no image ends in one line."""
-    (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="a.png cannot be read"):
-        mil.tile_image(tmp_path / "a.png", tmp_path / "a.npz", mil.build_vit("random"), 32, None)
 
 
 # ---- whole runs ----
@@ -397,7 +236,7 @@ def test_damaged_image_is_refused(tmp_path):
 def test_run_on_generated_slides_and_explain(tmp_path, monkeypatch, capsys):
     """The default run with two steps writes metrics, curves and heat maps; --explain draws one
     slide by the finished run, which is not trained again; one seed gives one result."""
-    monkeypatch.setattr(mil, "BANK", 260)
+    monkeypatch.setattr(support_slides, "BANK", 260)
     flags = ["--count", "30", "--steps", "2", "--batch", "2", "--models", "mean", "abmil", "2x2"]
     for out in ("a", "b"):
         mil.main([*flags, "--device", "cpu", "--out", str(tmp_path / out)])

@@ -269,8 +269,7 @@ def conditioning_tokens(vit, x, kind="global"):
     return torch.cat([tokens[:, :1], pooled.transpose(1, 2)], dim=1)
 
 
-# ---- Self-distillation with no labels ----------------------------------------------------------
-
+# ---- Self-distillation with no labels -----------------------------------------------------------
 
 @dataclass(frozen=True)
 class DINOConfig:                       # in brackets: the papers
@@ -334,9 +333,8 @@ def sinkhorn(logits, temperature, rounds=3):
     """Soft targets: rows that sum to 1, and columns that all sum to nearly N / K.
 
     logits: (N, K), N views and K prototypes. exp(logits / temperature) is scaled in turn so that
-    each prototype gets an equal share of all views, and so that each view sums to 1. Where all
-    views look alike the answer is uniform: one prototype for all, the collapse, gains nothing. All
-    in logarithms, so that no exponential overflows.
+    each prototype gets an equal share of all views, and so that each view sums to 1; in logarithms,
+    so that no exponential overflows. One prototype for all views, the collapse, is no answer.
     Returns: (N, K).
     Source: Sinkhorn and Knopp 1967; Caron et al. 2020, section 3.1; Oquab et al. 2023, section 4.
     """

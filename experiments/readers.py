@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from evaluate import bootstrap_interval, cohen_kappa
 from experiments.report import page
 from support.command import UserError, not_negative_int, positive_int, print_table
-from support.datasets import open_dataset, read_table
-from support.files import write_csv, write_json, write_text_atomic
+from support.datasets import open_dataset
+from support.files import read_csv, write_csv, write_json, write_text_atomic
 from support.pictures import to_picture
 from support.seeds import step_seed
 
@@ -167,13 +167,27 @@ def make(args):
 
 # ---------------------------------------------------------------- scores
 
+def rows_by_file(path):
+    """{file: row} of a CSV. Raises UserError without a column `file`, or for two rows of a file."""
+    rows = {}
+    for row in read_csv(path):
+        if "file" not in row:
+            raise UserError(f"{path} has the columns {', '.join(row)[:200]}",
+                            "one must be called file", "correct its first line")
+        if row["file"] in rows:
+            raise UserError(f"{path} has 2 rows for {row['file'] or 'no name'}", "one is needed",
+                            "delete one")
+        rows[row["file"]] = row
+    return rows
+
+
 def read_key(path):
     """{file: is it synthetic?} of a key.csv."""
-    key = {row["file"]: row.get("truth") for row in read_table(path)}
-    if set(key.values()) != {"real", "synthetic"}:
+    truths = {file: row.get("truth") for file, row in rows_by_file(path).items()}
+    if set(truths.values()) != {"real", "synthetic"}:
         raise UserError(f"{path} does not hold real and synthetic images", "both are needed",
                         "pass the key.csv that --make wrote")
-    return {file: truth == "synthetic" for file, truth in key.items()}
+    return {file: truth == "synthetic" for file, truth in truths.items()}
 
 
 def read_answers(path, files, known):
@@ -182,9 +196,9 @@ def read_answers(path, files, known):
     Raises UserError for images that are not in `files` or lack an answer, for other answers, and
     for more than one reader, or one of those `known` already.
     """
-    rows = read_table(path)
-    answers = {row["file"]: row.get("answer", "") for row in rows}
-    readers = {row.get("reader", "") for row in rows}
+    rows = rows_by_file(path)
+    answers = {file: row.get("answer", "") for file, row in rows.items()}
+    readers = {row.get("reader", "") for row in rows.values()}
 
     def refuse(bad, what, need, remedy):
         if bad:

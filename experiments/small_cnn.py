@@ -149,9 +149,8 @@ def train_classifier(stages, seed, vary, device, name="classifier"):
         return F.binary_cross_entropy_with_logits(net(vary(x, generator)), y), {}
 
     for number, (images, labels, steps) in enumerate(stages):
-        for _ in fit(name, net, loss_fn, Labelled(images, labels), steps=steps, batch=32,
-                     lr=1e-3 / 3 ** number, device=device, seed=seed, weight_decay=0.05) or ():
-            pass
+        fit(name, net, loss_fn, Labelled(images, labels), steps=steps, batch=32,
+            lr=1e-3 / 3 ** number, device=device, seed=seed, weight_decay=0.05)
     return net.eval()
 
 

@@ -21,7 +21,7 @@ from evaluate import bootstrap_interval, cohen_kappa
 from experiments import readers
 from experiments.__main__ import main as experiments
 from support.command import UserError
-from support.datasets import read_table
+from support.files import read_csv
 from support.images import load_image
 from support.phantoms import chest_phantoms
 from support.pictures import save_png
@@ -198,7 +198,7 @@ def test_script_answers_goes_back_and_saves(folders, capsys):
     capsys.readouterr()
     experiments(["readers", "--score", str(folders / "answers.csv"), "--key",
                  str(folders / "test/key/key.csv")])
-    answers = {row["file"]: row for row in read_table(folders / "answers.csv")}
+    answers = {row["file"]: row for row in read_csv(folders / "answers.csv")}
     assert [answers[name]["answer"] for name in ids] == ["real", "real", *["synthetic"] * 4]
     assert {row["reader"] for row in answers.values()} == {'Ann "B", Ö'}
     assert "readers: 1; images: 3 synthetic" in capsys.readouterr().out
@@ -316,7 +316,9 @@ LAST = f"{7:016x}"
 @pytest.mark.parametrize("edit, words", [
     (cut(-2), f"no answer to: 2 .*{LAST}.*let the reader finish"),
     (cut(1), "no answer to: 8"),
-    (cut(0), "answers_Bob.csv has the columns none: one must be called file"),
+    (cut(0), "answers_Bob.csv has the columns none"),
+    (swap("reader,file", "reader,image"), "answers_Bob.csv has the columns reader, image, answer: "
+     "one must be called file"),
     (lambda name, text: text + text.splitlines()[-1] + "\n",
      f"answers_Ann.csv has 2 rows for {LAST}: one is needed"),
     (swap(LAST, "f" * 16), f"unknown images: 1 .f{{16}}.*pass the key of that page"),

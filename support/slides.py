@@ -26,9 +26,10 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from support.command import UserError
-from support.files import atomic_file
-from support.images import IMAGE_FORMATS, IMAGE_SUFFIXES
+from support.files import atomic_file, read_csv
+from support.images import IMAGE_SUFFIXES, open_image, otsu_level
 from support.phantoms import histology_phantoms, slide_phantoms
+from support.splits import is_group_column
 
 THUMB = 8        # pixels of a patch in pictures
 BANK = 2000      # patches that the generated slides of one part are made of
@@ -63,29 +64,6 @@ class Tiling:
     side: int = 96      # pixels of a tile
     level: int = 0      # of the file's pyramid, 0 is the finest
     mpp: float = None   # microns a pixel, in place of the level
-
-
-def otsu_level(values):
-    """The level of 0 to 255 (int) that parts whole numbers, array or tensor, with the largest
-    variance between both sides (Otsu 1979)."""
-    values = torch.as_tensor(values).flatten()
-    p = torch.bincount(values, minlength=256).double() / values.numel()
-    below = p.cumsum(0)
-    mean = (p * torch.arange(256, device=p.device)).cumsum(0)
-    between = (mean[-1] * below - mean).square() / (below * (1 - below)).clamp_min(1e-9)
-    return int(between.argmax())
-
-
-def is_group_column(name):  # temporary: support.splits
-    return bool(re.fullmatch(r"(patient|subject|case|participant)s?(id)?|group", re.sub("[^a-z]", "", name.lower())))
-
-
-def read_csv(path):  # temporary: support.files
-    import csv, io
-    try:
-        return list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig")), restval=""))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error!r})", "a CSV is needed", "write one")
 
 
 # ---- places ------------------------------------------------------------------------------------
@@ -235,7 +213,7 @@ class FlatImage:
     properties = {}
 
     def __init__(self, path):
-        self.image = Image.open(path, formats=IMAGE_FORMATS).convert("RGB")
+        self.image = open_image(path).convert("RGB")
         self.dimensions = self.image.size
 
     def read_region(self, corner, level, size):

@@ -8,6 +8,7 @@ from PIL import Image
 
 import support.slides
 from support.command import UserError
+from support.images import otsu_level
 from support.slides import Slide, Tiling, open_slides, read_features, snap_to_grid, split_slides
 
 
@@ -288,7 +289,7 @@ def test_otsu_parts_two_groups():
     rng = np.random.default_rng(0)
     for low, high in ((10, 60), (100, 220)):
         values = np.concatenate([rng.normal(low, 4, 900), rng.normal(high, 6, 300)])
-        level = support.slides.otsu_level(values.clip(0, 255).astype(np.uint8))
+        level = otsu_level(values.clip(0, 255).astype(np.uint8))
         assert low + 8 < level < high - 8
 
 

@@ -10,8 +10,9 @@ from support.files import CHECKPOINT_VERSION, make_folder, next_folder, atomic_f
 from support.pictures import *  # noqa
 from support.pictures import COLOURS, to_picture as _to_picture, save_png, save_grid, line_chart  # noqa
 from support.images import *  # noqa
-from support.images import IMAGE_FORMATS, IMAGE_SUFFIXES, _open_image, _decode, load_image, _below, list_images, _why_unreadable  # noqa
+from support.images import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image, list_images  # noqa
 from support.datasets import *  # noqa
-from support.datasets import TABLES, TUMOUR, CACHE_BYTES, ImageSet, _place, survey, open_dataset, _open_phantoms, _open_npz, _H5Images, _open_h5, _open_folder, _match, read_table, labels_of  # noqa
+from support.datasets import TUMOUR, CACHE_BYTES, ImageSet, open_dataset, labels_of  # noqa
+from support.files import read_csv as read_table  # noqa
 from support.splits import *  # noqa
 from support.splits import image_groups, split_holdout, write_split, read_split, find_outliers  # noqa

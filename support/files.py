@@ -92,46 +92,48 @@ def append_csv(path, rows):
             os.fsync(file.fileno())
 
 
-def _text_of(raw):
+def text_of(raw, errors="strict"):
     """Bytes of a table as text: UTF-8 or UTF-16, and Windows' cp1252 for lines that are neither."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return raw.decode("utf-16")
-    if raw[1:40:2] == bytes(len(raw[1:40:2])) and any(raw[:40:2]):
-        return raw.decode("utf-16-le")
+        return raw.decode("utf-16", errors)
+    if len(raw) > 3 and not any(raw[1:40:2]) and all(raw[:40:2]):
+        return raw.decode("utf-16-le", errors)
+
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
-        lines = []
-        for line in raw.splitlines(keepends=True):
-            try:
-                lines.append(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                lines.append(line.decode("cp1252"))
-        return "".join(lines)
+        pass
+    lines = []
+    for line in raw.splitlines(keepends=True):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            lines.append(line.decode("cp1252", errors))
+    return "".join(lines)
 
 
-def read_csv(path):
+def read_csv(path, columns=None):
     """Rows of a table as a list of dicts, column -> cell, all str without spaces around them.
 
     Comma, semicolon or tab; UTF-8 with or without BOM, UTF-16, cp1252; also .gz. Columns without a
-    name are left out. Raises UserError for what is no such table, or has two columns of one name.
+    name are left out. columns: their names, of a file whose first line is a row like the others.
+    Raises UserError for what is no such table, or has two columns of one name.
     """
+    opener = gzip.open if str(path).endswith(".gz") else open
     try:
-        opener = gzip.open if str(path).endswith(".gz") else open
         with opener(path, "rb") as file:
-            text = _text_of(file.read()).lstrip("\r\n")
+            text = text_of(file.read()).lstrip("\r\n")
 
-        # Excel may write the delimiter into a line of its own; else the first line shows it.
+        # The first line shows the delimiter; Excel may give it a line of its own.
         head, _, rest = text.partition("\n")
         if head.lower().startswith("sep="):
             text = rest
-            head = rest.partition("\n")[0]
         delimiter = max(",;\t", key=head.count)
 
         lines = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True,
                            delimiter=delimiter)
-        names = [name.strip() for name in next(lines, [])]
+        names = columns or [name.strip() for name in next(lines, [])]
         rows = []
         for cells in lines:
             if any(cell.strip() for cell in cells[len(names):]):
@@ -142,6 +144,7 @@ def read_csv(path):
     except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error})", "a CSV file in UTF-8 is needed",
                         "save it as CSV UTF-8") from error
+
     known = [name for name in names if name]
     if not known or len(set(known)) < len(known):
         raise UserError(f"{path} has the columns {', '.join(known)[:200] or 'none'}",

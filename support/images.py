@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from support.command import UserError, one_line
+from support.dicom import (DICOM_SUFFIXES, check_size, decode_dicom, has_pydicom, is_dicom,
+                           open_dicom)
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of others, EPS runs a program
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
-DICOM_SUFFIXES = {".dcm", ".dicom", ".dic", ".ima"}
 OTHER_SUFFIXES = {".jp2", ".j2k", ".jpx", ".jpf", ".jfif", ".jpe", ".heic", ".heif", ".avif",
                   ".nii", ".mha", ".nrrd", ".pgm", ".ppm", ".tga", ".psd", ".img"}
 MASK_FOLDER = re.compile(r"masks?|masks?[ _-].*|.*masks?", re.IGNORECASE)
@@ -36,7 +37,6 @@ EIGHT_BITS = {"black": 0.0, "white": 255.0}
 LEVELS = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]  # white of what cameras deliver
 OVERSHOOT = 1.05       # so much above white, processed pictures still have that white
 DEPTH_SAMPLE = 32      # files that a data set's rule is made from
-PERCENTILES = (0.5, 99.5)  # window of a DICOM file that brings none
 
 
 # ---- what is white -----------------------------------------------------------------------------
@@ -116,88 +116,8 @@ def _scale_deep(deep, depth, is_float):
 def open_image(path):
     """The Pillow image, its pixels not read yet; ValueError for one that would fill the memory."""
     image = Image.open(path, formats=IMAGE_FORMATS)
-    _check_size(image.width, image.height)
+    check_size(image.width, image.height)
     return image
-
-
-def _check_size(width, height):
-    if width * height > Image.MAX_IMAGE_PIXELS:  # from twice that, Pillow refuses it
-        raise ValueError(f"{width:,} x {height:,} pixels are too many")
-
-
-def is_dicom(path):
-    """Whether a file is DICOM by its suffix, or has none (or digits of an id) and the magic word.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix in DICOM_SUFFIXES:
-        return True
-    if suffix.strip(".0123456789") or os.path.islink(path) or not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def has_pydicom():
-    try:
-        import pydicom  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _open_dicom(path, **options):
-    """The pydicom data set of a file with one picture; ValueError for others."""
-    import pydicom
-    dicom = pydicom.dcmread(path, **options)
-    frames = int(dicom.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise ValueError(f"it has {frames} frames, one picture is needed")
-    _check_size(int(dicom.Columns), int(dicom.Rows))
-    return dicom
-
-
-def _decode_dicom(path):
-    """DICOM file -> (H, W) or (H, W, 3) in [0, 1]; bright is dense, whatever the file says."""
-    from pydicom import pixels
-    dicom = _open_dicom(path)
-    values = np.asarray(pixels.pixel_array(dicom))
-    if values.ndim == 3:
-        return values / np.float32(2 ** int(dicom.BitsStored) - 1)
-    if dicom.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"{dicom.PhotometricInterpretation} is neither grey nor RGB")
-
-    # Padding around the picture is neither part of it nor of its range.
-    padding = dicom.get("PixelPaddingValue")
-    is_padding = np.zeros(values.shape, bool) if padding is None else values == padding
-    values = np.asarray(pixels.apply_modality_lut(values, dicom), np.float64)
-
-    shown = _apply_window(values, dicom, is_padding)
-    if dicom.PhotometricInterpretation == "MONOCHROME1":  # the least value is white
-        shown = 1 - shown
-    return np.where(is_padding, 0, shown)
-
-
-def _apply_window(values, dicom, is_padding):
-    """Values -> [0, 1] by the file's window, else its table of grey values, else percentiles."""
-    from pydicom import pixels
-    center, width = (np.atleast_1d(dicom.get(name, None))[0]
-                     for name in ("WindowCenter", "WindowWidth"))
-    function = dicom.get("VOILUTFunction") or "LINEAR"
-    if center is not None and width is not None and width >= 1:
-        center = float(center)
-        width = float(width)
-        if function == "SIGMOID":
-            return 1 / (1 + np.exp(-4 * (values - center) / width))
-        if function == "LINEAR":  # counts in whole values (DICOM PS3.3 C.11.2.1.2.1)
-            center -= 0.5
-            width = max(width - 1, 1e-6)
-        return ((values - center) / width + 0.5).clip(0, 1)
-
-    if dicom.get("VOILUTSequence"):
-        bits = int(dicom.VOILUTSequence[0].LUTDescriptor[2])
-        return pixels.apply_voi_lut(values.astype(np.int64), dicom) / (2.0 ** bits - 1)
-    low, high = np.percentile(values[~is_padding], PERCENTILES)
-    return ((values - low) / max(high - low, 1e-6)).clip(0, 1)
 
 
 def _decode_picture(path, depth):
@@ -224,7 +144,7 @@ def _decode(path, depth):
         if not has_pydicom():
             raise UserError(f"{path} is a DICOM file", "the package pydicom is needed to read it",
                             "pip install pydicom")
-        return np.float32(_decode_dicom(path))
+        return np.float32(decode_dicom(path))
     except UserError:
         raise
     except Exception as error:  # a damaged file makes both readers raise nearly any type
@@ -260,7 +180,7 @@ def why_unreadable(path, whole):
         if not path.is_file():
             return "not a file"  # a pipe would be waited for
         if is_dicom(path):
-            _decode(path, None) if whole else _open_dicom(path, stop_before_pixels=True)
+            _decode(path, None) if whole else open_dicom(path, stop_before_pixels=True)
             return ""
         with open_image(path) as image:
             if whole and image.format == "PNG":
@@ -292,14 +212,16 @@ def path_below(folder, *names):
 
 
 def scan_folder(folder):
-    """(images, passed over) below a folder, or its images/: sorted paths, {why: sorted paths}.
+    """(images, masks, passed over) below a folder, or its images/: sorted paths, {why: paths}.
 
-    Hidden files and masks are neither: folders named like masks, and NAME_mask beside NAME.
+    Masks are those that lie beside their images, as NAME_mask beside NAME. Hidden files and folders
+    named like masks are left out.
     """
     root = Path(folder)
     if (root / "images").is_dir():
         root = path_below(root, "images")
     images = []
+    masks = []
     passed_over = {}
     can_read_dicom = has_pydicom()
     for place, folders, files in os.walk(root):
@@ -309,9 +231,11 @@ def scan_folder(folder):
         for name in files:
             path = Path(place, name)
             suffix = path.suffix.lower()
-            if name.startswith(".") or path.stem.removesuffix("_mask") in stems - {path.stem}:
+            if name.startswith("."):
                 continue
-            if suffix in IMAGE_SUFFIXES:
+            if suffix in IMAGE_SUFFIXES and path.stem.endswith("_mask") and path.stem[:-5] in stems:
+                masks.append(path)
+            elif suffix in IMAGE_SUFFIXES:
                 images.append(path)
             elif is_dicom(path):
                 needs = "DICOM files, which need the package pydicom (pip install pydicom)"
@@ -319,7 +243,8 @@ def scan_folder(folder):
                 where.append(path)
             elif suffix in OTHER_SUFFIXES or name.lower().endswith(".nii.gz"):
                 passed_over.setdefault("formats that are not read; save as PNG", []).append(path)
-    return sorted(images), {why: sorted(paths) for why, paths in passed_over.items()}
+    return (sorted(images), sorted(masks),
+            {why: sorted(paths) for why, paths in passed_over.items()})
 
 
 def list_images(folder):
@@ -327,7 +252,7 @@ def list_images(folder):
 
     Raises UserError if there are none.
     """
-    images, passed_over = scan_folder(folder)
+    images, _, passed_over = scan_folder(folder)
     if not images:
         found = "".join(f" but {len(paths):,} {why}" for why, paths in passed_over.items())
         raise UserError(f"{folder} holds no image{found}", f"files "

@@ -33,6 +33,7 @@ from support.splits import is_group_column
 
 THUMB = 8        # pixels of a patch in pictures
 BANK = 2000      # patches that the generated slides of one part are made of
+BLOCK = 2048     # pixels of the side of what is read at once
 OVERVIEW = 2048  # pixels of the longer side of the picture in which tissue is looked for
 SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu"}
 FEATURE_SUFFIXES = {".h5", ".npz", ".pt"}
@@ -279,14 +280,14 @@ def read_pixels(pixels, corner, downsample, size):
 def saturation_of(pixels):
     """Saturation (h, w) uint8 of the whole slide in small, and its downsample.
 
-    Read in blocks of at most about 2048 x 2048 pixels, for a slide without a coarse level too.
+    Read in blocks of about BLOCK x BLOCK pixels at most, for a slide without a coarse level too.
     """
     width, height = pixels.dimensions
     downsample = max(1.0, max(width, height) / OVERVIEW)
     small_width = max(1, int(width / downsample))
     small_height = max(1, int(height / downsample))
     finer = max(known for known in pixels.level_downsamples if known <= downsample)
-    block = max(1, int(2048 * finer / downsample))
+    block = max(1, int(BLOCK * finer / downsample))
 
     saturation = np.zeros((small_height, small_width), np.uint8)
     for top in range(0, small_height, block):

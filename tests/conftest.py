@@ -4,8 +4,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 
@@ -53,7 +53,7 @@ def labelled_run(tmp_path_factory):
     model = DinoDiffusion(DinoDiffusionConfig(
         image_size=32, vae=VAEConfig(3, 4, 8, (1, 2, 4), 1),
         unet=UNetConfig(4, 4, 16, (1, 2, 2), 1, (False, True, True), 32, 4),
-        vit=ViTConfig(8, 48, 2, 3), token_shape=(5, 48)))
+        vit=ViTConfig(8, 48, 2, 3), token_shape=(3, 48)))
     flags = {"data": str(folder), "seed": 0, "count": 2400}
     run = folder / "run"
     data = open_dataset(folder, 32)
@@ -61,3 +61,10 @@ def labelled_run(tmp_path_factory):
     save_atomic(run / "model.pt", {"version": CHECKPOINT_VERSION, **model.to_checkpoint(),
                                    "training": flags})
     return run
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A run's folder with a small model of random weights, its cache and sources; read only."""
+    from small_run import write_run
+    return write_run(tmp_path_factory.mktemp("runs") / "tokens")

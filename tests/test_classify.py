@@ -1,4 +1,4 @@
-"""experiments/classify.py: sets side by side on the same real images, and labels that cannot serve."""
+"""experiments/classify.py: sets side by side on the same real images; labels that cannot serve."""
 import json
 
 import pytest
@@ -52,5 +52,5 @@ def test_sets_without_labels(labelled_run, tmp_path, column, says):
     write_set(tmp_path, ["even"])
     samples = ["--train", str(tmp_path)] if column == "finding" else []
     with pytest.raises(UserError, match=says):
-        experiments(["classify", "--checkpoint", str(labelled_run), *FLAGS, "--label-column", column,
-                     *samples])
+        experiments(["classify", "--checkpoint", str(labelled_run), *FLAGS, "--label-column",
+                     column, *samples])

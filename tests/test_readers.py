@@ -321,7 +321,7 @@ LAST = f"{7:016x}"
      "one must be called file"),
     (lambda name, text: text + text.splitlines()[-1] + "\n",
      f"answers_Ann.csv has 2 rows for {LAST}: one is needed"),
-    (swap(LAST, "f" * 16), f"unknown images: 1 .f{{16}}.*pass the key of that page"),
+    (swap(LAST, "f" * 16), "unknown images: 1 .f{16}.*pass the key of that page"),
     (swap(f"{LAST},real", f"{LAST},fake"), "other answers: 1 .fake.: real or synthetic is needed"),
     (swap(f"{LAST},real", LAST), "other answers: 1"),
     (swap("answer", "verdict"), "other answers: 1"),

@@ -55,6 +55,13 @@ def batches_of(images, indices, batch):
     return (images.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(batch))
 
 
+def load_model(path, device):
+    """(content of a model.pt, its DinoDiffusion on the device and in eval mode)."""
+    checkpoint = load_checkpoint(path, ("training",))
+    with user_errors():
+        return checkpoint, DinoDiffusion.from_checkpoint(checkpoint).to(pick_device(device))
+
+
 def open_run(args, checkpoint=None):
     """The OpenedRun of a checkpoint (a path, default: --checkpoint) and of the run flags.
 
@@ -62,9 +69,7 @@ def open_run(args, checkpoint=None):
     if they have fewer than two training or held-out images.
     """
     path = resolve_checkpoint(checkpoint or args.checkpoint)
-    checkpoint = load_checkpoint(path, ("training",))
-    with user_errors():
-        model = DinoDiffusion.from_checkpoint(checkpoint).to(pick_device(args.device))
+    checkpoint, model = load_model(path, args.device)
     try:
         flags = checkpoint["training"]
         source = flags["data"]

@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dinodiff import DinoDiffusion
 from evaluate import (METRICS, brightness, compare, describe, frechet_of_moments,
                       grey_values, moments, only_side, refuse_unlike_modes, warn_of_counts)
-from experiments.common import add_run_flags, batches_of, choose, open_run
+from experiments.common import add_run_flags, batches_of, choose, load_model, open_run
 from experiments.judges import JUDGES, feature_extractor
 from experiments.statistics import kernel_subsets, merge_moments, subsample_interval
 from support.command import UserError, pick_device, positive_int, print_table, seed_int, user_errors
 from support.datasets import open_dataset
-from support.files import atomic_file, load_checkpoint, resolve_checkpoint, write_json
+from support.files import atomic_file, resolve_checkpoint, write_json
 from support.splits import split_holdout
 
 STORED = ("extractor", "side", "count", "mean", "scatter")  # arrays in a file of --save-stats
@@ -162,9 +161,7 @@ def main(args):
     device = pick_device(args.device)
     model = None
     if args.features == "dino" and not args.weights:
-        checkpoint = load_checkpoint(resolve_checkpoint(args.checkpoint))
-        with user_errors():
-            model = DinoDiffusion.from_checkpoint(checkpoint).to(device)
+        _, model = load_model(resolve_checkpoint(args.checkpoint), args.device)
     extractor, extract = feature_extractor(args.features, args.weights, device, model)
     with user_errors():
         real = gather(args.real, True, extractor, extract, device, args)

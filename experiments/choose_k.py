@@ -2,8 +2,8 @@
 
     python -m experiments choose_k runs/histology --range 5:60
 
-K-means on RUN/cache/tokens.npy for each K, a table, and the chart RUN/choose_k.png. The answer is
-what `train.py --condition prompts --clusters K` takes. The cache is there once train.py has made it.
+K-means on RUN/cache/tokens.npy, which train.py makes, for each K: a table, and the chart
+RUN/choose_k.png. The answer is what `train.py --condition prompts --clusters K` takes.
 
 Source: Halkidi & Vazirgiannis 2001. Difference from it: the radius of sdbw, see there.
 """

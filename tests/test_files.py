@@ -1,5 +1,7 @@
 """support/files.py: checkpoints, tables and logs are whole or not there, and hold no code."""
+import csv
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -56,6 +58,35 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
         with pytest.raises(UserError, match="pass another --out"):
             files.write_text_atomic(tmp_path / place, "x")
     assert sorted(os.listdir(tmp_path)) == ["x", "x.pt", "x_2", "x_3"]
+
+
+def test_tables_grow_by_whole_lines(tmp_path):
+    """Rows come back in order, with commas, line ends and names that are no UTF-8; a folder that is
+    gone is one line of error."""
+    path = tmp_path / "samples.csv"
+    name = b"latin-\xe9.png".decode("utf-8", "surrogateescape")
+    files.append_csv(path, [["file", "label"], ["a.png", "x, y"]])
+    files.append_csv(path, [[name, "two\nlines"]])
+    files.append_csv(path, [])
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert list(csv.reader(file)) == [["file", "label"], ["a.png", "x, y"],
+                                          [name, "two\nlines"]]
+    with pytest.raises(UserError, match="must be writable"):
+        files.append_csv(tmp_path / "gone" / "samples.csv", [["file"]])
+
+
+def test_atomic_files_of_threads_do_not_meet(tmp_path):
+    """Two threads write in one folder at the same time: each file has its own bytes, synced or not.
+    """
+    def write(number):
+        for _ in range(20):
+            with files.atomic_file(tmp_path / f"{number}", sync=False) as file:
+                file.write(bytes([number]) * 1000)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert sorted(os.listdir(tmp_path)) == ["0", "1", "2", "3"]
+    for number in range(4):
+        assert (tmp_path / f"{number}").read_bytes() == bytes([number]) * 1000
 
 
 def test_jsonl(tmp_path):

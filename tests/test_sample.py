@@ -1,5 +1,4 @@
 """sample.py: every way to sample, from small models with random weights; tables, errors, memory."""
-import csv
 import re
 from pathlib import Path
 
@@ -9,54 +8,13 @@ import torch
 from PIL import Image
 
 import sample
-from dino import ViTConfig
-from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
+from small_run import make, pixels, write_run
 from support import files, sample_folder
 from support.command import UserError
 from support.datasets import open_dataset
-from support.pictures import save_png
 from support.seeds import step_seed
-from unet import UNetConfig
-from vae import VAEConfig
 
-SMALL = dict(
-    image_size=32, vae=VAEConfig(3, 4, 8, (1, 2), 1),
-    unet=UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2),
-    vit=ViTConfig(8, 12, 4, 3, image_size=32), token_shape=(5, 12))
 WORDS = "Histology image of cancer tissue, morphology type"
-
-
-def write_run(folder, **config):
-    """A run with a model.pt of random weights, cached tokens and eight labelled images."""
-    torch.manual_seed(0)
-    model = DinoDiffusion(DinoDiffusionConfig(**SMALL, **config)).eval()
-    for p in model.unet.parameters():  # zero-initialised outputs would hide everything
-        torch.nn.init.normal_(p, std=0.2)
-    images = open_dataset("phantoms", 32, count=8)
-    for i in range(8):
-        save_png(folder / "held_out" / f"{i}.png", images[i])
-    files.write_csv(folder / "held_out" / "labels.csv", [["file", "finding"], *(
-        [f"{i}.png", ("none", "effusion")[i % 2]] for i in range(8))])
-    tokens = model.embed(images.batch(range(8))).repeat(3, 1, 1)
-    tokens += 0.1 * tokens.std(0) * torch.randn(tokens.shape)
-    (folder / "cache").mkdir()
-    np.save(folder / "cache" / "tokens.npy", tokens.numpy())
-    model.token_mean.copy_(tokens.mean(0))
-    model.token_std.copy_(tokens.std(0))
-    if model.prompts:
-        model.prompt_counts[:-1] = 5
-    else:
-        model.embedding_sampler = EmbeddingSampler.fit(model.standardise(tokens), components=2,
-                                                         max_rank=4)
-    files.save_atomic(folder / "model.pt", {
-        "version": files.CHECKPOINT_VERSION, **model.to_checkpoint(),
-        "training": {"data": "phantoms", "seed": 0, "count": 8, "depth": None}})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "tokens")
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +30,6 @@ def unconditional(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "none", condition="none")
 
 
-def make(run, out, *arguments, steps=2):
-    """sample.py with these arguments: the rows of its table."""
-    places = {"IMAGE": run / "held_out" / "0.png", "IMAGE2": run / "held_out" / "1.png",
-              "FOLDER": run / "held_out"}
-    arguments = [str(places.get(argument, argument)) for argument in arguments]
-    assert sample.main([*arguments, "--steps", str(steps), "--checkpoint", str(run), "--out",
-                        str(out), "--device", "cpu"]) == 0
-    return list(csv.DictReader(open(out / "samples.csv")))
-
-
-def pixels(folder, rows):
-    return torch.stack([torch.from_numpy(np.array(Image.open(folder / row["file"])).astype(int))
-                        for row in rows])
-
-
 # ---- what is written
 
 @pytest.mark.parametrize("arguments,says,count", [
@@ -98,9 +41,10 @@ def pixels(folder, rows):
     (["--random", "--count", "2", "--sampler", "ddpm"], "random", 2),
     (["--random", "--count", "2", "--sampler", "dpm", "--dtype", "bf16"], "random", 2),
 ])
-def test_every_way_to_sample_writes_images_grid_and_table(run, tmp_path, arguments, says, count):
+def test_every_way_to_sample_writes_images_grid_and_table(small_run, tmp_path, arguments, says,
+                                                          count):
     """PNGs of the model's side, a grid, and one row of provenance for each image."""
-    rows = make(run, tmp_path / "out", *arguments)
+    rows = make(small_run, tmp_path / "out", *arguments)
     assert len(rows) == count and {row["strategy"] for row in rows} == {says}
     assert len({row["seed"] for row in rows}) == (2 if says == "interpolate" else len(rows))
     for row in rows:
@@ -110,85 +54,20 @@ def test_every_way_to_sample_writes_images_grid_and_table(run, tmp_path, argumen
     assert Image.open(tmp_path / "out" / "grid.png").size[0] >= 128
     if says == "interpolate":
         assert [row["weights"] for row in rows[:3]] == ["1.000|0.000", "0.500|0.500", "0.000|1.000"]
-        assert rows[0]["sources"] == f"{run}/held_out/0.png|{run}/held_out/1.png"
+        assert rows[0]["sources"] == f"{small_run}/held_out/0.png|{small_run}/held_out/1.png"
         assert rows[0]["label_rule"] == "of the nearer source"
     if says == "prototype":
         assert [row["sources"][:11] for row in rows] == ["prototype 0"] * 2 + ["prototype 1"] * 2
 
 
-def test_the_grid_shows_sources_and_samples(run, tmp_path):
-    """A line a source: it, then its samples, as the PNGs have them; A and B at the ends of a strip;
-    16 lines of 16 samples at most, and a note says what is left out."""
-    def cells(path):
-        grid = np.asarray(Image.open(path))
-        return lambda line, column: grid[2 + 130 * line:130 + 130 * line:4,
-                                         2 + 130 * column:130 + 130 * column:4]
-    rows = make(run, tmp_path / "a", "--from-image", "IMAGE", "IMAGE2", "--count", "3", "--batch",
-                "2")
-    cell, images = cells(tmp_path / "a" / "grid.png"), pixels(tmp_path / "a", rows)
-    for line in range(2):
-        source = np.asarray(Image.open(run / "held_out" / f"{line}.png"))
-        assert (cell(line, 0) == source).all()
-        for column in range(3):
-            assert (cell(line, 1 + column) == images[3 * line + column].numpy()).all()
-    rows = make(run, tmp_path / "b", "--interpolate", "IMAGE", "IMAGE2", "--frames", "2")
-    cell = cells(tmp_path / "b" / "grid.png")
-    for column, path in ((0, "0.png"), (3, "1.png")):
-        assert (cell(0, column) == np.asarray(Image.open(run / "held_out" / path))).all()
-
-
-def test_a_long_call_shows_the_first_lines(run, tmp_path, monkeypatch, capsys):
-    """The grid, and what is kept in memory for it, has a limit; a note says so."""
-    monkeypatch.setattr(sample_folder, "GRID_LINES", 2)
-    monkeypatch.setattr(sample_folder, "GRID_COLUMNS", 3)
-    rows = make(run, tmp_path / "out", "--random", "--count", "20", steps=1)
-    assert len(rows) == 20
-    assert Image.open(tmp_path / "out" / "grid.png").size == (2 + 3 * 130, 2 + 2 * 130)
-    assert "grid.png shows the first 2 of 3" in capsys.readouterr().out
-
-
-def test_the_table_grows_by_a_batch_and_names_whole_files(run, tmp_path, monkeypatch):
-    """Rows are appended, each once, after the files they name; nothing is written twice, so a
-    sample costs the same however many are there."""
-    appended = []
-
-    def append(path, rows):
-        names = [row[0] for row in rows if row[0] != "file"]
-        for name in names:
-            Image.open(tmp_path / "out" / name).load()
-        appended.append(len(names))
-        files.append_csv(path, rows)
-    monkeypatch.setattr(sample_folder, "append_csv", append)
-    rows = make(run, tmp_path / "out", "--random", "--count", "7", "--batch", "3", steps=1)
-    assert appended == [3, 3, 1]
-    assert [row["file"] for row in rows] == [f"images/random_{i:05d}.png" for i in range(7)]
-    assert not list((tmp_path / "out" / "images").glob(".*"))
-    with pytest.raises(UserError, match="already holds samples"):
-        make(run, tmp_path / "out", "--random")
-
-
-def test_a_call_that_is_cut_off_leaves_a_table_of_what_is_there(run, tmp_path, monkeypatch):
-    """An image of the second batch cannot be written: the table has the first batch alone."""
-    save = sample_folder.save_pngs
-
-    def full(paths, images):
-        if "00002" in str(paths[0]):
-            raise UserError("no space")
-        save(paths, images)
-    monkeypatch.setattr(sample_folder, "save_pngs", full)
-    with pytest.raises(UserError, match="no space"):
-        make(run, tmp_path / "out", "--random", "--count", "4", "--batch", "2", steps=1)
-    assert len(list(csv.DictReader(open(tmp_path / "out" / "samples.csv")))) == 2
-
-
-def test_labels_are_inherited_from_the_source(run, tmp_path, monkeypatch):
+def test_labels_are_inherited_from_the_source(small_run, tmp_path, monkeypatch):
     """labels.csv beside a source: its cells come back in samples.csv, with the rule."""
-    rows = make(run, tmp_path / "out", "--from-image", "FOLDER", steps=1)
+    rows = make(small_run, tmp_path / "out", "--from-image", "FOLDER", steps=1)
     assert [row["label_finding"] for row in rows] == ["none", "effusion"] * 4
     assert {row["label_rule"] for row in rows} == {"of the source"}
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "a.png").write_bytes((run / "held_out" / "0.png").read_bytes())
-    rows = make(run, tmp_path / "bare", "--from-image", str(tmp_path / "x"), steps=1)
+    (tmp_path / "x" / "a.png").write_bytes((small_run / "held_out" / "0.png").read_bytes())
+    rows = make(small_run, tmp_path / "bare", "--from-image", str(tmp_path / "x"), steps=1)
     assert rows[0]["label_rule"] == "" and "label_finding" not in rows[0]
 
 
@@ -198,18 +77,18 @@ def test_labels_are_inherited_from_the_source(run, tmp_path, monkeypatch):
     ["--random", "--count", "5"], ["--from-image", "FOLDER", "--perturb", "0.3"],
     ["--interpolate", "IMAGE", "IMAGE2", "--frames", "5", "--guidance", "20"],
     ["--from-image", "FOLDER", "--strength", "0.5", "--sampler", "dpm"]])
-def test_same_seed_same_file_whatever_the_batch(run, tmp_path, arguments):
+def test_same_seed_same_file_whatever_the_batch(small_run, tmp_path, arguments):
     """At batch 5 and at batch 2 images differ by at most one grey level of rounding."""
-    one, other = (pixels(tmp_path / batch, make(run, tmp_path / batch, *arguments, "--batch", batch,
-                                                steps=3)) for batch in "52")
+    one, other = (pixels(out, make(small_run, out, *arguments, "--batch", out.name, steps=3))
+                  for out in (tmp_path / "5", tmp_path / "2"))
     assert (one - other).abs().max() <= 1
     assert (one[0] - one[-1]).abs().max() > 1
 
 
-def test_noise_is_of_the_seed(run, tmp_path):
+def test_noise_is_of_the_seed(small_run, tmp_path):
     """--seed S gives image j the seed S + j: the images of two calls overlap."""
-    first = pixels(tmp_path / "a", make(run, tmp_path / "a", "--random", "--count", "3"))
-    second = pixels(tmp_path / "b", make(run, tmp_path / "b", "--random", "--count", "2",
+    first = pixels(tmp_path / "a", make(small_run, tmp_path / "a", "--random", "--count", "3"))
+    second = pixels(tmp_path / "b", make(small_run, tmp_path / "b", "--random", "--count", "2",
                                          "--seed", "1"))
     assert (first[1:] - second).abs().max() <= 1
 
@@ -222,21 +101,21 @@ def test_perturbation_and_start_noise_are_different_draws():
     assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5
 
 
-def test_bf16_differs_by_less_than_a_grey_level_on_average(run, tmp_path):
+def test_bf16_differs_by_less_than_a_grey_level_on_average(small_run, tmp_path):
     """--dtype bf16 rounds the U-Net's products alone; the table says which it was. On a CPU auto
     means float32."""
-    whole, half, auto = (make(run, tmp_path / dtype, "--random", "--count", "4", "--dtype", dtype,
-                              "--sampler", "dpm") for dtype in ("float32", "bf16", "auto"))
+    whole, half, auto = (make(small_run, tmp_path / dtype, "--random", "--count", "4", "--dtype",
+                              dtype, "--sampler", "dpm") for dtype in ("float32", "bf16", "auto"))
     assert whole[0]["dtype"] == auto[0]["dtype"] == "float32" and half[0]["dtype"] == "bfloat16"
     gap = (pixels(tmp_path / "float32", whole) - pixels(tmp_path / "bf16", half)).abs()
     assert 0 < gap.float().mean() < 1
     assert torch.equal(pixels(tmp_path / "float32", whole), pixels(tmp_path / "auto", auto))
 
 
-def test_each_source_is_read_once_as_the_model_was_trained(run, tmp_path, monkeypatch):
+def test_each_source_is_read_once_as_the_model_was_trained(small_run, tmp_path, monkeypatch):
     """Three images of each of eight sources in batches of four: eight reads in order, by the grey
     rule of the training images, and no image that was written is read again."""
-    checkpoint = torch.load(run / "model.pt", weights_only=True)
+    checkpoint = torch.load(small_run / "model.pt", weights_only=True)
     checkpoint["training"]["depth"] = {"rule": "of the set"}
     files.save_atomic(tmp_path / "model.pt", checkpoint)
     read, load = [], sample.load_image
@@ -248,15 +127,15 @@ def test_each_source_is_read_once_as_the_model_was_trained(run, tmp_path, monkey
     monkeypatch.setattr(sample, "load_image", load_and_note)
     monkeypatch.setattr(sample_folder, "GRID_LINES", 0)
     monkeypatch.setattr(sample.SampleFolder, "write_grid", lambda *arguments: None)
-    sample.main(["--from-image", str(run / "held_out"), "--count", "3", "--strength", "0.5",
+    sample.main(["--from-image", str(small_run / "held_out"), "--count", "3", "--strength", "0.5",
                  "--batch", "4", "--steps", "2", "--checkpoint", str(tmp_path / "model.pt"),
                  "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert read == [f"{i}.png" for i in range(8)]
 
 
-def test_memory_does_not_grow_with_the_number_of_sources(run, tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_sources(small_run, tmp_path, monkeypatch):
     """2,000 sources of 512 x 512 pixels would be 6 GB as tensors; they pass one batch at a time."""
-    source = run / "held_out" / "0.png"
+    source = small_run / "held_out" / "0.png"
     (tmp_path / "many").mkdir()
     for i in range(2000):
         (tmp_path / "many" / f"{i}.png").hardlink_to(source)
@@ -279,7 +158,8 @@ def test_memory_does_not_grow_with_the_number_of_sources(run, tmp_path, monkeypa
                             [read(request.sources[0]).as_subclass(torch.Tensor)
                              for request in requests]))
     monkeypatch.setattr(sample_folder, "save_pngs", lambda paths, images: None)
-    rows = make(run, tmp_path / "out", "--from-image", str(tmp_path / "many"), "--batch", "50")
+    rows = make(small_run, tmp_path / "out", "--from-image", str(tmp_path / "many"), "--batch",
+                "50")
     assert len(rows) == 2000 and most <= 120
 
 
@@ -320,18 +200,18 @@ def test_a_prompt_model_refuses_what_it_cannot_follow(prompted, tmp_path, flags,
     assert not (tmp_path / "out").exists()
 
 
-def test_other_models_refuse_what_they_cannot_follow(run, unconditional, tmp_path):
+def test_other_models_refuse_what_they_cannot_follow(small_run, unconditional, tmp_path):
     """Prompts for a model of tokens; sources for an unconditional one, which samples at random and
     from start images; a model without its mixture."""
     with pytest.raises(UserError, match="knows no prompts"):
-        make(run, tmp_path / "out", "--prompt", "cancer")
+        make(small_run, tmp_path / "out", "--prompt", "cancer")
     with pytest.raises(UserError, match="cannot follow a source"):
         make(unconditional, tmp_path / "out", "--from-image", "IMAGE")
     with pytest.raises(UserError, match="cannot follow a source"):
         make(unconditional, tmp_path / "out", "--prototypes", "2")
     with pytest.raises(UserError, match="it needs two"):
-        make(run, tmp_path / "out", "--interpolate", "FOLDER", "IMAGE")
-    checkpoint = torch.load(run / "model.pt", weights_only=True)
+        make(small_run, tmp_path / "out", "--interpolate", "FOLDER", "IMAGE")
+    checkpoint = torch.load(small_run / "model.pt", weights_only=True)
     files.save_atomic(tmp_path / "model.pt", {**checkpoint, "embedding_sampler": None})
     with pytest.raises(UserError, match="no embedding sampler"):
         make(tmp_path / "model.pt", tmp_path / "out", "--random")
@@ -345,17 +225,17 @@ def test_other_models_refuse_what_they_cannot_follow(run, unconditional, tmp_pat
 
 @pytest.mark.parametrize("guidance", ["0", "1", "50"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm"])
-def test_guidance_and_one_step(run, tmp_path, guidance, sampler):
+def test_guidance_and_one_step(small_run, tmp_path, guidance, sampler):
     """Guidance 0, 1 and 50, in one step and in three: images that are no flat black."""
     for steps in (1, 3):
-        rows = make(run, tmp_path / str(steps), "--random", "--count", "2", "--guidance", guidance,
-                    "--sampler", sampler, steps=steps)
+        rows = make(small_run, tmp_path / str(steps), "--random", "--count", "2", "--guidance",
+                    guidance, "--sampler", sampler, steps=steps)
         assert all(image.float().std() > 0 for image in pixels(tmp_path / str(steps), rows))
 
 
-def test_a_model_that_gives_no_numbers_is_named(run, tmp_path):
+def test_a_model_that_gives_no_numbers_is_named(small_run, tmp_path):
     """NaN in the weights would be black images: sample.py stops and writes none."""
-    checkpoint = torch.load(run / "model.pt", weights_only=True)
+    checkpoint = torch.load(small_run / "model.pt", weights_only=True)
     checkpoint["vae"]["decoder.conv_out.bias"].fill_(float("nan"))
     files.save_atomic(tmp_path / "model.pt", checkpoint)
     with pytest.raises(UserError, match="not finite"):
@@ -372,11 +252,11 @@ class Payload(str):
 @pytest.mark.parametrize("content", [
     np.zeros((20, 5, 13), np.float32), np.zeros(3), np.array([Payload("ran")], object), b"",
     b"\x93NUMPY\x01\x00\xff\xff", np.full((20, 5, 12), np.nan, np.float32), None])
-def test_prototypes_need_the_runs_tokens(run, tmp_path, monkeypatch, content):
+def test_prototypes_need_the_runs_tokens(small_run, tmp_path, monkeypatch, content):
     """Tokens of another shape, not finite, pickled, empty, cut or missing: one line, and nothing is
     run or written."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.pt").write_bytes((run / "model.pt").read_bytes())
+    (tmp_path / "model.pt").write_bytes((small_run / "model.pt").read_bytes())
     (tmp_path / "cache").mkdir()
     path = tmp_path / "cache" / "tokens.npy"
     if isinstance(content, bytes):
@@ -410,7 +290,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("line,says", BAD_LINES)
-def test_bad_command_lines(run, tmp_path, monkeypatch, capsys, line, says):
+def test_bad_command_lines(small_run, tmp_path, monkeypatch, capsys, line, says):
     """Each ends with code 2 and a message that says what to pass, without a traceback, and leaves
     nothing behind."""
     monkeypatch.chdir(tmp_path)
@@ -419,7 +299,7 @@ def test_bad_command_lines(run, tmp_path, monkeypatch, capsys, line, says):
     (tmp_path / "FULL" / "samples.csv").write_text("file\n")
     (tmp_path / "TEXT").write_text("hello")
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "small").symlink_to(run)
+    (tmp_path / "runs" / "small").symlink_to(small_run)
     flags = line.split() + ([] if "--steps" in line else ["--steps", "1"])
     if "--out" not in line:
         flags += ["--out", "new"]
@@ -439,11 +319,11 @@ def test_help_fits_two_screens(monkeypatch, capsys):
     assert len(text.splitlines()) <= 100 and not re.search(r"\n  --[a-z-]+\n", text)
 
 
-def test_the_newest_run_is_the_default(run, tmp_path, monkeypatch, capsys):
+def test_the_newest_run_is_the_default(small_run, tmp_path, monkeypatch, capsys):
     """Without --checkpoint and --out: the newest of runs/, and a new folder in its samples/."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "new").mkdir(parents=True)
-    (tmp_path / "runs" / "new" / "model.pt").write_bytes((run / "model.pt").read_bytes())
+    (tmp_path / "runs" / "new" / "model.pt").write_bytes((small_run / "model.pt").read_bytes())
     for name in ("random", "random_2"):
         assert sample.main(["--random", "--steps", "1", "--device", "cpu"]) == 0
         assert (tmp_path / "runs" / "new" / "samples" / name / "samples.csv").exists()

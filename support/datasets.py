@@ -21,6 +21,7 @@ import torch
 
 from support.arrays import H5Rows, JoinedRows, check_archive, open_member
 from support.command import StatusLine, UserError, one_line, user_errors
+from support.dicom import is_dicom, patient_of
 from support.images import (EIGHT_BITS, MASK_FOLDER, choose_depth, count_pages,
                             describe_depth, list_images, load_image, path_below, scan_folder,
                             why_unreadable)
@@ -28,11 +29,13 @@ from support.labels import Table, join_by_study, merge_tables
 from support.names import file_columns, match_names
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
                               histology_phantoms)
-from support.splits import describe_groups
+from support.splits import describe_groups, find_group_column
 
 OUR_TABLES = ("labels.csv", "train_labels.csv", "samples.csv")  # ours, Kaggle's PCam, sample.py's
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz")
 TUMOUR = {"0": "healthy", "1": "cancer"}  # PatchCamelyon's labels
+UNSURE_MEANS = {"ignore": "left out of labels (--uncertain zeros or ones takes them for that)",
+                "zeros": "taken for 0", "ones": "taken for 1"}
 SIDE = re.compile("left|right", re.IGNORECASE)
 SIDE_FOLDER = re.compile("(left|right)[ _-]?(masks?|lungs?)?", re.IGNORECASE)
 MASK_WORDS = re.compile(r"[ _-](masks?|msk|lungs?|left|right|seg|segmentation)$", re.IGNORECASE)
@@ -217,6 +220,8 @@ def _open_folder(folder, size, whole, depth, uncertain):
     paths = [path for path, why in zip(found, reasons) if not why]
     unreadable = [(path, why) for path, why in zip(found, reasons) if why]
     _note(problems, "unreadable, or links out of the folder", [path for path, _ in unreadable])
+    if unreadable:
+        problems[0] += f", the first: {unreadable[0][1]}"
     if len(paths) < 0.9 * len(found):
         raise UserError(problems[0], "at least 90 % must be readable", "replace or remove them")
     for why, others in passed_over.items():
@@ -230,14 +235,26 @@ def _open_folder(folder, size, whole, depth, uncertain):
         problems += [warning] if warning else []
     files = [path.relative_to(root).as_posix() for path in paths]
     columns, labelled, about = _read_tables(folder, root, files, uncertain, problems)
+    dicom = [is_dicom(path) for path in paths]
+    if any(dicom) and not find_group_column(columns):
+        columns.update(_patients_in_dicom(paths, dicom))
     masks = _find_masks(root, files, beside, problems)
 
     images = ImageSet(folder.resolve().name, "", size, files, columns, paths, masks, problems,
                       unreadable, labelled=labelled, depth=depth)
     counts = [f"{sum(mask is not None for mask in masks[kind]):,} {kind}" for kind in masks]
+    about_depth = [] if all(dicom) else [describe_depth(depth)]
+    if any(dicom):
+        about_depth.append(f"{sum(dicom):,} DICOM files windowed")
     images.note = one_line(", ".join([f"{len(files):,} images from {root}", *counts, about,
-                                      describe_groups(images), describe_depth(depth)]))
+                                      describe_groups(images), *about_depth]))
     return images
+
+
+def _patients_in_dicom(paths, dicom):
+    """{"PatientID": a cell for each path} if the heads of DICOM files tell patients apart."""
+    cells = [patient_of(path) if is_one else "" for path, is_one in zip(paths, dicom)]
+    return {"PatientID": cells} if len(set(cells) - {""}) > 1 else {}
 
 
 def _note(problems, what, names):
@@ -347,18 +364,20 @@ def _refuse_tables(tables, root):
 
 def _merge(matches, unused, files, uncertain, problems, notes):
     """What _read_tables returns, of tables that name images, and of others that name studies."""
-    columns, left_out = merge_tables(matches, len(files), uncertain)
+    columns, left_out, unsure = merge_tables(matches, len(files), uncertain)
     joined = [(table, join_by_study(table, columns)) for table in unused]
     joined = [(table, rows) for table, rows in joined if rows is not None and any(rows)]
     if joined:
         matches = matches + joined
-        columns, left_out = merge_tables(matches, len(files), uncertain)
+        columns, left_out, unsure = merge_tables(matches, len(files), uncertain)
         notes += [f"{table.path.name} (joined by study)" for table, _ in joined]
     known = [table for table, _ in matches]
     _note(problems, "tables that name none of the images", [table.path for table in unused
                                                             if table not in known])
     _note(problems, "columns left out, for their numbers differ between the rows of an image",
           left_out)
+    if unsure:
+        problems.append(f"uncertain answers, -1 in tables: {unsure:,}, {UNSURE_MEANS[uncertain]}")
     if any(table.path.name == "train_labels.csv" for table in known) and "label" in columns:
         columns["label"] = [TUMOUR.get(cell, cell) for cell in columns["label"]]
 

@@ -50,6 +50,12 @@ def open_dicom(path, **options):
     return dicom
 
 
+def patient_of(path):
+    """The patient's id in the head of a file, or ""."""
+    head = open_dicom(path, stop_before_pixels=True)
+    return str(head.get("PatientID") or "").strip()
+
+
 def decode_dicom(path):
     """DICOM file -> (H, W) or (H, W, 3) in [0, 1]; bright is dense, whatever the file says."""
     from pydicom import pixels

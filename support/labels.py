@@ -2,7 +2,7 @@
 
     table = Table("Data_Entry_2017.csv")
     rows, lost, ambiguous = table.match(files, root)                # rows of each file
-    columns, left_out = merge_tables([(table, rows)], len(files))   # column -> a cell for each file
+    columns, *_ = merge_tables([(table, rows)], len(files))         # column -> a cell for each file
     names, values = label_matrix(columns, ["Finding Labels"])       # (N, L): 1, 0 or NaN
 
 An image may have several rows: it has what any of them says. Answers (1, 1.0, True, yes, positive,
@@ -135,7 +135,7 @@ class Table:
             if found[0]:
                 self.file_column = column
                 numbers = [same[number] for number in found[0]]
-                columns, _ = merge_tables([(self, [numbers])], 1)
+                columns, _, _ = merge_tables([(self, [numbers])], 1)
                 return {name: cells[0] for name, cells in columns.items()}
         return {}
 
@@ -152,7 +152,8 @@ def merge_tables(matches, count, uncertain="ignore"):
     """Columns of all tables, a cell for each of `count` files, from [(table, rows of each file)].
 
     An image has what any of its rows says; the first table that names it and has a column wins.
-    Returns (columns, names of columns left out: numbers that differ between rows of an image).
+    Returns (columns, names of columns left out, which are numbers that differ between the rows of
+    an image, number of uncertain cells).
     """
     cells = {}  # column -> for each file the different cells of its rows
     answers = {}  # column -> {cell: answer}, or None
@@ -170,24 +171,25 @@ def merge_tables(matches, count, uncertain="ignore"):
 
     columns = {}
     left_out = []
+    unsure = 0
     for column, found in cells.items():
         if answers[column]:
-            columns[column] = [_merge_answers({answers[column][cell] for cell in several},
-                                              uncertain) for several in found]
+            merged = [_merge_answers({answers[column][cell] for cell in several})
+                      for several in found]
+            unsure += merged.count("-1")
+            columns[column] = [UNCERTAIN[uncertain] if answer == "-1" else answer
+                               for answer in merged]
         elif max(map(len, found), default=0) > 1 and all(
                 _is_number(cell) for several in found for cell in several):
             left_out.append(column)
         else:
             columns[column] = ["|".join(filter(None, several)) for several in found]
-    return columns, left_out
+    return columns, left_out, unsure
 
 
-def _merge_answers(answers, uncertain):
-    """The answer of an image whose rows give these."""
-    for answer in ("1", "-1", "0"):
-        if answer in answers:
-            return UNCERTAIN[uncertain] if answer == "-1" else answer
-    return ""
+def _merge_answers(answers):
+    """The answer of an image whose rows give these: what one of them affirms holds."""
+    return next((answer for answer in ("1", "-1", "0") if answer in answers), "")
 
 
 def _is_number(cell):

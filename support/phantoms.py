@@ -6,7 +6,7 @@ labels, any number of images. They are cartoons: what works on them need not wor
     images, masks, labels = chest_phantoms(16, size=64, seed=0)  # float32 in [-1, 1]
     images, masks, labels, morphology = histology_phantoms(16, size=96, seed=0)
     tiles, foci, labels = slide_phantoms(16, bank, seed=0)  # bank: what the line above returned
-    $ python phantoms.py    # two PNG files to look at
+    $ python -m support.phantoms    # two PNG files to look at
 
 Image i is a function of (seed, start + i, size) alone, to the last bit: each is drawn by itself
 from its own generator, on one thread, so it does not matter how many are made at once. Chests use

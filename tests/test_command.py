@@ -16,7 +16,8 @@ from support.datasets import open_dataset
 
 @pytest.mark.parametrize("error, code, words", [
     (UserError("side 250", "64", "pass 256"), 2, "error: side 250: 64: pass 256\n"),
-    (UserError("Caught in worker\nTraceback\nsupport.command.UserError: bad file"), 2, "error: bad file\n"),
+    (UserError("Caught in worker\nTraceback\nsupport.command.UserError: bad file"), 2,
+     "error: bad file\n"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory"), 2, "--batch"),
     (KeyboardInterrupt(), 130, "")])
 def test_run_script(capsys, error, code, words):
@@ -49,8 +50,10 @@ def test_a_worker_error_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (command.positive_int, "3", ("0", "-1", "x", "1.5")), (command.not_negative_int, "0", ("-1", "x")),
-    (command.positive_float, "1e-4", ("0", "nan", "inf")), (command.not_negative, "0", ("-1", "nan")),
+    (command.positive_int, "3", ("0", "-1", "x", "1.5")),
+    (command.not_negative_int, "0", ("-1", "x")),
+    (command.positive_float, "1e-4", ("0", "nan", "inf")),
+    (command.not_negative, "0", ("-1", "nan")),
     (command.share_above_zero, "1", ("0", "1.1")), (command.fraction, "0.15", ("1.1", "-0.1", ""))])
 def test_number_flags(kind, good, bad):
     """Each argparse type takes its range and refuses the rest in words."""

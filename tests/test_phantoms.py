@@ -6,7 +6,8 @@ from scipy import ndimage
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from support import phantoms
-from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms, histology_phantoms,
+from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
+                              histology_phantoms,
                       paint_slide, slide_phantoms)
 
 BOTH = pytest.mark.parametrize("draw", [chest_phantoms, histology_phantoms])

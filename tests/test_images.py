@@ -1,0 +1,282 @@
+"""images.py and dicom.py: every kind of picture file, depth, DICOM, folders."""
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pictures_on_disk import folder_of, write
+from support.command import UserError
+from support.images import (choose_depth, grey_range, list_images, load_image, scan_folder,
+                            why_unreadable)
+
+STEP = 1 / 255 + 1e-6  # half a grey level of 8 bits in [-1, 1], and rounding
+
+
+# ---- eight bits
+
+def flat(mode, colour):
+    return Image.new(mode, (8, 8), colour)
+
+
+@pytest.mark.parametrize("name, image, options, expected", [
+    ("l.png", flat("L", 51), {}, (51, 51, 51)),
+    ("1.png", flat("1", 1), {}, (255, 255, 255)),
+    ("rgb.bmp", flat("RGB", (10, 100, 200)), {}, (10, 100, 200)),
+    ("p.gif", flat("RGB", (255, 0, 0)).quantize(4), {}, (255, 0, 0)),
+    ("rgba.png", flat("RGBA", (200, 100, 0, 51)), {}, (40, 20, 0)),  # 51 is a fifth
+    ("la.png", flat("LA", (255, 51)), {}, (51, 51, 51)),
+    ("cmyk.tif", flat("CMYK", (0, 255, 255, 0)), {}, (255, 0, 0)),
+    ("first.gif", flat("L", 255), {"save_all": True, "append_images": [flat("L", 0)]}, (255,) * 3),
+])
+def test_every_eight_bit_mode(tmp_path, name, image, options, expected):
+    """Grey, 1-bit, RGB, palette, alpha, CMYK and the first frame come out as they look."""
+    x = load_image(write(tmp_path / name, image, **options), 8)
+    assert x.shape == (3, 8, 8) and x.dtype == torch.float32
+    assert (x - (torch.tensor(expected).view(3, 1, 1) / 127.5 - 1)).abs().max() < STEP
+
+
+@pytest.mark.parametrize("name, dtype", [("a.png", "<u2"), ("a.tif", "<u2"), ("a.tif", ">u2"),
+                                         ("a.tif", "<i4"), ("a.tif", "<f4")])
+def test_sixteen_bits_survive(tmp_path, name, dtype):
+    """A ramp over all 65,536 values keeps every step: 1e-4 is far below 8 bits' 8e-3."""
+    ramp = np.arange(65536, dtype=dtype).reshape(256, 256)
+    x = load_image(write(tmp_path / name, ramp), 256)
+    want = torch.from_numpy(ramp.astype(np.float64) / 65535 * 2 - 1)
+    assert (x[0] - want).abs().max() < 1e-4 and len(x[0].unique()) == 65536
+
+
+@pytest.mark.parametrize("value, full", [
+    (1000, 1023), (1100, 4095), (4095, 4095), (5000, 16383), (18000, 65535), (0.25, 1)])
+def test_bit_depth_is_the_smallest_that_holds_the_maximum(tmp_path, value, full):
+    """Files of 16 bits that carry 10, 12 or 14 are scaled by what they carry, floats stay; resizing
+    rounds nothing to 8 bits."""
+    dtype = np.float32 if full == 1 else np.uint16
+    x = load_image(write(tmp_path / "x.tif", np.full((8, 8), value, dtype)), 4)
+    assert x.mean() == pytest.approx(value / full * 2 - 1, abs=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_exif_rotation(tmp_path, suffix):
+    """A picture stored on its side stands upright, in 8-bit files and in deep ones."""
+    upright = np.zeros((16, 16), np.uint8)
+    upright[:8, :8], upright[:8, 8:] = 255, 128
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to show
+    pixels = np.rot90(upright) * (1 if suffix == "jpg" else np.uint16(257))
+    x = load_image(write(tmp_path / f"x.{suffix}", np.ascontiguousarray(pixels), exif=exif), 16)
+    want = torch.from_numpy(upright / 127.5 - 1)
+    assert (x[0] - want).abs().mean() < 0.02  # JPEG is lossy; a wrong turn gives over 0.5
+
+
+def test_centre_square_and_antialiasing(tmp_path):
+    """The middle of a wide image is kept; a one-pixel chequerboard becomes even grey."""
+    wide = np.zeros((8, 16), np.uint8)
+    wide[:, 4:12] = 255
+    x = load_image(write(tmp_path / "wide.png", wide), None)
+    assert x.shape == (3, 8, 8) and x.min() == 1
+    board = (np.indices((48, 48)).sum(0) % 2 * 255).astype(np.uint8)
+    x = load_image(write(tmp_path / "b.png", board), 16)  # every third pixel is the pattern again
+    assert x.abs().max() < 0.1  # the filter's leak at a third, far from the pattern's 1
+
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg", "text.png", "missing.png", "big.png",
+                                  "minus.tif"])
+def test_bad_files_are_named(tmp_path, monkeypatch, name):
+    """Cut, foreign, missing, too large and negative images give one line that names the file."""
+    path, noise = tmp_path / name, np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
+    if name not in ("missing.png", "text.png"):
+        write(path, np.int32(noise) - 1000 if name == "minus.tif" else noise)
+    if name.startswith(("cut", "text")):
+        path.write_bytes(path.read_bytes()[:2000] if name.startswith("cut") else b"hello")
+    if name == "big.png":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # twice that is refused as a bomb
+    with pytest.raises(UserError, match=name) as error:
+        load_image(path, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_clear_pixels_are_black_unless_all_are(tmp_path):
+    """Transparent pixels show black, not the colour they hide; where alpha is 0 everywhere, which
+    nobody means, the colours show."""
+    pixels = np.full((8, 8, 4), 255, np.uint8)
+    pixels[:, :4, 3] = 0
+    x = load_image(write(tmp_path / "half.png", pixels), 8)
+    assert (x[:, :, :4] == -1).all() and (x[:, :, 4:] == 1).all()
+    pixels[..., 3] = 0
+    pixels[..., :3] = 51
+    x = load_image(write(tmp_path / "all.webp", pixels, lossless=True, exact=True), 8)
+    assert (x - (51 / 127.5 - 1)).abs().max() < STEP
+
+
+# ---- depth
+
+def chest(side=32):
+    """An 8-bit picture that holds 0 and 255."""
+    picture = np.random.default_rng(0).integers(0, 256, (side, side)).astype(np.uint8)
+    picture[0, :2] = 0, 255
+    return picture
+
+
+ENCODINGS = {
+    "8bit.png": lambda x: x,
+    "10bit.png": lambda x: np.uint16(np.round(x / 255 * 1023)),
+    "12bit.png": lambda x: np.uint16(np.round(x / 255 * 4095)),
+    "16bit.png": lambda x: np.uint16(x) * np.uint16(257),
+    "8in16.png": lambda x: np.uint16(x),
+    "int.tif": lambda x: np.int32(x),
+    "float01.tif": lambda x: np.float32(x / 255),
+    "float255.tif": lambda x: np.float32(x),
+    "offset.png": lambda x: np.uint16(32768 + np.round(x / 255 * 4095)),
+    "odd_offset.png": lambda x: np.uint16(np.uint16(x) + 1000),
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_one_picture_is_one_set_of_numbers(tmp_path, name):
+    """8, 10, 12, 16 bits, 8 bits in 16, floats and offsets: equal pixels to half a level of their
+    coarsest grey, alone, by the rule of their set, and by that of a model trained on 8 bits."""
+    path = write(tmp_path / name, ENCODINGS[name](chest()))
+    depth, warning = choose_depth([path])
+    want = torch.from_numpy(chest() / 127.5 - 1)
+    for rule in (None, depth, {"black": 0.0, "white": 255.0}):
+        assert (load_image(path, 32, rule)[0] - want).abs().max() < 1.1 / 1023
+    assert ("offset" in warning) == ("offset" in name)
+
+
+def test_five_encodings_in_one_folder(tmp_path):
+    """Files of several depths in one set are each what they are."""
+    for name in ENCODINGS:
+        if "offset" not in name and "10bit" not in name:
+            write(tmp_path / name, ENCODINGS[name](chest()))
+    depth, _ = choose_depth(list_images(tmp_path))
+    images = [load_image(path, 32, depth) for path in list_images(tmp_path)]
+    mean = torch.stack(images).mean(dim=(1, 2, 3))
+    # With 16 bits in the set, files of 12 have a sixteenth of its white: they go by themselves.
+    assert len(images) == 7 and mean.max() - mean.min() < 1e-3
+
+
+@pytest.mark.parametrize("high", [800, 4000, 4090, 4110, 4250, 6000])
+def test_the_set_decides_and_no_file(tmp_path, high):
+    """A dark or overexposed file of a 12-bit set keeps its values; alone, half a percent more than
+    12 bits hold is still 12 bits."""
+    for i, most in enumerate((3000, 4095, high)):
+        write(tmp_path / f"{i}.png", np.uint16(chest() / 255 * most))
+    depth, warning = choose_depth(list_images(tmp_path)[:2])
+    assert depth == {"black": 0.0, "white": 4095.0} and not warning
+    x = load_image(tmp_path / "2.png", 32, depth)[0]
+    want = torch.from_numpy(np.floor(chest() / 255 * high) / 4095).clamp(0, 1) * 2 - 1
+    assert (x - want).abs().max() < 1e-5
+    if 4000 <= high < 4300:
+        assert (load_image(tmp_path / "2.png", 32)[0] - want).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("values, white", [
+    ((0, 255), 255), ((0, 256), 255), ((0, 700), 1023), ((0, 1100), 4095), ((0, 4299), 4095),
+    ((0, 4400), 16383), ((0, 20000), 65535), ((0, 65535), 65535), ((0, 1e6), 1e6)])
+def test_white_is_the_least_level_that_holds_all(values, white):
+    assert grey_range(*values) == {"black": 0, "white": white}
+
+
+@pytest.mark.parametrize("dtype, white", [(np.uint8, 255), (np.uint16, 65535), (np.uint16, 4095)])
+def test_white_is_zero_at_every_depth(tmp_path, dtype, white):
+    """TIFF's PhotometricInterpretation 0 means that the least value is white."""
+    grey = np.round(chest(8) / 255 * white).astype(dtype)
+
+    def tiff(name, pixels, photometric):
+        raw = pixels.tobytes()
+        fields = [(256, 4, 8), (257, 4, 8), (258, 3, pixels.itemsize * 8), (259, 3, 1),
+                  (262, 3, photometric), (273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 4, 8),
+                  (279, 4, len(raw))]
+        body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in fields)
+        (tmp_path / name).write_bytes(b"II*\0" + struct.pack("<IH", 8, len(fields)) + body
+                                      + bytes(4) + raw)
+        return load_image(tmp_path / name, 8)
+
+    black = tiff("black.tif", grey, 1)
+    assert (black - tiff("white.tif", np.asarray(white - grey, dtype), 0)).abs().max() < 1e-5
+
+
+# ---- DICOM
+
+def dicom(path, grey, bits=12, **fields):
+    """A DICOM file of grey in [0, 1], or of whole values as they are."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    values = grey if grey.dtype.kind in "iu" else np.round(grey * (2 ** bits - 1)).astype(np.uint16)
+    file.SOPClassUID = meta.MediaStorageSOPClassUID
+    file.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    file.PhotometricInterpretation = "MONOCHROME2"
+    file.SamplesPerPixel = 1
+    file.Rows, file.Columns = values.shape[-2:]
+    file.BitsAllocated = 16
+    file.BitsStored = bits
+    file.HighBit = bits - 1
+    file.PixelRepresentation = int(values.dtype.kind == "i")
+    file.PixelData = values.tobytes()
+    for name, value in fields.items():
+        setattr(file, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+GREY = np.linspace(0, 1, 1024).reshape(32, 32)
+WINDOW = {"WindowCenter": 2048, "WindowWidth": 4096}
+
+
+@pytest.mark.parametrize("grey, bits, fields", [
+    (GREY, 12, WINDOW), (1 - GREY, 12, {**WINDOW, "PhotometricInterpretation": "MONOCHROME1"}),
+    (GREY, 12, {"RescaleSlope": 2, "RescaleIntercept": -1024, "WindowCenter": 3072,
+                "WindowWidth": 8192}),
+    (np.int16(GREY * 4095 - 2048), 16, {"WindowCenter": 0, "WindowWidth": 4096}),
+    (GREY, 12, {"WindowCenter": [2048, 100], "WindowWidth": [4096, 1]}),
+    (GREY, 16, {}), (GREY * 0.1, 16, {}), (1 - GREY, 16, {"PhotometricInterpretation": "MONOCHROME1"
+                                                          })])
+def test_dicom_is_windowed(tmp_path, grey, bits, fields):
+    """Rescale, the file's first window, MONOCHROME1, signed values; percentiles without a window,
+    by suffix, or by the magic word in a name without one."""
+    want = torch.from_numpy(GREY * 2 - 1)
+    limit = 0.002 if "WindowWidth" in fields else 0.03
+    for name in ("x.dcm", "1.2.840.113", "IM0001"):
+        x = load_image(dicom(tmp_path / name, grey, bits, **fields), 32)
+        assert x.shape == (3, 32, 32) and (x[0] - want).abs().max() < limit
+    assert len(list_images(tmp_path)) == 3
+
+
+def test_dicom_that_is_refused(tmp_path, monkeypatch):
+    """Several frames, a cut file, and a missing package: one line that says so."""
+    frames = dicom(tmp_path / "many.dcm", np.zeros((2, 8, 8), np.uint16), NumberOfFrames=2)
+    cut = dicom(tmp_path / "cut.dcm", GREY)
+    cut.write_bytes(cut.read_bytes()[:-500])
+    with pytest.raises(UserError, match="many.dcm .*2 frames"):
+        load_image(frames, 8)
+    with pytest.raises(UserError, match="cut.dcm"):
+        load_image(cut, 8)
+    assert "2 frames" in why_unreadable(frames, whole=False)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(UserError, match="pip install pydicom"):
+        load_image(cut, 8)
+    with pytest.raises(UserError, match="no image but 2 DICOM files.*pip install pydicom"):
+        list_images(tmp_path)
+
+
+# ---- folders
+
+def test_what_a_folder_holds(tmp_path):
+    """Images, masks beside them, and formats that are passed over, by name."""
+    folder_of(tmp_path, ["a.png", "a_mask.png", "b_mask.png", "sub/c.TIF", "leftMask/a.png"])
+    for name in ("x.jp2", "x.jfif", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    images, masks, passed_over = scan_folder(tmp_path)
+    assert [path.name for path in images] == ["a.png", "b_mask.png", "c.TIF"]
+    assert [path.name for path in masks] == ["a_mask.png"]
+    [(why, others)] = passed_over.items()
+    assert "PNG" in why and [path.name for path in others] == ["x.jfif", "x.jp2"]

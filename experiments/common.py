@@ -16,6 +16,7 @@ from dinodiff import DinoDiffusion
 from support.command import UserError, batch_int, pick_device, positive_int, user_errors
 from support.datasets import ImageSet, open_dataset
 from support.files import load_checkpoint, resolve_checkpoint
+from support.labels import answers_of, label_matrix
 from support.phantoms import CHEST_LABELS
 from support.splits import read_split
 
@@ -98,30 +99,40 @@ def finding_columns(images):
     return list(CHEST_LABELS) if set(CHEST_LABELS) <= set(images.columns) else ["finding"]
 
 
+def with_known_labels(images, names, train, test):
+    """The numbers (train, test) without images of which a label in these columns is not known.
+
+    Unknown are uncertain answers, images without a row, and text that is empty or "unlabelled".
+    """
+    _, values = label_matrix(images.columns, names, images.labelled)
+    known = ~np.isnan(values).any(axis=1)
+    for name in names:
+        if answers_of(images.columns[name]) is None:
+            known &= [cell not in ("", "unlabelled") for cell in images.columns[name]]
+
+    kept_train = train[known[train]]
+    kept_test = test[known[test]]
+    lost_train = len(train) - len(kept_train)
+    lost_test = len(test) - len(kept_test)
+    if lost_train or lost_test:
+        print(f"left out, without a label: {lost_train} training and {lost_test} held-out images")
+    return kept_train, kept_test
+
+
 def binary_labels(columns, names, train, test, least=20):
     """Columns of str -> (list of label names, train (N, L), test (M, L)) of 0.0 and 1.0.
 
-    A column of "0" and "1" is one label; any other is cut at "|" into one label a value. Labels
-    need `least` images on either side in both parts.
+    A column of answers is one label; any other is cut at "|" into one label a value. Labels need
+    `least` images on either side in both parts.
     """
-    labels = {}
-    for name in names:
-        if name not in columns:
-            raise UserError(f"there is no column {name!r}", f"labels.csv has "
-                            f"{', '.join(columns) or 'no columns'}", "pass --label-column")
-        cells = [set(cell.split("|")) for cell in columns[name]]
-        values = set().union(*cells) - {""}
-        wanted = {name: "1"} if values <= {"0", "1"} else {v: v for v in sorted(values)}
-        for label, value in wanted.items():
-            shown = np.array([value in cell for cell in cells], float)
-            labels[label] = shown[train], shown[test]
-
-    kept = {label: parts for label, parts in labels.items()
-            if all(least <= part.sum() <= len(part) - least for part in parts)}
+    labels, values = label_matrix(columns, names)
+    parts = (values[train], values[test])
+    kept = [j for j in range(len(labels))
+            if all(least <= part[:, j].sum() <= len(part) - least for part in parts)]
     if not kept:
         raise UserError(f"no label of {', '.join(names)} is in {least} images, and not in {least}, "
                         "of both parts", "an AUC needs both", "pass another --label-column")
-    if len(kept) < len(labels):
-        print(f"left out, too rare or too common: {', '.join(sorted(labels.keys() - kept))}")
-    train_y, test_y = (np.stack(part, axis=1) for part in zip(*kept.values()))
-    return list(kept), train_y, test_y
+    rare = sorted(set(labels) - {labels[j] for j in kept})
+    if rare:
+        print(f"left out, too rare or too common: {', '.join(rare)}")
+    return [labels[j] for j in kept], parts[0][:, kept], parts[1][:, kept]

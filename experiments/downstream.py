@@ -27,7 +27,8 @@ import torch
 
 from dinodiff import prototypes, slerp
 from evaluate import roc_auc
-from experiments.common import add_run_flags, batches_of, binary_labels, finding_columns, open_run
+from experiments.common import (add_run_flags, batches_of, binary_labels, finding_columns, open_run,
+                                with_known_labels)
 from experiments.small_cnn import (Bytes, Chosen, from_bytes, light_augment, no_augment, predict,
                                    strong_augment, to_bytes, train_classifier)
 from experiments.statistics import auc_influence, delong_test, holm
@@ -360,15 +361,7 @@ def labelled_data(run, args):
     """LabelledData of a run: its labels, without images that have none."""
     images = run.images
     columns = args.label_column or finding_columns(images)
-    cells = [images.columns[name] for name in columns if name in images.columns]
-    known = torch.tensor([not {"", "unlabelled"} & {column[i] for column in cells}
-                          for i in range(len(images))])
-    train = run.train[known[run.train]]
-    test = run.test[known[run.test]]
-    lost = (len(run.train) - len(train), len(run.test) - len(test))
-    if any(lost):
-        print(f"left out, without a label: {lost[0]} training and {lost[1]} held-out images")
-
+    train, test = with_known_labels(images, columns, run.train, run.test)
     names, train_y, test_y = binary_labels(images.columns, columns, train, test, args.least)
     with user_errors():
         groups = image_groups(images, args.group_column)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
 from evaluate import bootstrap_interval, describe
-from experiments.common import add_run_flags, batches_of, binary_labels, finding_columns, open_run
+from experiments.common import (add_run_flags, batches_of, binary_labels, finding_columns, open_run,
+                                with_known_labels)
 from experiments.statistics import linear_probe, mean_auc
 from support.command import print_table, seed_int
 from support.files import write_json
@@ -46,21 +47,21 @@ def add_flags(parser):
 def main(args):
     run = open_run(args)
     columns = args.label_column or finding_columns(run.images)
-    names, train_y, test_y = binary_labels(run.images.columns, columns, run.train, run.test)
+    train, test = with_known_labels(run.images, columns, run.train, run.test)
+    names, train_y, test_y = binary_labels(run.images.columns, columns, train, test)
     device = next(run.model.buffers()).device
 
     table = {}
     plans = extractors(run.model, run.flags["embedder"], args.tokens, args.seeds)
     for name, extract in plans.items():
-        train_x, _ = describe(batches_of(run.images, run.train, args.batch), extract, device)
-        test_x, _ = describe(batches_of(run.images, run.test, args.batch), extract, device)
+        train_x, _ = describe(batches_of(run.images, train, args.batch), extract, device)
+        test_x, _ = describe(batches_of(run.images, test, args.batch), extract, device)
         aucs, scores = linear_probe(train_x, train_y, test_x, test_y)
         table[name] = {"mean": float(np.mean(aucs)),
                        "interval": bootstrap_interval(mean_auc, test_y, scores, rounds=200),
                        "labels": dict(zip(names, aucs))}
 
-    print(f"AUC of ridge on {len(run.train)} training images, tested on {len(run.test)} held-out "
-          "images")
+    print(f"AUC of ridge on {len(train)} training images, tested on {len(test)} held-out images")
     print_table({name: {"mean": row["mean"], "95 %": row["interval"], **row["labels"]}
                  for name, row in table.items()})
     write_json(run.folder / "probe.json", table)

@@ -115,6 +115,18 @@ def test_labels_for_the_probe():
         binary_labels(columns, ["age"], *parts)
 
 
+def test_images_without_a_sure_label_are_left_out(capsys):
+    """Uncertain answers, empty text, images without a row; a blank among answers is a no."""
+    columns = {"nodule": ["1", "0", "-1", "", "1.0", "1"], "finding": ["A", "", "A", "B", "A", "A"]}
+    images = ImageSet("six", "", 8, list("abcdef"), columns, labelled=[True] * 5 + [False])
+    train, test = common.with_known_labels(images, ["nodule", "finding"], torch.arange(3),
+                                           torch.arange(3, 6))
+    assert train.tolist() == [0] and test.tolist() == [3, 4]
+    assert "2 training and 1 held-out images" in capsys.readouterr().out
+    names, train_y, _ = binary_labels(columns, ["nodule"], [0, 1], [3, 4], least=1)
+    assert names == ["nodule"] and train_y.tolist() == [[1], [0]]
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run as train.py leaves it, with random weights, on 200 phantoms of 32 pixels."""

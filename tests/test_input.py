@@ -3,7 +3,6 @@
 Images, tables, checkpoints, downloads, command lines, and a seeded fuzz of every reader.
 """
 import argparse
-import ast
 import csv
 import hashlib
 import io

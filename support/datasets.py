@@ -33,6 +33,7 @@ from support.splits import describe_groups, find_group_column
 
 OUR_TABLES = ("labels.csv", "train_labels.csv", "samples.csv")  # ours, Kaggle's PCam, sample.py's
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz")
+MANY = 50  # folders in which no table is looked for
 TUMOUR = {"0": "healthy", "1": "cancer"}  # PatchCamelyon's labels
 UNSURE_MEANS = {"ignore": "left out of labels (--uncertain zeros or ones takes them for that)",
                 "zeros": "taken for 0", "ones": "taken for 1"}
@@ -290,12 +291,28 @@ def _check_files(paths, folder, whole):
 
 def tables_in(place):
     """The tables of labels in a folder: ours alone, if there is one, else all."""
+    return _list_tables(Path(place), os.stat(place).st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _list_tables(place, changed):
+    """tables_in a folder that was last changed then."""
     for name in OUR_TABLES:
-        if Path(place, name).is_file():
+        if (place / name).is_file():
             return [path_below(place, name)]
-    return [path_below(place, path.name) for path in sorted(Path(place).glob("*"))
-            if path.name.lower().endswith(TABLE_SUFFIXES) and not path.name.startswith(".")
-            and path.is_file()]
+    names = sorted(name for name in os.listdir(place) if not name.startswith(".")
+                   and name.lower().endswith(TABLE_SUFFIXES))
+    return [path_below(place, name) for name in names if (place / name).is_file()]
+
+
+def _tables_one_below(folder):
+    """The tables in the folders of a folder, if these are not very many."""
+    with os.scandir(folder) as entries:
+        places = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False)
+                        and not entry.name.startswith("."))
+    if len(places) > MANY:
+        return []
+    return [table for place in places for table in tables_in(place)]
 
 
 def _read_tables(folder, root, files, uncertain, problems):
@@ -306,9 +323,7 @@ def _read_tables(folder, root, files, uncertain, problems):
     inside = tables_in(root)
     if not inside and root != folder:
         inside = tables_in(folder)
-    if not inside:
-        inside = [table for place in sorted(folder.glob("*/")) if place != root
-                  and not place.is_symlink() for table in tables_in(place)]
+    inside = inside or _tables_one_below(folder)
     above = [] if inside else tables_in(folder.resolve().parent)
 
     matches = []
@@ -316,7 +331,7 @@ def _read_tables(folder, root, files, uncertain, problems):
     notes = []
     for path in inside + above:
         table = _open_table(path, path in above)
-        rows, lost, ambiguous = table.match(files, root.resolve())
+        rows, lost, ambiguous = table.match(files, root.resolve(), _prefix(path, root, files))
         if not any(rows):
             unused.append(table)
             continue
@@ -338,6 +353,15 @@ def _read_tables(folder, root, files, uncertain, problems):
         columns = _folder_labels(files)
         return columns, None, "no table, label = folder" if columns else "no labels.csv"
     return _merge(matches, unused, files, uncertain, problems, notes)
+
+
+def _prefix(path, root, files):
+    """What a table's names are to begin with: its own folder, if that has images."""
+    place = path.parent
+    if place == root or not place.is_relative_to(root):
+        return ""
+    prefix = f"{place.relative_to(root).as_posix()}/"
+    return prefix if any(file.startswith(prefix) for file in files) else ""
 
 
 def _open_table(path, may_fail):

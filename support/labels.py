@@ -98,9 +98,10 @@ class Table:
         self._answers = {}
         self._numbers = {}
 
-    def match(self, files, root):
+    def match(self, files, root, prefix=""):
         """(numbers of each file's rows, lost names, ambiguous names); see match_names.
 
+        prefix: the folder, with its slash, in which the names are to be looked for.
         Raises UserError for a table of ours, with a column `file`, that has a name twice.
         """
         best = ([[] for _ in files], [], [])
@@ -108,6 +109,8 @@ class Table:
             names = [row[column] for row in self.rows]
             if column.lower() == "file":
                 self._refuse_repeats(names)
+            if prefix:
+                names = [name and prefix + name for name in names]
             result = match_names(files, names, root)
             if self.file_column is None or any(result[0]):
                 self.file_column = column

@@ -76,7 +76,9 @@ def label_matrix(columns, names, labelled=None):
             found.append((name, value, np.array([float(value in cell) for cell in cells])))
 
     short = [name if value is None else value for name, value, _ in found]
-    labels = [text if short.count(text) == 1 or value is None else f"{name}: {value}"
+    shared = {name for text, (name, value, _) in zip(short, found)
+              if value is not None and short.count(text) > 1}
+    labels = [f"{name}: {value}" if name in shared else text
               for text, (name, value, _) in zip(short, found)]
     length = len(next(iter(columns.values()), ()))
     matrix = np.stack([numbers for *_, numbers in found], 1) if found else np.zeros((length, 0))

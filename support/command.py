@@ -37,8 +37,9 @@ def user_errors(*parts):
         raise UserError(error, *parts) from error
 
 
-MEMORY_FLAGS = ("--batch, --vae-batch, --embedder-batch, --size or --count, raise --accumulate, "
-                "pass --checkpointing, or take a smaller --preset, as far as this script has them")
+MEMORY_FLAGS = ("--batch, --vae-batch, --embedder-batch, --workers, --size or --count, raise "
+                "--accumulate, pass --checkpointing, or take a smaller --preset, as far as this "
+                "script has them")
 
 
 def run_script(main):

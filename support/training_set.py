@@ -3,24 +3,20 @@
 A run decides this once and writes it down, in split.csv, outliers.csv and unreadable.csv. A resume
 goes by split.csv, and reads no image to decide anew.
 """
-import inspect
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 
+from support.cache import are_files
 from support.command import StatusLine, UserError, one_line
-from support.datasets import ImageSet, open_dataset
-from support.files import write_csv
+from support.datasets import CACHE_BYTES, ImageSet, open_dataset
+from support.files import read_csv, write_csv
 from support.pictures import save_png
 from support.ranks import all_ranks, rank
 from support.settings import saved_settings
 from support.splits import find_outliers, read_split, split_holdout, write_split
-
-try:
-    from support.files import read_csv
-except ImportError:  # temporary
-    from support.datasets import read_table as read_csv
 
 
 @dataclass
@@ -46,7 +42,7 @@ def open_training_set(args):
     depth = saved_settings(folder).get("depth") if is_resumed else None
     decided = None
     if not rank():
-        images = open_images(args, not is_resumed, depth)
+        images = open_images(args, False, depth) if is_resumed else open_new(args)
         if is_resumed:
             found = TrainingSet(images, *split_of_run(folder, images), [])
         else:
@@ -66,14 +62,33 @@ def open_training_set(args):
     return TrainingSet(images, train, test, [])
 
 
-def open_images(args, whole, depth):
+def open_images(args, whole, depth=None):
     """The ImageSet that --data names; whole: look for files that are damaged further in."""
-    if "depth" not in inspect.signature(open_dataset).parameters:  # temporary
-        images = open_dataset(args.data, args.size, args.seed, args.count, whole=whole)
-        images.depth = None
-        return images
     return open_dataset(args.data, args.size, args.seed, args.count, whole=whole, depth=depth,
                         uncertain=args.uncertain)
+
+
+def open_new(args):
+    """The ImageSet of a new run, without damaged files.
+
+    A set that fits into the ImageSet's memory is simply read, and each file so decoded once; if
+    that fails, or the set is larger, all files are checked, and the damaged ones listed.
+    """
+    images = open_images(args, whole=False)
+    if not len(images.sources):
+        return images  # phantoms
+    if not are_files(images) or len(images) * 3 * 4 * args.size ** 2 > CACHE_BYTES:
+        return open_images(args, whole=True)
+    status = StatusLine(len(images), "reading")
+    try:
+        with ThreadPool(4) as pool:  # Pillow lets go of Python's lock
+            for done, _ in enumerate(pool.imap(images.__getitem__, range(len(images))), 1):
+                status.update(done)
+    except UserError:
+        return open_images(args, whole=True)
+    finally:
+        status.close()
+    return images
 
 
 def names(images, numbers):

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "phantoms", "--count", "40", "--size", "32", "--batch", "4", "--steps", "4",
         "--grids", "1", "--device", "cpu", "--dtype", "float32"]
+PROMPTS = ["--data", "histology", "--condition", "prompts", "--clusters", "3", "--lr", "0.02"]
 
 
 def run(script, *arguments, **settings):
@@ -228,8 +229,7 @@ def test_a_folder_of_images_trains(tmp_path):
 def prompted(tmp_path_factory):
     """A finished run on histology phantoms: 3 clusters x 2 labels."""
     folder = tmp_path_factory.mktemp("runs") / "prompted"
-    assert train.main([*TINY, "--data", "histology", "--condition", "prompts", "--clusters", "3",
-                       "--out", str(folder)]) == 0
+    assert train.main([*TINY, *PROMPTS, "--out", str(folder)]) == 0
     return folder
 
 
@@ -277,8 +277,7 @@ def test_a_resumed_prompt_run_equals_one_never_stopped(prompted, tmp_path, monke
         if (row["stage"], row["step"]) == ("unet", 2):
             self.stop_signal = signal.SIGINT
 
-    flags = [*TINY, "--data", "histology", "--condition", "prompts", "--clusters", "3",
-             "--out", str(tmp_path / "run")]
+    flags = [*TINY, *PROMPTS, "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", stop)
         assert train.main(flags) == 130

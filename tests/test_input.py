@@ -461,7 +461,8 @@ def test_a_download_with_another_hash_leaves_nothing(tmp_path, monkeypatch, hub,
     error says where to put the file."""
     def publish(url, digits):
         """Let the name point to another address."""
-        monkeypatch.setitem(weights.PUBLISHED[kind], name, (url, digits))
+        monkeypatch.setitem(weights.PUBLISHED[kind], name, url)
+        monkeypatch.setitem(weights.SHA256[kind], name, digits)
 
     (tmp_path / "weights.pth").write_bytes(b"not what was published")
     url = (tmp_path / "weights.pth").as_uri()
@@ -485,11 +486,13 @@ def test_a_download_with_another_hash_leaves_nothing(tmp_path, monkeypatch, hub,
 
 def test_every_published_file_has_a_hash():
     """All published weights but those three are checked against digits of their SHA-256."""
-    digits = {name: digits for names in weights.PUBLISHED.values()
-              for name, (_, digits) in names.items()}
-    unknown = {name for name in digits if digits[name] is None}
+    unknown = set()
+    for kind, names in weights.PUBLISHED.items():
+        digits = weights.SHA256[kind]
+        assert digits.keys() <= names.keys()
+        assert all(re.fullmatch("[0-9a-f]{16}", text) for text in digits.values())
+        unknown |= names.keys() - digits.keys()
     assert unknown == {"dino_vits16", "dino_vits8", "rad-dino"}
-    assert all(re.fullmatch("[0-9a-f]{16}", digits[name]) for name in digits.keys() - unknown)
 
 
 # ---- command lines
@@ -499,7 +502,7 @@ def script(main, argv, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as end:
-        data.run_script(main if main is prompts.main else lambda: main(argv))
+        data.run_script(lambda: main(argv))
     return end.value.code, capsys.readouterr().err
 
 
@@ -580,11 +583,12 @@ BAD_LINES = [
     (experiments.main, "readers --seed -1", "pass 0"),
     (experiments.main, "readers --make FEW EMPTY --out new", "name another folder"),
     (experiments.main, "readers --score TEXT --key TEXT", "must be called file"),
-    (prompts.main, "", "run"), (prompts.main, "/nowhere", "python train.py"),
-    (prompts.main, "RUN --choose-k 5", "try --choose-k 5:60"),
-    (prompts.main, "RUN --choose-k 9:2", "try --choose-k 5:60"),
-    (prompts.main, "RUN --step 0", "try --choose-k 5:60"),
-    (prompts.main, "RUN --seed x", "invalid int"),
+    (experiments.main, "choose_k", "run"),
+    (experiments.main, "choose_k /nowhere", "python train.py"),
+    (experiments.main, "choose_k RUN --range 5", "try --range 5:60"),
+    (experiments.main, "choose_k RUN --range 9:2", "try --range 5:60"),
+    (experiments.main, "choose_k RUN --step 0", "pass 1 to"),
+    (experiments.main, "choose_k RUN --seed x", "pass 0 or more"),
 ]
 
 
@@ -631,7 +635,7 @@ def test_bad_command_lines(desk, monkeypatch, capsys):
     (experiments.main, ["classify"]), (experiments.main, ["downstream"]),
     (experiments.main, ["segment"]), (experiments.main, ["report"]),
     (experiments.main, ["readers"]), (experiments.main, ["attention"]),
-    (prompts.main, [])])
+    (experiments.main, ["choose_k"])])
 def test_help_fits_two_screens_and_shows_defaults(monkeypatch, capsys, main, command):
     """At most 100 lines of 80 columns; every flag has a text, and its default stands in it."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -640,7 +644,7 @@ def test_help_fits_two_screens_and_shows_defaults(monkeypatch, capsys, main, com
         parsers.append(self), parse(self, *a, **k))[1])
     monkeypatch.setattr(sys, "argv", ["script.py", *command, "--help"])
     with pytest.raises(SystemExit):
-        main() if main is prompts.main else main([*command, "--help"])
+        main([*command, "--help"])
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 100
     for action in parsers[-1]._actions:

@@ -170,6 +170,9 @@ ONE_FORM = {
              "mid_block_type": ("UNetMidBlock2DCrossAttn",)},
     "vit": {"hidden_act": ("gelu",), "use_swiglu_ffn": (False,)},
 }
+# A config.json that has none of these is another program's.
+TELLING = {"_class_name", "model_type", "architecture", "attention_head_dim",
+           "num_attention_heads", "norm_num_groups"}.union(*ONE_FORM.values())
 PIXEL_MEANS = {"imagenet": (0.485, 0.456, 0.406), "rad_dino": (0.5307, 0.5307, 0.5307)}
 
 
@@ -202,11 +205,12 @@ def load_weights(name_or_path, kind):
     if isinstance(content.get("config"), dict):
         state, settings = project_part(content, path, kind)
     else:
-        state = rename(unwrap(content, path, kind), path, kind)
+        state = unwrap(content, path, kind)
         read_settings = {"vae": vae_settings, "unet": unet_settings, "vit": vit_settings}[kind]
         try:
+            state = rename(state, path, kind)
             settings = read_settings(state, read_config(path, kind), path)
-        except (LookupError, TypeError, ZeroDivisionError) as error:
+        except (LookupError, TypeError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"{path} is not {NEEDED[kind]} ({one_line(error)} is missing): the "
                              "weights of one are needed: pass that file") from error
     return {name: tensor.float() for name, tensor in state.items()}, settings
@@ -306,6 +310,8 @@ def read_config(path, kind):
         raise ValueError(f"{file} cannot be read ({error!r}): the one that came with the weights "
                          "is needed: download it again") from error
 
+    if not TELLING & config.keys():
+        return {}
     if named is not None and named not in CLASSES[kind]:
         raise ValueError(f"{file} says {named}: {NEEDED[kind]} ({' or '.join(CLASSES[kind])}) is "
                          "needed: pass another folder")
@@ -329,10 +335,12 @@ def project_part(content, path, kind):
         else:
             state = content[kind]
             settings = dict(content["config"][kind])
+        if not all(map(torch.is_tensor, state.values())):
+            raise ValueError("not every entry is a tensor")
         for field in ("layers_per_block", "depth"):
             if settings.get(field, 1) > len(state):
                 raise ValueError(f"{field} is {settings[field]}, with {len(state)} tensors")
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} does not fit ({error!r}): a model.pt trained by this version is "
                          "needed: pass another file") from error
     return state, settings
@@ -393,15 +401,12 @@ def place_blocks(state):
 
     def place(match):
         side, number, part, change = match.groups()
-        if side == "output":
-            level, layer = divmod(int(number), layers + 1)
-            blocks, sampler = "up_blocks", "upsamplers"
-        else:
-            level, layer = divmod(int(number) - 1, layers + 1)
-            blocks, sampler = "down_blocks", "downsamplers"
+        way = "up" if side == "output" else "down"
+        number = int(number) if side == "output" else int(number) - 1  # input 0 is conv_in
+        level, layer = divmod(number, layers + 1)
         if change:
-            return f"{blocks}.{level}.{sampler}.0.conv."
-        return f"{blocks}.{level}.{'resnets' if part == '0' else 'attentions'}.{layer}."
+            return f"{way}_blocks.{level}.{way}samplers.0.conv."
+        return f"{way}_blocks.{level}.{'resnets' if part == '0' else 'attentions'}.{layer}."
 
     placed = {}
     for name, tensor in state.items():
@@ -460,7 +465,7 @@ def vae_settings(state, config, path):
         "base_channels": base,
         "channel_multipliers": tuple(width // base for width in widths),
         "layers_per_block": count_indices(state, "encoder.down_blocks.0.resnets."),
-        **norm_groups(config, widths),
+        **norm_groups(config, widths, path),
     }
     if not config and base != 128:  # published ones have 128
         print(f"note: {path} has no config.json, and shapes do not tell the groups of its norms: "
@@ -470,7 +475,7 @@ def vae_settings(state, config, path):
 
 def unet_settings(state, config, path):
     """Fields of UNetConfig."""
-    base, in_channels = state["conv_in.weight"].shape[:2]
+    base = state["conv_in.weight"].shape[0]
     levels = range(count_indices(state, "down_blocks."))
     widths = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
     middle = "mid_block.attentions.0."
@@ -490,7 +495,7 @@ def unet_settings(state, config, path):
         print(f"note: {path} has no config.json, and shapes do not tell its heads and groups: "
               f"{rule} and 32 groups are assumed")
     return {
-        "in_channels": in_channels,
+        "in_channels": state["conv_in.weight"].shape[1],
         "out_channels": state["conv_out.weight"].shape[0],
         "base_channels": base,
         "channel_multipliers": tuple(width // base for width in widths),
@@ -499,31 +504,35 @@ def unet_settings(state, config, path):
                                   for i in levels),
         "context_dim": state[middle + "transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "num_heads": heads,
-        **norm_groups(config, widths),
+        **norm_groups(config, widths, path),
     }
 
 
-def norm_groups(config, widths):
+def norm_groups(config, widths, path):
     """{"norm_groups": number} where a config.json asks for another than the networks take."""
     groups = config.get("norm_num_groups", 32)
+    if groups not in range(1, max(widths, default=32) + 1):
+        raise ValueError(f"{path.parent / 'config.json'} says norm_num_groups = {groups}: a number "
+                         "from 1 to that of the channels is needed: pass other weights")
     is_default = not config or (groups == 32 and all(width % 32 == 0 for width in widths))
     return {} if is_default else {"norm_groups": groups}
 
 
 def vit_settings(state, config, path):
     """Fields of ViTConfig."""
-    dim, _, _, patch = state["patch_embed.proj.weight"].shape
+    dim = state["patch_embed.proj.weight"].shape[0]
+    patch = state["patch_embed.proj.weight"].shape[3]
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    heads = config.get("num_attention_heads") or dim // 64
-    if "num_attention_heads" not in config and dim % 64:
-        raise ValueError(f"{path} has {dim} channels, and shapes do not tell its heads: a multiple "
-                         "of 64, which all published ones have a head, or a config.json beside it "
-                         "with num_attention_heads is needed: add that")
+    heads = config.get("num_attention_heads", dim / 64)  # 64 channels each in published ones
+    if heads not in range(1, dim + 1) or dim % heads:
+        raise ValueError(f"{path} has {dim} channels and {heads} heads: heads of 64 channels each, "
+                         "or as many as a config.json beside it says in num_attention_heads, are "
+                         "needed: mend or add that")
     settings = {
         "patch_size": patch,
         "embed_dim": dim,
         "depth": count_indices(state, "blocks."),
-        "num_heads": heads,
+        "num_heads": int(heads),
         "image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
         "registers": registers,
         "layer_scale": "mask_token" in state,

@@ -406,6 +406,9 @@ def test_own_checkpoints(states, tmp_path):
         with pytest.raises(ValueError, match=f"vit.pt does not fit .*{match}.*trained by this "
                            "version.*pass another file"):
             load_dino(tmp_path / "vit.pt")
+    torch.save({"config": {"depth": 2}, "model": {"norm.weight": "text"}}, tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="vit.pt does not fit .*not every entry is a tensor"):
+        load_dino(tmp_path / "vit.pt")
     torch.save({"config": {}, "unet": states["unet"]}, tmp_path / "vit.pt")
     with pytest.raises(ValueError, match="does not fit .*'vae'"):
         AutoencoderKL.from_pretrained(tmp_path / "vit.pt")
@@ -465,6 +468,9 @@ def test_config_is_honoured(states, tmp_path, capsys):
     write_folder(tmp_path / "v", states["vae"], {"norm_num_groups": 16})
     assert load_weights(tmp_path / "v", "vae")[1]["norm_groups"] == 16
     assert not capsys.readouterr().out
+    write_folder(tmp_path / "v", states["vae"], {"steps": 3})  # another program's
+    load_weights(tmp_path / "v", "vae")
+    assert "32 are assumed" in capsys.readouterr().out
 
     dinov2 = {"model_type": "dinov2", "num_attention_heads": 4}
     for mean, rule in (([0.485, 0.456, 0.406], "imagenet"), ([0.5307] * 3, "rad_dino")):
@@ -485,7 +491,10 @@ def test_config_is_honoured(states, tmp_path, capsys):
     ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos = False"),
     ("unet", {"attention_head_dim": 5}, "u does not fit .*num_heads"),
     ("unet", {"attention_head_dim": "many"}, "u does not fit"),
+    ("unet", {"attention_head_dim": [2, 4]}, "u does not fit .*num_heads"),
     ("unet", {"norm_num_groups": 7}, "u does not fit .*divisible"),
+    ("vae", {"norm_num_groups": 0}, "norm_num_groups = 0.*needed: pass other weights"),
+    ("vae", {"norm_num_groups": "many"}, "norm_num_groups = many"),
     ("vae", {"_class_name": "AutoencoderTiny"}, "config.json says AutoencoderTiny.*AutoencoderKL"),
     ("vae", {"_class_name": "VQModel"}, "says VQModel"),
     ("vae", {"mid_block_add_attention": False}, "mid_block_add_attention"),
@@ -494,6 +503,8 @@ def test_config_is_honoured(states, tmp_path, capsys):
     ("vit", {"model_type": "dinov3_vit"}, "says dinov3_vit.*dinov2"),
     ("vit", {"model_type": "beit"}, "says beit"),
     ("vit", {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
+    ("vit", {"num_attention_heads": 5}, "64 channels and 5 heads"),
+    ("vit", {"num_attention_heads": "many"}, "64 channels and many heads"),
     ("vit", {"hidden_act": "quick_gelu"}, "hidden_act")])
 def test_config_is_refused(kind, config, match, states, tmp_path):
     """What the networks here cannot do is refused when the folder is read."""
@@ -544,6 +555,14 @@ def test_missing_and_other_files(states, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match="w.pt is not "):
                 load_weights(tmp_path / "w.pt", kind)
 
+    names = {"vae": "encoder.conv_in.weight", "unet": "conv_in.weight",
+             "vit": "patch_embed.proj.weight"}
+    for kind, name in names.items():  # a shape that no network has
+        for shape in ((3,), (3, 1)):
+            torch.save({**states[kind], name: torch.zeros(shape)}, tmp_path / "w.pt")
+            with pytest.raises(ValueError, match="w.pt .*needed: pass "):
+                load_model(*NETWORKS[kind], tmp_path / "w.pt", kind)
+
     state = dict(states["vae"])
     state["decoder.extra.weight"] = torch.zeros(1)
     state["encoder.conv_out.bias"] = torch.zeros(5)
@@ -555,7 +574,7 @@ def test_missing_and_other_files(states, tmp_path, monkeypatch):
 
     narrow = VisionTransformer(ViTConfig(4, 48, 1, 3, 16)).state_dict()
     torch.save(narrow, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="48 channels, and shapes do not tell .*config.json"):
+    with pytest.raises(ValueError, match="48 channels and 0.75 heads.*config.json"):
         load_dino(tmp_path / "w.pt")
 
 

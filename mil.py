@@ -137,8 +137,9 @@ def focus(places, evidence, count):
 # ---- the model ---------------------------------------------------------------------------------
 
 class RegionBlock(nn.Module):
-    """ViT block on windows of side x side cells: x (M, 1 + T, d), absent (M, T) bool -> the same.
-    A missing neighbour is never attended to. Starts as the identity (see RegionalMIL)."""
+    """ViT block on windows of side x side cells: x (M, 1 + T, d), absent (M, 1 + T) bool -> the
+    first `wanted` tokens (None: all). A missing neighbour is never attended to. Starts as the
+    identity (see RegionalMIL)."""
 
     def __init__(self, config, side):
         super().__init__()
@@ -163,12 +164,12 @@ class RegionBlock(nn.Module):
         self.register_buffer("index", index, persistent=False)
         self.bias = nn.Parameter(torch.zeros(config.num_heads, (2 * side - 1) ** 2 + 3))
 
-    def forward(self, x, absent):
+    def forward(self, x, absent, wanted=None):
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (M, heads, 1 + T, d')
         bias = self.bias[:, self.index].masked_fill(absent[:, None, None], -math.inf)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        x = x + self.proj(h.transpose(1, 2).flatten(2))
+        h = F.scaled_dot_product_attention(q[:, :, :wanted], k, v, attn_mask=bias[:, :, :wanted])
+        x = x[:, :wanted] + self.proj(h.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -185,9 +186,9 @@ class RegionLevel(nn.Module):
     def forward(self, x, present, attention):
         x = torch.cat([self.cls_token + attention[:, None] @ x, x], dim=1)  # (M, 1 + T, d)
         absent = ~F.pad(present, (1, 0), value=True)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, absent)
-        return x[:, 0]
+        return self.blocks[-1](x, absent, wanted=1)[:, 0]  # nobody reads the other tokens
 
 
 class RegionalMIL(nn.Module):

@@ -231,6 +231,40 @@ def test_models_learn_a_planted_focus(name):
     assert np.mean(hits) > 0.6  # a random patch: 0.04
 
 
+# ---- what a run makes of its slides ----
+
+def test_heat_maps_are_bounded(tmp_path):
+    """Pieces of tissue 20,000 cells apart give pictures of at most PICTURE_SIDE pixels, in which
+    the most attended patch of each place is red."""
+    slide = slide_of(200, 20)
+    slide.grid[100:] += 20_000
+    args = Namespace(patches=64, focus=True)
+    mil.heat_maps(tmp_path / "far.png", model_of((2,)), [slide], args, 0)
+    with Image.open(tmp_path / "far.png") as image:
+        assert image.width < 2 * mil.PICTURE_SIDE and image.height < 4 * mil.PICTURE_SIDE
+    tissue, heat, _ = mil.heat_map(model_of((2,)), slide, [20_020, 20_020], args, 0)
+    assert tissue.shape == heat.shape == (3, 1001, 1001)
+    assert torch.equal(heat.amin(dim=(1, 2)) < 0, torch.tensor([False, True, True]))
+
+
+def test_models_without_windows_do_without_places():
+    """Where nobody knows the places only the baselines are left, and regions alone are refused."""
+    bags = [slide_of(9, 3), slide_of(9, 3)]
+    assert mil.leave_out_windows(["abmil", "2x2"], bags) == ["abmil", "2x2"]
+    bags[1].has_places = False
+    assert mil.leave_out_windows(["mean", "abmil", "2x2"], bags) == ["mean", "abmil"]
+    with pytest.raises(UserError, match="2x2: windows of neighbours need coordinates"):
+        mil.leave_out_windows(["2x2"], bags)
+
+
+def test_steps_are_fewer_on_small_sets():
+    """A slide is seen VISITS times at most, in LEAST_STEPS at least; --steps overrules."""
+    steps = [mil.count_steps("abmil", [None] * n, Namespace(steps=None, batch=16))
+             for n in (10, 96, 1200)]
+    assert steps == [150, 300, 1500]
+    assert mil.count_steps("abmil", [None], Namespace(steps=7, batch=16)) == 7
+
+
 # ---- whole runs ----
 
 def test_run_on_generated_slides_and_explain(tmp_path, monkeypatch, capsys):
@@ -253,7 +287,7 @@ def test_run_on_generated_slides_and_explain(tmp_path, monkeypatch, capsys):
         mil.main(["--out", str(tmp_path / "none"), "--explain", "test_0003"])
 
 
-def test_run_on_features_by_cross_validation(tmp_path):
+def test_run_on_features_by_cross_validation(tmp_path, capsys):
     """A folder of features: each slide is tested once, by a model that saw none of its patient."""
     folder = write_features(tmp_path / "f", [f"s{i}" for i in range(12)],
                             patient=[i // 2 for i in range(12)])
@@ -263,3 +297,6 @@ def test_run_on_features_by_cross_validation(tmp_path):
     assert [*result["table"]] == ["2x2, 256", "2x2, 512", "2x2, all"]
     assert sorted(s["slide"] for s in result["scores"] if s["patches"] == "all") == sorted(
         f"s{i}" for i in range(12))
+    said = capsys.readouterr().out
+    assert "patients by column patient: 6" in said and "3 fits (models: 1, folds: 3" in said
+    assert "3 of 3 fits done, 0:00:00 left in all" in said

@@ -271,8 +271,8 @@ def _check_files(paths, folder, whole):
     def check(path):
         try:
             path_below(folder, path.relative_to(folder))
-        except UserError as error:
-            return str(error)
+        except (UserError, OSError, RuntimeError) as error:  # also links that go round
+            return one_line(error)
         return why_unreadable(path, whole)
 
     reasons = []

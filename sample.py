@@ -35,7 +35,7 @@ from support.images import list_images, load_image
 from support.ranks import all_ranks, join_ranks, rank, ranks
 from support.sample_folder import SampleFolder
 from support.seeds import step_seed
-from support.settings import sample_flags
+from support.settings import check_sample_flags, sample_flags
 
 
 def load_model(checkpoint, device):
@@ -85,6 +85,9 @@ def requests_from_images(args, sources):
 
 def requests_between(args, sources):
     """--count strips of --frames images from source A to source B, one noise for a strip."""
+    if len(sources) != 2:
+        raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
+                        "pass two files")
     labels = [labels_of(source) for source in sources]
     rule = "of the nearer source" if any(labels) else ""
     requests = []
@@ -137,31 +140,8 @@ def requests_of_prompts(args, model):
     return requests
 
 
-def check_request(args, model):
-    """Raise UserError for what this model cannot make."""
-    condition = model.config.condition
-    wants_prompt = args.prompt is not None or bool(args.each_prompt)
-    if model.prompts and not (wants_prompt or args.random):
-        raise UserError("this model follows prompts, not images", "a prompt is needed",
-                        "pass --prompt, --each-prompt or --random")
-    if wants_prompt and not model.prompts:
-        raise UserError(f"this model was trained with --condition {condition}", "it knows no "
-                        "prompts", "pass --from-image or --random, or another --checkpoint")
-    if condition == "none" and not (args.random or args.strength < 1):
-        raise UserError("this model was trained with --condition none", "it cannot follow a source",
-                        "pass --random, or --from-image with --strength below 1")
-    if condition == "dino" and args.random and model.embedding_sampler is None:
-        raise UserError("this model has no embedding sampler, its training was not finished",
-                        "need a finished run", "use train.py --resume")
-    with user_errors():
-        model.schedule.sampling_timesteps(args.steps)
-        if args.prompt is not None:
-            model.prompt_ids([args.prompt])
-
-
 def plan(args, model):
     """What to make: a list of Requests, one an image."""
-    check_request(args, model)
     if model.prompts:
         return requests_of_prompts(args, model)
     if args.random or args.prototypes:
@@ -170,9 +150,6 @@ def plan(args, model):
     sources = find_sources(args.from_image or args.interpolate)
     if args.from_image:
         return requests_from_images(args, sources)
-    if len(sources) != 2:
-        raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
-                        "pass two files")
     return requests_between(args, sources)
 
 
@@ -267,6 +244,7 @@ def main(argv=None):
         return [read(source) for source in request.sources if isinstance(source, Path)]
 
     # What to make; what cannot be made, or read, is refused before a folder is there.
+    check_sample_flags(args, model)
     requests = plan(args, model)
     centers = find_prototypes(args, model, checkpoint.parent) if args.prototypes else None
     read_sources(requests[0])
@@ -293,8 +271,7 @@ def main(argv=None):
     status.close()
 
     if not rank():
-        captions = (lambda request: request.prompt.rpartition(" image of ")[2])
-        folder.write_grid(read_sources, captions if args.each_prompt else None)
+        folder.write_grid(read_sources, with_prompts=bool(args.each_prompt))
         print(f"{len(requests)} images, grid.png and samples.csv: {out}")
     return 0
 

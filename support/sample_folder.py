@@ -74,20 +74,20 @@ class SampleFolder:
         return [self.file(number), request.strategy, "|".join(map(str, request.sources)), weights,
                 request.prompt, request.seed, *self.settings.values(), request.label_rule, *labels]
 
-    def write_grid(self, read_sources, captions=None):
+    def write_grid(self, read_sources, with_prompts):
         """The first lines as one picture, each behind its source; a second source ends its line.
 
         read_sources: request -> list of at most two images (3, H, W).
-        captions: function of a request, or None.
+        with_prompts: whether the words of its prompt stand before a line.
         """
         rows = []
-        firsts = []
+        captions = []
         for numbers in list(self.lines.values())[:GRID_LINES]:
             first = self.requests[numbers[0]]
             sources = read_sources(first)
             samples = [self.images[number] for number in numbers]
             rows.append(torch.stack([*sources[:1], *samples, *sources[1:]]))
-            firsts.append(first)
-        save_grid(self.folder / "grid.png", rows, captions and [captions(one) for one in firsts])
+            captions.append(first.prompt.rpartition(" image of ")[2])  # what differs
+        save_grid(self.folder / "grid.png", rows, captions if with_prompts else None)
         if len(self.lines) > GRID_LINES:
             print(f"grid.png shows the first {GRID_LINES} of {len(self.lines)} sources or prompts")

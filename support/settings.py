@@ -224,3 +224,25 @@ def sample_flags(argv=None):
         parser.error("--perturb and --strength change a source: need --from-image; pass it, or "
                      "leave them out")
     return args
+
+
+def check_sample_flags(args, model):
+    """Raise UserError for what this DinoDiffusion cannot make."""
+    condition = model.config.condition
+    wants_prompt = args.prompt is not None or bool(args.each_prompt)
+    if model.prompts and not (wants_prompt or args.random):
+        raise UserError("this model follows prompts, not images", "a prompt is needed",
+                        "pass --prompt, --each-prompt or --random")
+    if wants_prompt and not model.prompts:
+        raise UserError(f"this model was trained with --condition {condition}", "it knows no "
+                        "prompts", "pass --from-image or --random, or another --checkpoint")
+    if condition == "none" and not (args.random or args.strength < 1):
+        raise UserError("this model was trained with --condition none", "it cannot follow a source",
+                        "pass --random, or --from-image with --strength below 1")
+    if condition == "dino" and args.random and model.embedding_sampler is None:
+        raise UserError("this model has no embedding sampler, its training was not finished",
+                        "need a finished run", "use train.py --resume")
+    with user_errors():
+        model.schedule.sampling_timesteps(args.steps)
+        if args.prompt is not None:
+            model.prompt_ids([args.prompt])

@@ -126,7 +126,7 @@ def test_each_source_is_read_once_as_the_model_was_trained(small_run, tmp_path, 
         return load(path, size, None)
     monkeypatch.setattr(sample, "load_image", load_and_note)
     monkeypatch.setattr(sample_folder, "GRID_LINES", 0)
-    monkeypatch.setattr(sample.SampleFolder, "write_grid", lambda *arguments: None)
+    monkeypatch.setattr(sample.SampleFolder, "write_grid", lambda *arguments, **names: None)
     sample.main(["--from-image", str(small_run / "held_out"), "--count", "3", "--strength", "0.5",
                  "--batch", "4", "--steps", "2", "--checkpoint", str(tmp_path / "model.pt"),
                  "--out", str(tmp_path / "out"), "--device", "cpu"])

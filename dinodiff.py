@@ -36,6 +36,7 @@ from torch import nn
 
 from dino import VISION_TRANSFORMERS, ViTConfig, VisionTransformer, conditioning_tokens
 from prompts import PromptEncoder, build_prompts, kmeans, vocabulary_of, words_of
+from support.mixture import EmbeddingSampler
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
@@ -287,69 +288,6 @@ def prototypes(tokens, k, seed=0):
     """K-means centres of standardised training tokens (N, G, D): (k, G, D), typical images."""
     centers, _ = kmeans(tokens.flatten(1).cpu(), k, seed)
     return centers.view(k, *tokens.shape[1:]).to(tokens)
-
-
-class EmbeddingSampler(nn.Module):
-    """Tokens without a source image: a Gaussian mixture over the training set's tokens.
-
-    The flattened standardised tokens (N, G*D) are brought to at most 64 principal components; each
-    K-means cluster there becomes one Gaussian, its covariance shrunk towards the pooled one:
-    few images cannot fix 64 x 64 numbers. What the left-out components held is not sampled.
-    """
-
-    def __init__(self, components, rank, tokens, dim):
-        super().__init__()
-        self.tokens = tokens
-        self.dim = dim
-        self.register_buffer("center", torch.zeros(tokens * dim))
-        self.register_buffer("basis", torch.zeros(rank, tokens * dim))
-        self.register_buffer("weights", torch.zeros(components))
-        self.register_buffer("means", torch.zeros(components, rank))
-        self.register_buffer("factors", torch.zeros(components, rank, rank))  # Cholesky factors
-
-    @classmethod
-    def fit(cls, tokens, components=8, max_rank=64, shrinkage=0.3, seed=0):
-        """tokens (N, G, D) standardised, N >= 2 -> a fitted sampler."""
-        N, G, D = tokens.shape
-        x = tokens.flatten(1).double()
-
-        # Principal components.
-        center = x.mean(0)
-        rank = min(max_rank, N - 1, G * D)
-        with torch.random.fork_rng(devices=[]):  # its start is random
-            torch.manual_seed(seed)
-            _, _, basis = torch.svd_lowrank(x - center, q=min(rank + 8, N, G * D), niter=4)
-        basis = basis[:, :rank].T
-        scores = (x - center) @ basis.T  # (N, G*D) -> (N, rank)
-
-        # Clusters, of two images a dimension at least.
-        distinct = scores.float().unique(dim=0).shape[0]
-        k = max(1, min(components, N // (2 * rank), distinct))
-        means, assignment = kmeans(scores.float(), k, seed)
-
-        # A Gaussian for each.
-        within = scores - means[assignment].double()
-        pooled = within.T @ within / N + 1e-6 * torch.eye(rank, dtype=x.dtype)
-        sampler = cls(k, rank, G, D)
-        for j in range(k):
-            members = within[assignment == j]
-            covariance = members.T @ members / max(1, len(members))
-            covariance = (1 - shrinkage) * covariance + shrinkage * pooled
-            sampler.factors[j] = torch.linalg.cholesky(covariance).float()
-            sampler.weights[j] = len(members) / N
-        sampler.center.copy_(center)
-        sampler.basis.copy_(basis)
-        sampler.means.copy_(means)
-        return sampler
-
-    def sample(self, generators):
-        """One (G, D) set of tokens for each CPU generator: (B, G, D) float32."""
-        rows = []
-        for g in generators:
-            j = torch.multinomial(self.weights.cpu(), 1, generator=g).item()
-            noise = torch.randn(self.means.shape[1], generator=g).to(self.means.device)
-            rows.append((self.means[j] + self.factors[j] @ noise) @ self.basis + self.center)
-        return torch.stack(rows).view(-1, self.tokens, self.dim)
 
 
 # ---------------------------------------------------------------------------- the condition

@@ -19,11 +19,9 @@ that gave them. Image j uses seed `--seed + j` and does not depend on the batch 
 number of processes (ranks), which take batches in turn. Sources are read as they are needed.
 """
 import sys
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dinodiff import DinoDiffusion, lerp, perturb, prototypes, slerp
@@ -31,9 +29,10 @@ from support.command import (StatusLine, UserError, autocast_dtype, pick_device,
                              user_errors)
 from support.datasets import labels_of
 from support.files import load_checkpoint, next_folder, resolve_checkpoint
-from support.images import list_images, load_image
+from support.images import load_image
 from support.ranks import all_ranks, join_ranks, rank, ranks
-from support.sample_folder import SampleFolder
+from support.sample_folder import (Request, SampleFolder, find_sources,
+                                   read_training_tokens)
 from support.seeds import step_seed
 from support.settings import check_sample_flags, sample_flags
 
@@ -48,28 +47,6 @@ def load_model(checkpoint, device):
 
 
 # ---------------------------------------------------------------------------- what to make
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One image to make."""
-    strategy: str          # reconstruct, perturb, img2img, interpolate, prototype, random, prompt
-    line: int              # of the grid
-    seed: int              # of the noise
-    sources: tuple = ()    # files of images, at most two, or the name of a prototype
-    weight: float = 0.0    # of the second source
-    prototype: int = -1    # number of the K-means centre
-    prompt: str = ""
-    labels: dict = field(default_factory=dict)  # that the image inherits
-    label_rule: str = ""   # where from
-
-
-def find_sources(paths):
-    """Files named, or in named folders -> list of Path."""
-    files = []
-    for path in map(Path, paths):
-        files += list_images(path) if path.is_dir() else [path]
-    return files
-
 
 def requests_from_images(args, sources):
     """--count images that resemble each source."""
@@ -157,18 +134,9 @@ def plan(args, model):
 
 def find_prototypes(args, model, folder):
     """K-means centres of a run's training tokens: (K, G, D) standardised, on the model's device."""
-    cache = folder / "cache" / "tokens.npy"
-    if not cache.is_file():
-        raise UserError(f"no {cache}", "prototypes are centres of the training tokens, which stand "
-                        "in the run's cache folder", "copy it beside model.pt")
-    with user_errors(f"{cache} must be whole", "copy it here again"):
-        tokens = torch.from_numpy(np.load(cache, allow_pickle=False)[:50_000])
-    if tokens.shape[1:] != model.token_mean.shape or not tokens.isfinite().all():
-        raise UserError(f"{cache} holds tokens {tuple(tokens.shape)}, or NaN", "need this model's, "
-                        f"N of {tuple(model.token_mean.shape)}", "copy them there")
+    tokens = read_training_tokens(folder, model.token_mean.shape).to(model.shift.device)
     with user_errors():
-        return prototypes(model.standardise(tokens.to(model.shift.device)), args.prototypes,
-                          args.seed)
+        return prototypes(model.standardise(tokens), args.prototypes, args.seed)
 
 
 def generators(purpose, requests):

@@ -1,17 +1,58 @@
-"""What sample.py writes: images/*.png, samples.csv with each image's provenance, grid.png.
+"""What sample.py asks for and writes: images/*.png, samples.csv with each image's provenance, grid.png.
 
 Ranks write images into it side by side; rank 0 writes the table, a round at a time, and the grid.
 The table names only files that are whole, and a call costs the same whatever is there already.
 """
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
 import torch
 
-from support.command import UserError
+from support.command import UserError, user_errors
 from support.files import append_csv, make_folder
+from support.images import list_images
 from support.pictures import save_grid, save_pngs
 from support.ranks import all_ranks, rank
 
 GRID_LINES = 16
 GRID_COLUMNS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image to make."""
+    strategy: str          # reconstruct, perturb, img2img, interpolate, prototype, random, prompt
+    line: int              # of the grid
+    seed: int              # of the noise
+    sources: tuple = ()    # files of images, at most two, or the name of a prototype
+    weight: float = 0.0    # of the second source
+    prototype: int = -1    # number of the K-means centre
+    prompt: str = ""
+    labels: dict = field(default_factory=dict)  # that the image inherits
+    label_rule: str = ""   # where from
+
+
+def find_sources(paths):
+    """Files named, or in named folders -> list of Path."""
+    files = []
+    for path in map(Path, paths):
+        files += list_images(path) if path.is_dir() else [path]
+    return files
+
+
+def read_training_tokens(folder, shape, most=50_000):
+    """The tokens that a run's cache holds, (N, *shape), N at most `most`; UserError for others."""
+    path = folder / "cache" / "tokens.npy"
+    if not path.is_file():
+        raise UserError(f"no {path}", "prototypes are centres of the training tokens, which stand "
+                        "in the run's cache folder", "copy it beside model.pt")
+    with user_errors(f"{path} must be whole", "copy it here again"):
+        tokens = torch.from_numpy(np.load(path, allow_pickle=False)[:most])
+    if tokens.shape[1:] != shape or not tokens.isfinite().all():
+        raise UserError(f"{path} holds tokens {tuple(tokens.shape)}, or NaN", "need this model's, "
+                        f"N of {tuple(shape)}", "copy them there")
+    return tokens
 
 
 class SampleFolder:

@@ -42,18 +42,17 @@ from support.cache import fingerprint
 from support.command import (Help, UserError, not_negative_int, pick_device, positive_float,
                              positive_int, print_table, run_script, user_errors)
 from support.files import write_json
-from support.phantoms import paint_slide
 from support.pictures import line_chart, save_grid
 from support.run import Run
 from support.seeds import step_seed
-from support.slides import THUMB, Tiling, generated_slides, open_slides, split_slides
+from support.slides import generated_slides, open_slides, paint_patches, split_slides
+from support.tiles import Tiling
 from train import fit
 
 ALL = 10 ** 9         # patches that a pass may see: the whole bag
 CHUNK = 16384         # patches encoded at once, which bounds the memory of whole bags
 VISITS = 50           # how often training sees a slide, at most ...
 LEAST_STEPS = 150     # ... but for so many steps at least
-PICTURE_SIDE = 1024   # pixels of a slide in heat maps, at most
 
 
 @dataclass(frozen=True)
@@ -439,53 +438,20 @@ def write_results(out, scores, log):
 def heat_maps(path, model, slides, args, seed):
     """PNG, a column a slide: picture, attention, what both passes saw; true foci outlined."""
     shape = [1 + max(int(slide.grid[:, axis].max()) for slide in slides) for axis in (0, 1)]
-    columns = [heat_map(model, slide, shape, args, seed) for slide in slides]
+    columns = []
+    for slide in slides:
+        _, seen, attention, _ = predict(model, slide, ALL, seed=seed)
+        heat = torch.zeros(len(slide.grid))
+        heat[seen[seen >= 0]] = (attention / attention.max()).sqrt()[seen >= 0]
+
+        _, seen, _, first = predict(model, slide, args.patches, args.focus, seed)
+        passes = torch.zeros(2, len(slide.grid))
+        for number, regions in enumerate((seen[:first], seen[first:])):
+            passes[number, regions[regions >= 0]] = 0.7
+        columns.append(paint_patches(slide, shape, heat, passes))
     save_grid(path, [torch.stack(row) for row in zip(*columns)], captions=[
         "slide, true foci green", "attention, all regions", "pass 1 blue, 2 orange"])
     print(f"wrote {path}: {', '.join(slide.name for slide in slides)}")
-
-
-def heat_map(model, slide, shape, args, seed):
-    """Three pictures (3, h, w) of a slide, each at most PICTURE_SIDE pixels or a pixel a cell of
-    the coarser grid that fits: tissue, attention, passes. shape: rows and columns of the grid."""
-    red, blue, orange, green = torch.tensor(
-        [[1, -1, -1], [-1, 0, 1], [1, 0.4, -1], [-1, 0.6, -1]]).view(4, 3, 1, 1)
-    count = len(slide.grid)
-
-    # what is shown of each patch: picture, attention, pass, focus
-    picture = slide.read()[1]
-    picture = torch.zeros(count, 3, THUMB, THUMB) if picture is None else picture[slide.rows]
-    grey = 0.6 * picture.mean(dim=1, keepdim=True) + 0.4
-    _, seen, attention, _ = predict(model, slide, ALL, seed=seed)
-    heat = torch.zeros(count)
-    heat[seen[seen >= 0]] = (attention / attention.max()).sqrt()[seen >= 0]
-    _, seen, _, first = predict(model, slide, args.patches, args.focus, seed)
-    passes = torch.zeros(2, count)
-    passes[0, seen[:first][seen[:first] >= 0]] = 0.7
-    passes[1, seen[first:][seen[first:] >= 0]] = 0.7
-    foci = torch.zeros(count) if slide.foci is None else slide.foci.float()
-
-    # patches on a grid that fits; where several share a cell, the most attended one is shown
-    shrink = math.ceil(max(shape) / PICTURE_SIDE)
-    height, width = (math.ceil(side / shrink) for side in shape)
-    pixels = max(1, min(THUMB, PICTURE_SIDE // max(height, width)))
-    order = heat.argsort()
-    cells = (slide.grid // shrink)[order] @ torch.tensor([width, 1])
-    top = torch.full((height * width,), -1).scatter_reduce(0, cells, torch.arange(count), "amax")
-    tiles = torch.where(top < 0, -1, order[top.clamp(min=0)]).view(height, width)
-
-    def paint(images):
-        return paint_slide(tiles, images.expand(-1, 3, THUMB, THUMB), pixels)
-
-    def each(values):
-        return values.view(-1, 1, 1, 1)
-
-    # the true foci as an outline
-    inside = paint(0.9 - 2 * each(foci)) < 0
-    edge = F.max_pool2d(inside.float(), 5, 1, 2) > inside.float()
-    shown = (picture, grey.lerp(red, each(heat)),
-             grey.lerp(blue, each(passes[0])).lerp(orange, each(passes[1])))
-    return [torch.where(edge, green, paint(images)) for images in shown]
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -494,6 +460,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="Multiple-instance learning on slides.",
                                      formatter_class=Help)
     add = parser.add_argument
+
+    # slides, and how their pixels become features
     add("--data", default="slides", help="slides (generated), or a folder of images, whole slides "
         "or features")
     add("--embedder", default="random", help="of images: random, a published DINO, or a file")
@@ -501,11 +469,15 @@ def parse(argv=None):
     add("--level", type=not_negative_int, default=0, help="of a whole slide's pyramid, 0 is finest")
     add("--mpp", type=positive_float, help="microns a pixel of the tiles, in place of --level")
     add("--label-column", default="label", help="of the table; the later of two values is positive")
+
+    # what is compared
     add("--folds", type=positive_int, default=5, help="of cross-validation, if nothing is split")
     add("--count", type=positive_int, default=1500, help="how many slides to generate")
     add("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "2x2"])
     add("--patches", type=positive_int, default=256, help="that one pass sees")
     add("--focus", action=argparse.BooleanOptionalAction, default=True, help="the second pass")
+
+    # training and the run
     add("--steps", type=positive_int, help="of training (default: of each model its own, fewer on "
         "small sets)")
     add("--batch", type=positive_int, default=16, help="slides a step")

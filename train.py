@@ -36,8 +36,8 @@ from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, bui
                   conditioning_tokens, load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import BASELINE, ENRICHED, UNLABELLED, balance, kmeans
-from support.cache import (Arrays, Latents, Pictures, are_files, build_cache, fingerprint, loader,
-                           row_bytes)
+from support.cache import (Latents, Pictures, are_files, build_cache, decode_once, fingerprint,
+                           loader, picture_arrays, row_bytes)
 from support.command import UserError, autocast_dtype, pick_device, run_script, user_errors
 from support.datasets import open_dataset
 from support.files import write_csv
@@ -47,8 +47,8 @@ from support.ranks import (all_ranks, average_gradients, join_ranks, rank, rows_
 from support.run import Run, Stopped
 from support.seeds import batch_rows, step_seed
 from support.settings import reading_processes, train_settings
-from support.training_set import (labels_for_prompts, open_training_set, write_choice,
-                                  write_examples)
+from support.training_set import (draw_clusters, labels_for_prompts, open_training_set,
+                                  plan_prompts, write_choice, write_examples, write_prompts)
 from support.weights import PUBLISHED
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
@@ -68,18 +68,22 @@ PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable D
                  embedder_batch=128, embedder_steps=4000, vae_batch=8, vae_steps=20000,
                  vae_lr=1e-4, batch=16, unet_steps=100000, lr=1e-5),
 }
+
 VAES = {  # channels of image and latent, base_channels, channel_multipliers, layers_per_block
     "tiny": VAEConfig(3, 4, 16, (1, 2, 4), 1),
     "small": VAEConfig(3, 4, 64, (1, 2, 4), 1),
     "base": VAEConfig(3, 4, 64, (1, 2, 4, 4), 2),
     "sd15": VAEConfig(),
 }
+
 UNETS = {  # channels in and out, base_channels, multipliers, layers, attention, context_dim, heads
     "tiny": UNetConfig(4, 4, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
     "small": UNetConfig(4, 4, 128, (1, 2, 3), 2, (False, True, True), 384, 8),
     "base": UNetConfig(4, 4, 192, (1, 2, 3, 4), 2, (True, True, True, False), 768, 8),
     "sd15": UNetConfig(),
 }
+
+TEMPLATES = {"labels": BASELINE, "labels and clusters": ENRICHED, "clusters": UNLABELLED}
 
 
 # ---- The loop ----------------------------------------------------------------------------------
@@ -177,34 +181,6 @@ def swapped(model, ema):
 
 # ---- The model ---------------------------------------------------------------------------------
 
-def plan_prompts(args, labels, rows):
-    """(template, labels, clusters) of the model's prompts; refuses what cannot work."""
-    if args.condition not in ("prompts", "labels"):
-        return "", (), 0
-    values = tuple(sorted({labels[i] for i in rows})) if labels else ()
-    clusters = 0
-    if args.condition == "prompts":
-        clusters = args.clusters or (33 if values else 10)
-    if clusters > min(len(rows), 1000):
-        raise UserError(f"--clusters {clusters} for {len(rows)} training images",
-                        "need no more clusters than images, and at most 1,000",
-                        "pass a smaller --clusters")
-
-    # The paper's template for what there is; another must use the same.
-    template = UNLABELLED
-    if values:
-        template = ENRICHED if clusters else BASELINE
-    template = args.template or template
-    for word, is_used in (("<label>", bool(values)), ("<index>", bool(clusters))):
-        if is_used and word not in template:
-            raise UserError(f"--template {template!r} lacks {word}", f"{word[1:-1]}s are used",
-                            "put it there")
-        if word in template and not is_used:
-            raise UserError(f"--template {template!r} holds {word}", f"no {word[1:-1]}s are used",
-                            "take it away")
-    return template, values, clusters
-
-
 def new_vit(size):
     """The ViT that is trained here, with random weights."""
     tiny = VISION_TRANSFORMERS["tiny"]
@@ -216,7 +192,7 @@ def build_model(args, labels, rows):
     """The bundle, with published weights where flags name them; everything that can be refused is
     refused here, before anything is written."""
     # The parts: random, or trained by others.
-    template, values, clusters = plan_prompts(args, labels, rows)
+    template, values, clusters = plan_prompts(args, labels, rows, TEMPLATES)
     torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
     is_new = args.embedder in ("tiny", "random")
     vit = new_vit(args.size) if is_new else load_dino(args.embedder)
@@ -305,26 +281,9 @@ def latent_arrays(size, vae, token_shape):
             "tokens": (token_shape, np.float32)}
 
 
-def picture_arrays(size):
-    """What is kept of a decoded image: name -> (shape, dtype)."""
-    return {"pictures": ((3, size, size), np.float16)}
-
-
 def trains_on_pictures(args):
     """Whether a stage looks at every image many times."""
     return args.embedder == "tiny" or args.vae == "train"
-
-
-def decode_once(args, run, found, device, workers):
-    """The training images for the embedder and the VAE: each file is decoded once, at its size."""
-    pictures = Pictures(found.images, found.train)
-    if not are_files(found.images) or not trains_on_pictures(args):
-        return pictures
-    made_by = f"{args.size} {found.images.depth} {fingerprint([found.train])}"
-    folder = run.folder / "cache" / "pictures"
-    build_cache(folder, picture_arrays(args.size), pictures, lambda x: {"pictures": x.half()},
-                made_by, run, 4 * args.vae_batch, workers, device)
-    return Arrays(folder, ["pictures"])
 
 
 @torch.no_grad()
@@ -403,32 +362,14 @@ def derive_prompts(args, run, model, found, labels, cache):
     numbers = prompt_numbers(model.config, train_labels, cluster)
     model.prompt_counts.copy_(numbers.bincount(minlength=len(model.prompts)))
     if run.writes:
-        write_prompts(args, run, model, found, labels, cluster, numbers)
+        print(f"{(model.prompt_counts > 0).sum()} of {len(model.prompts)} prompts in use, e.g. "
+              f"{model.prompts[numbers[0]]!r}; balanced; {run.folder / 'prompts.csv'}")
+        texts = [model.prompts[number] for number in numbers]
+        shown = cluster.tolist() if model.config.clusters else [""] * len(cluster)
+        write_prompts(run.folder, found, labels, shown, texts)
+        if model.config.clusters:
+            draw_clusters(run.folder / "morphologies.png", found, cluster, args.seed)
     return numbers
-
-
-def write_prompts(args, run, model, found, labels, cluster, numbers):
-    """prompts.csv, the words of each training image, and morphologies.png, ten images a cluster."""
-    images = found.images
-    config = model.config
-    table = [["file", "label", "cluster", "prompt"]]
-    for i, k, number in zip(found.train.tolist(), cluster.tolist(), numbers.tolist()):
-        label = labels[i] if labels else ""
-        table.append([images.files[i], label, k if config.clusters else "", model.prompts[number]])
-    write_csv(run.folder / "prompts.csv", table)
-    print(f"{(model.prompt_counts > 0).sum()} of {len(model.prompts)} prompts in use, e.g. "
-          f"{model.prompts[numbers[0]]!r}; balanced; {run.folder / 'prompts.csv'}")
-    if not config.clusters:
-        return
-
-    shuffle = torch.Generator().manual_seed(args.seed)
-    rows = []
-    captions = []
-    for k in range(config.clusters):
-        members = found.train[cluster == k]
-        rows.append(images.batch(members[torch.randperm(len(members), generator=shuffle)[:10]]))
-        captions.append(f"{k}: {len(members)} images")
-    save_grid(run.folder / "morphologies.png", rows, captions)
 
 
 # ---- Stage 4: the U-Net ------------------------------------------------------------------------
@@ -542,7 +483,9 @@ def train_stages(args, run, model, found, labels):
     device = model.shift.device
     workers = reading_processes(args.workers, device)
     dtype = autocast_dtype(device, args.dtype)
-    pictures = decode_once(args, run, found, device, workers)
+    pictures = Pictures(found.images, found.train)
+    if trains_on_pictures(args):
+        pictures = decode_once(pictures, run, workers)
     if args.embedder == "tiny":
         train_embedder(args, run, model, pictures, dtype, workers)
     if args.vae == "train":

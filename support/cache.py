@@ -194,3 +194,21 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64, workers
                 raise Stopped(stop)
         status.update(through, images=len(plan[k]) * ranks())
     status.close()
+
+
+def picture_arrays(size):
+    """What `decode_once` keeps of an image: name -> (shape, dtype)."""
+    return {"pictures": ((3, size, size), np.float16)}
+
+
+def decode_once(pictures, run, workers=0):
+    """Pictures that need no decoding any more: those of files are kept, at their size, in
+    cache/pictures/ of the run; others are at hand already."""
+    images = pictures.images
+    if not are_files(images):
+        return pictures
+    folder = run.folder / "cache" / "pictures"
+    made_by = f"{images.size} {images.depth} {fingerprint([pictures.indices])}"
+    build_cache(folder, picture_arrays(images.size), pictures, lambda x: {"pictures": x.half()},
+                made_by, run, workers=workers)
+    return Arrays(folder, ["pictures"])

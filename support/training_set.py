@@ -13,7 +13,7 @@ from support.cache import are_files
 from support.command import StatusLine, UserError, one_line
 from support.datasets import CACHE_BYTES, ImageSet, open_dataset
 from support.files import read_csv, write_csv
-from support.pictures import save_png
+from support.pictures import save_grid, save_png
 from support.ranks import all_ranks, rank
 from support.settings import saved_settings
 from support.splits import find_outliers, read_split, split_holdout, write_split
@@ -180,6 +180,57 @@ def labels_for_prompts(args, found):
         raise UserError(f"column {name!r} holds only {labels[rows[0]]!r}", "two labels are needed "
                         "to tell apart", "pass another --label-column, or --label-column none")
     return labels
+
+
+def plan_prompts(args, labels, rows, templates):
+    """(template, values of the labels, number of clusters) of the model's prompts.
+
+    templates: the paper's, for "labels", "clusters", "labels and clusters". Raises UserError for
+    more clusters than images, and for a template that does not fit what is used.
+    """
+    if args.condition not in ("prompts", "labels"):
+        return "", (), 0
+    values = tuple(sorted({labels[i] for i in rows})) if labels else ()
+    clusters = 0
+    if args.condition == "prompts":
+        clusters = args.clusters or (33 if values else 10)
+    if clusters > min(len(rows), 1000):
+        raise UserError(f"--clusters {clusters} for {len(rows)} training images",
+                        "need no more clusters than images, and at most 1,000",
+                        "pass a smaller --clusters")
+
+    # The paper's template for what there is; another must use the same.
+    used = [name for name, has in (("labels", values), ("clusters", clusters)) if has]
+    template = args.template or templates[" and ".join(used)]
+    for word, is_used in (("<label>", bool(values)), ("<index>", bool(clusters))):
+        if is_used and word not in template:
+            raise UserError(f"--template {template!r} lacks {word}", f"{word[1:-1]}s are used",
+                            "put it there")
+        if word in template and not is_used:
+            raise UserError(f"--template {template!r} holds {word}", f"no {word[1:-1]}s are used",
+                            "take it away")
+    return template, values, clusters
+
+
+def write_prompts(folder, found, labels, cluster, prompts):
+    """prompts.csv: label, cluster and prompt of each training image."""
+    table = [["file", "label", "cluster", "prompt"]]
+    for i, k, prompt in zip(found.train.tolist(), cluster, prompts):
+        table.append([found.images.files[i], labels[i] if labels else "", k, prompt])
+    write_csv(folder / "prompts.csv", table)
+
+
+def draw_clusters(path, found, cluster, seed):
+    """A grid of ten training images of each cluster; cluster: (N,) int64."""
+    shuffle = torch.Generator().manual_seed(seed)
+    rows = []
+    captions = []
+    for k in range(int(cluster.max()) + 1):
+        members = found.train[cluster == k]
+        order = torch.randperm(len(members), generator=shuffle)
+        rows.append(found.images.batch(members[order[:10]]))
+        captions.append(f"{k}: {len(members)} images")
+    save_grid(path, rows, captions)
 
 
 def write_examples(folder, found):

@@ -227,13 +227,14 @@ def scan_folder(folder):
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders
                       if not name.startswith(".") and not MASK_FOLDER.fullmatch(name)]
-        stems = {Path(name).stem for name in files}
+        stems = {os.path.splitext(name)[0] for name in files}
         for name in files:
-            path = Path(place, name)
-            suffix = path.suffix.lower()
             if name.startswith("."):
                 continue
-            if suffix in IMAGE_SUFFIXES and path.stem.endswith("_mask") and path.stem[:-5] in stems:
+            path = Path(place, name)
+            stem, suffix = os.path.splitext(name)
+            suffix = suffix.lower()
+            if suffix in IMAGE_SUFFIXES and stem.endswith("_mask") and stem[:-5] in stems:
                 masks.append(path)
             elif suffix in IMAGE_SUFFIXES:
                 images.append(path)

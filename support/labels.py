@@ -129,13 +129,9 @@ class Table:
 
     def cells_of(self, file, root):
         """{column: cell} for one file below the folder root, {} if no row names it."""
-        bare = split_name(clean_name(file))[-1]
+        parts = split_name(clean_name(f"{root}/{file}"))
         for column in file_columns(self.columns):
-            if column not in self._numbers:  # bare name -> numbers of its rows
-                numbers = self._numbers[column] = defaultdict(list)
-                for number, row in enumerate(self.rows):
-                    numbers[split_name(clean_name(row[column]))[-1]].append(number)
-            same = self._numbers[column].get(bare, [])
+            same = self._alike(column, parts)
             found, _, _ = match_names([file], [self.rows[number][column] for number in same], root)
             if found[0]:
                 self.file_column = column
@@ -143,6 +139,21 @@ class Table:
                 columns, _, _ = merge_tables([(self, [numbers])], 1)
                 return {name: cells[0] for name, cells in columns.items()}
         return {}
+
+    def _alike(self, column, parts, few=50):
+        """Numbers of rows whose names end as the parts of a file do, in so much that few are left.
+        """
+        same = []
+        for depth in range(1, len(parts) + 1):
+            if (column, depth) not in self._numbers:  # last parts of names -> numbers of rows
+                numbers = self._numbers[column, depth] = defaultdict(list)
+                for number, row in enumerate(self.rows):
+                    numbers[split_name(clean_name(row[column]))[-depth:]].append(number)
+            nearer = self._numbers[column, depth].get(parts[-depth:], [])
+            same = nearer or same
+            if len(nearer) <= few:
+                return same
+        return same
 
     def answers(self, column):
         """{cell: "1", "0", "-1" or ""} if the column holds answers to yes or no, else None."""

@@ -12,7 +12,8 @@ from support.pictures import COLOURS, to_picture as _to_picture, save_png, save_
 from support.images import *  # noqa
 from support.images import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image, list_images  # noqa
 from support.datasets import *  # noqa
-from support.datasets import TUMOUR, CACHE_BYTES, ImageSet, open_dataset, labels_of  # noqa
+from support.datasets import TUMOUR, CACHE_BYTES, ImageSet, open_dataset  # noqa
+from support.tables import labels_of  # noqa
 from support.files import read_csv as read_table  # noqa
 from support.splits import *  # noqa
 from support.splits import image_groups, split_holdout, write_split, read_split, find_outliers  # noqa

@@ -27,7 +27,6 @@ import torch
 from dinodiff import DinoDiffusion, lerp, perturb, prototypes, slerp
 from support.command import (StatusLine, UserError, autocast_dtype, pick_device, run_script,
                              user_errors)
-from support.datasets import labels_of
 from support.files import load_checkpoint, next_folder, resolve_checkpoint
 from support.images import load_image
 from support.ranks import all_ranks, join_ranks, rank, ranks
@@ -35,6 +34,7 @@ from support.sample_folder import (Request, SampleFolder, find_sources,
                                    read_training_tokens)
 from support.seeds import step_seed
 from support.settings import check_sample_flags, sample_flags
+from support.tables import labels_of
 
 
 def load_model(checkpoint, device):

@@ -8,11 +8,7 @@
 Public sets are read as they ship, with their own tables and names: NIH, CheXpert, MIMIC-CXR-JPG,
 VinDr, RSNA, PadChest, Kermany; MedMNIST (.npz); PatchCamelyon (.h5, or Kaggle's folder).
 """
-import os
-import re
-from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -22,27 +18,15 @@ import torch
 from support.arrays import H5Rows, JoinedRows, check_archive, open_member
 from support.command import StatusLine, UserError, one_line, user_errors
 from support.dicom import is_dicom, patient_of
-from support.images import (EIGHT_BITS, MASK_FOLDER, choose_depth, count_pages,
-                            describe_depth, list_images, load_image, path_below, scan_folder,
-                            why_unreadable)
-from support.labels import Table, join_by_study, merge_tables
-from support.names import file_columns, match_names
+from support.images import (EIGHT_BITS, choose_depth, count_pages, describe_depth, list_images,
+                            load_image, path_below, scan_folder, why_unreadable)
+from support.masks import find_masks
+from support.names import note_names
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
                               histology_phantoms)
 from support.splits import describe_groups, find_group_column
+from support.tables import TUMOUR, read_tables
 
-OUR_TABLES = ("labels.csv", "train_labels.csv", "samples.csv")  # ours, Kaggle's PCam, sample.py's
-TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz")
-MANY = 50  # folders in which no table is looked for
-TUMOUR = {"0": "healthy", "1": "cancer"}  # PatchCamelyon's labels
-UNSURE_MEANS = {"ignore": "left out of labels (--uncertain zeros or ones takes them for that)",
-                "zeros": "taken for 0", "ones": "taken for 1"}
-SIDE = re.compile("left|right", re.IGNORECASE)
-SIDE_FOLDER = re.compile("(left|right)[ _-]?(masks?|lungs?)?", re.IGNORECASE)
-MASK_WORDS = re.compile(r"[ _-](masks?|msk|lungs?|left|right|seg|segmentation)$", re.IGNORECASE)
-PLACE = re.compile(  # folders that are no classes
-    r"(patients?|subjects?|person|case|stud(y|ies)|series|images?|img|dicom|batch|part|fold|set|p|s|"
-    r"train|val|valid|test)?[ _-]?\d*(copy)?", re.IGNORECASE)
 CACHE_BYTES = 1 << 30  # of decoded images, per data set and process
 
 
@@ -220,26 +204,26 @@ def _open_folder(folder, size, whole, depth, uncertain):
     reasons = _check_files(found, folder, whole)
     paths = [path for path, why in zip(found, reasons) if not why]
     unreadable = [(path, why) for path, why in zip(found, reasons) if why]
-    _note(problems, "unreadable, or links out of the folder", [path for path, _ in unreadable])
+    note_names(problems, "unreadable, or links out of the folder", [path for path, _ in unreadable])
     if unreadable:
         problems[0] += f", the first: {unreadable[0][1]}"
     if len(paths) < 0.9 * len(found):
         raise UserError(problems[0], "at least 90 % must be readable", "replace or remove them")
     for why, others in passed_over.items():
-        _note(problems, f"passed over, {why}", others)
-    _note(problems, "TIFF files with several pages, of which the first is read",
-          [path for path in paths if count_pages(path) > 1])
+        note_names(problems, f"passed over, {why}", others)
+    note_names(problems, "TIFF files with several pages, of which the first is read",
+               [path for path in paths if count_pages(path) > 1])
 
     # Depth, labels, masks.
     if depth is None:
         depth, warning = choose_depth(paths)
         problems += [warning] if warning else []
     files = [path.relative_to(root).as_posix() for path in paths]
-    columns, labelled, about = _read_tables(folder, root, files, uncertain, problems)
+    columns, labelled, about = read_tables(folder, root, files, uncertain, problems)
     dicom = [is_dicom(path) for path in paths]
     if any(dicom) and not find_group_column(columns):
         columns.update(_patients_in_dicom(paths, dicom))
-    masks = _find_masks(root, files, beside, problems)
+    masks = find_masks(root, files, beside, problems)
 
     images = ImageSet(folder.resolve().name, "", size, files, columns, paths, masks, problems,
                       unreadable, labelled=labelled, depth=depth)
@@ -256,14 +240,6 @@ def _patients_in_dicom(paths, dicom):
     """{"PatientID": a cell for each path} if the heads of DICOM files tell patients apart."""
     cells = [patient_of(path) if is_one else "" for path, is_one in zip(paths, dicom)]
     return {"PatientID": cells} if len(set(cells) - {""}) > 1 else {}
-
-
-def _note(problems, what, names):
-    """Add a line with the count and the first names, if there are any."""
-    if names:
-        first = ", ".join(one_line(name) for name in names[:3])
-        more = ", ..." if len(names) > 3 else ""
-        problems.append(f"{what}: {len(names):,} ({first}{more})")
 
 
 def _check_files(paths, folder, whole):
@@ -285,221 +261,3 @@ def _check_files(paths, folder, whole):
     if whole:
         status.close()
     return reasons
-
-
-# ---- tables ------------------------------------------------------------------------------------
-
-def tables_in(place):
-    """The tables of labels in a folder: ours alone, if there is one, else all."""
-    return _list_tables(Path(place), os.stat(place).st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _list_tables(place, changed):
-    """tables_in a folder that was last changed then."""
-    for name in OUR_TABLES:
-        if (place / name).is_file():
-            return [path_below(place, name)]
-    names = sorted(name for name in os.listdir(place) if not name.startswith(".")
-                   and name.lower().endswith(TABLE_SUFFIXES))
-    return [path_below(place, name) for name in names if (place / name).is_file()]
-
-
-def _tables_one_below(folder):
-    """The tables in the folders of a folder, if these are not very many."""
-    with os.scandir(folder) as entries:
-        places = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False)
-                        and not entry.name.startswith("."))
-    if len(places) > MANY:
-        return []
-    return [table for place in places for table in tables_in(place)]
-
-
-def _read_tables(folder, root, files, uncertain, problems):
-    """(columns, for each file whether it has a row, a note) from the tables of a folder.
-
-    A table in the folder, or in a folder in it, must name images; one above need not.
-    """
-    inside = tables_in(root)
-    if not inside and root != folder:
-        inside = tables_in(folder)
-    inside = inside or _tables_one_below(folder)
-    above = [] if inside else tables_in(folder.resolve().parent)
-
-    matches = []
-    unused = []
-    notes = []
-    for path in inside + above:
-        table = _open_table(path, path in above)
-        rows, lost, ambiguous = table.match(files, root.resolve(), _prefix(path, root, files))
-        if not any(rows):
-            unused.append(table)
-            continue
-        matches.append((table, rows))
-        if lost and path.name == "train_labels.csv":
-            raise UserError(f"{path} names {len(lost):,} images that {root} has not (first: "
-                            f"{lost[0]})", "each id needs its .tif", "unpack the images again, or "
-                            "delete those rows")
-        _note(problems, f"rows of {path} without an image", lost)
-        _note(problems, f"names in {path} that mean several images", ambiguous)
-        count = sum(map(len, rows))
-        notes.append(f"{path.name} ({count:,} of {len(table.rows):,} rows matched)")
-
-    if not matches and inside:
-        _refuse_tables(unused, root)
-    if not matches:
-        _note(problems, "tables above the folder, which name none of its images",
-              [table.path for table in unused])
-        columns = _folder_labels(files)
-        return columns, None, "no table, label = folder" if columns else "no labels.csv"
-    return _merge(matches, unused, files, uncertain, problems, notes)
-
-
-def _prefix(path, root, files):
-    """What a table's names are to begin with: its own folder, if that has images."""
-    place = path.parent
-    if place == root or not place.is_relative_to(root):
-        return ""
-    prefix = f"{place.relative_to(root).as_posix()}/"
-    return prefix if any(file.startswith(prefix) for file in files) else ""
-
-
-def _open_table(path, may_fail):
-    """The Table of a file; an empty one for a file above the folder that is no table."""
-    try:
-        return Table(path)
-    except UserError:
-        if not may_fail:
-            raise
-    return Table(path, [])
-
-
-def _refuse_tables(tables, root):
-    """Raise the UserError of a folder whose tables name none of its images."""
-    table = tables[0]
-    if not file_columns(table.columns):
-        raise UserError(f"{table.path} has the columns {', '.join(table.columns)[:200] or 'none'}",
-                        "one must be called file, or as in a public set: Image Index, Path, "
-                        "image_id, ImageID, dicom_id", "correct its first line, or move it away")
-    name = table.rows[0][table.file_column] if table.rows else "no name"
-    raise UserError(f"{table.path} names none of the images in {root} (first: {name})",
-                    "their names are needed", "correct them, or move the table out of the folder")
-
-
-def _merge(matches, unused, files, uncertain, problems, notes):
-    """What _read_tables returns, of tables that name images, and of others that name studies."""
-    columns, left_out, unsure = merge_tables(matches, len(files), uncertain)
-    joined = [(table, join_by_study(table, columns)) for table in unused]
-    joined = [(table, rows) for table, rows in joined if rows is not None and any(rows)]
-    if joined:
-        matches = matches + joined
-        columns, left_out, unsure = merge_tables(matches, len(files), uncertain)
-        notes += [f"{table.path.name} (joined by study)" for table, _ in joined]
-    known = [table for table, _ in matches]
-    _note(problems, "tables that name none of the images", [table.path for table in unused
-                                                            if table not in known])
-    _note(problems, "columns left out, for their numbers differ between the rows of an image",
-          left_out)
-    if unsure:
-        problems.append(f"uncertain answers, -1 in tables: {unsure:,}, {UNSURE_MEANS[uncertain]}")
-    if any(table.path.name == "train_labels.csv" for table in known) and "label" in columns:
-        columns["label"] = [TUMOUR.get(cell, cell) for cell in columns["label"]]
-
-    labelled = [any(rows[i] for _, rows in matches) for i in range(len(files))]
-    bare = [file for file, has_row in zip(files, labelled) if not has_row]
-    _note(problems, f"images without a row in {' or '.join(t.path.name for t in known)}", bare)
-    shown = ", ".join(list(columns)[:8])
-    if len(columns) > 8:
-        shown += f" and {len(columns) - 8} more"
-    return columns, labelled, f"{', '.join(notes)} with {shown or 'no column but the names'}"
-
-
-def _folder_labels(files):
-    """{"label": folder of each image} if the folders are classes, as Kermany's are, else {}."""
-    folders = [file.split("/")[-2] if "/" in file else "" for file in files]
-    count = Counter(folders)
-    depths = {file.count("/") for file in files}
-    is_class = not any(map(PLACE.fullmatch, folders)) and min(count.values()) > 1
-    return {"label": folders} if is_class and 2 <= len(count) <= 20 and len(depths) == 1 else {}
-
-
-@lru_cache(maxsize=16)
-def _known_table(path, changed):
-    """A table that was read before, and is unchanged."""
-    return _open_table(path, True)
-
-
-def labels_of(path):
-    """Cells of the rows that name an image, in a table beside it or up to four above, or {}."""
-    path = Path(os.path.abspath(path))
-    for place in path.parents[:5]:
-        for table_path in tables_in(place):
-            table = _known_table(table_path, table_path.stat().st_mtime_ns)
-            file = path.relative_to(place).as_posix().removeprefix("images/")
-            cells = table.cells_of(file, place)
-            if cells:
-                return cells
-    return {}
-
-
-# ---- masks -------------------------------------------------------------------------------------
-
-def _find_masks(root, files, beside, problems):
-    """{kind: for each file a list of its mask files, or None}, from folders named like masks.
-
-    A kind is the folder's name; mask, ManualMask, leftMask and rightMask, and masks that lie beside
-    their images as NAME_mask, are all "masks".
-    """
-    base = root.parent if root.name == "images" else root
-    kinds = defaultdict(list)  # kind -> (path, name to compare with the files, name to show)
-    for place in sorted(base.glob("*/")):
-        if not MASK_FOLDER.fullmatch(place.name):
-            continue
-        plain = re.sub("left|right|manual|[^a-z]", "", place.name.lower())
-        kind = "masks" if plain == "mask" else place.name
-        for path in sorted(path_below(base, place.name).rglob("*.*")):
-            if not path.name.startswith("."):
-                name = path.relative_to(place)
-                shared = [part for part in name.parts if not SIDE_FOLDER.fullmatch(part)]
-                path = path_below(base, path.relative_to(base))
-                kinds[kind].append((path, "/".join(shared), name.as_posix()))
-    for path in beside:
-        name = path.relative_to(root).as_posix()
-        kinds["masks"].append((path_below(root, name), name, name))
-
-    return {kind: _match_masks(kind, sorted(masks), files, problems)
-            for kind, masks in kinds.items()}
-
-
-def _match_masks(kind, masks, files, problems):
-    """For each file a list of its masks, or None; left and right are joined, others not guessed."""
-    rows, lost, ambiguous = match_names(files, [name for _, name, _ in masks])
-
-    # Names that mean no file may say what they are: NAME_mask, NAME_lung, NAME_left.
-    used = {number for numbers in rows for number in numbers}
-    rest = [number for number in range(len(masks)) if number not in used]
-    bare = []
-    for number in rest:
-        path = Path(masks[number][1])
-        stem = path.stem
-        while MASK_WORDS.search(stem):
-            stem = MASK_WORDS.sub("", stem)
-        bare.append(path.with_stem(stem or path.stem).as_posix())
-    more, _, _ = match_names(files, bare)
-
-    found = []
-    unclear = []
-    for i, numbers in enumerate(rows):
-        numbers = numbers or [rest[k] for k in more[i]]
-        sides = [number for number in numbers if SIDE.search(masks[number][2])
-                 or SIDE.search(masks[number][0].parent.name)]
-        used.update(numbers)
-        chosen = sides or numbers
-        if len(chosen) > 1 and not sides:
-            unclear.append(files[i])
-            chosen = []
-        found.append([masks[number][0] for number in chosen] or None)
-    _note(problems, f"{kind}/ without an image",
-          [shown for number, (_, _, shown) in enumerate(masks) if number not in used])
-    _note(problems, f"images with several masks in {kind}/, of which none is taken", unclear)
-    return found

@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from sys import intern
 
+from support.command import one_line
 from support.dicom import DICOM_SUFFIXES
 from support.files import text_of
 from support.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
@@ -143,3 +144,11 @@ def _tell_apart(found, meant):
         elif found:
             unclear += [name for name, _ in ended]
     return pairs, unclear
+
+
+def note_names(problems, what, names):
+    """Add a line with the count and the first names, if there are any."""
+    if names:
+        first = ", ".join(one_line(name) for name in names[:3])
+        more = ", ..." if len(names) > 3 else ""
+        problems.append(f"{what}: {len(names):,} ({first}{more})")

@@ -1,9 +1,7 @@
 """datasets.py: folders, tables as the public sets ship them, masks, .npz, .h5, phantoms."""
-import gzip
 import os
 import pickle
 import sys
-import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +12,10 @@ from PIL import Image
 from pictures_on_disk import folder_of, write
 from support import datasets
 from support.command import UserError
-from support.datasets import labels_of, open_dataset
+from support.datasets import open_dataset
 from support.images import list_images
-from support.splits import image_groups, split_holdout
+from support.splits import split_holdout
+from support.tables import labels_of
 
 STEP = 1 / 255 + 1e-6  # half a grey level of 8 bits in [-1, 1], and rounding
 
@@ -271,176 +270,7 @@ def test_h5_without_its_package_says_what_to_install(tmp_path, monkeypatch):
         open_dataset(tmp_path / "a_x.h5", 8)
 
 
-# ---- tables as the public sets ship them
-
-def table(path, *rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\r\n".join(rows) + "\r\n")
-
-
-def nih(folder):
-    names = [f"{i // 2 + 1:08d}_{i % 2:03d}.png" for i in range(8)]
-    folder_of(folder, [f"images_00{1 + i // 4}/images/{name}" for i, name in enumerate(names)])
-    head = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
-            "OriginalImage[Width,Height],")
-    finding = ["No Finding", "Cardiomegaly|Effusion", "Nodule", "Effusion"]
-    table(folder / "Data_Entry_2017_v2020.csv", head, *(
-        f"{name},{finding[i % 4]},{i % 2},{i // 2 + 1},058,M,2682,2749," for i, name in
-        enumerate(names)))
-    table(folder / "test_list.txt", *names[6:])
-
-
-def chexpert(folder):
-    rows = {"train": [], "valid": []}
-    for i in range(8):
-        split = "valid" if i > 5 else "train"
-        file = f"{split}/patient{i // 2 + 1:05d}/study{i % 2 + 1}/view1_frontal.jpg"
-        folder_of(folder, [file])
-        edema = ["", "-1.0", "0.0", "1.0"][i % 4]
-        rows[split].append(f"CheXpert-v1.0-small/{file},Female,61,Frontal,{edema}")
-    for split in rows:
-        table(folder / f"{split}.csv", "Path,Sex,Age,Frontal/Lateral,Edema", *rows[split])
-
-
-def mimic(folder):
-    ids = [f"{i:08x}-1a2b3c4d-5e6f7081-92a3b4c5-d6e7f809" for i in range(8)]
-    folder_of(folder, [f"files/p10/p1000000{i // 2}/s5000000{i}/{name}.jpg"
-                       for i, name in enumerate(ids)])
-    metadata = [f"{name},1000000{i // 2},5000000{i},PA" for i, name in enumerate(ids)]
-    labels = [f"1000000{i // 2},5000000{i},{['', '-1.0', '0.0', '1.0'][i % 4]}" for i in range(8)]
-    for name, rows in (("metadata", ["dicom_id,subject_id,study_id,ViewPosition", *metadata]),
-                       ("chexpert", ["subject_id,study_id,Edema", *labels])):
-        with gzip.open(folder / f"mimic-cxr-2.0.0-{name}.csv.gz", "wt") as file:
-            file.write("\n".join(rows))
-
-
-def vindr(folder):
-    folder_of(folder, [f"train/{i:032x}.png" for i in range(8)])
-    rows = [f"{i:032x},R{k},{int(i % 4 == 3 and k == 1)}" for i in range(8) for k in range(3)]
-    table(folder / "annotations" / "image_labels_train.csv", "image_id,rad_id,Edema", *rows)
-    boxes = [f"{i:032x},R{k},{'Edema' if i % 2 else 'No finding'},{10 * k if i % 2 else ''}"
-             for i in range(8) for k in range(3)]
-    table(folder / "annotations" / "annotations_train.csv", "image_id,rad_id,class_name,x_min",
-          *boxes)
-
-
-def rsna(folder):
-    folder_of(folder, [f"stage_2_train_images/{i:08x}-aa.png" for i in range(8)])
-    rows = [f"{i:08x}-aa,{100.5 * k if i % 4 == 3 else ''},{int(i % 4 == 3)}"
-            for i in range(8) for k in range(1 + i % 4 // 3)]
-    table(folder / "stage_2_train_labels.csv", "patientId,x,Target", *rows)
-
-
-def padchest(folder):
-    folder_of(folder, [f"{i % 3}/{i:020d}_abc.png" for i in range(8)])
-    rows = [f"{i},{i:020d}_abc.png,{i % 3},{i // 2},\"['normal', 'edema {i % 4}']\""
-            for i in range(8)]
-    table(folder / "PADCHEST_chest_x_ray_images_labels.csv", ",ImageID,ImageDir,PatientID,Labels",
-          *rows)
-
-
-def kermany(folder):
-    folder_of(folder, [f"{split}/PNEUMONIA/person{i // 2}_bacteria_{i}.jpeg"
-                       for split in ("train", "test") for i in range(4)])
-    folder_of(folder, [f"{split}/NORMAL/IM-0115-{i:04d}.jpeg"
-                       for split in ("train", "test") for i in range(2)])
-
-
-@pytest.mark.parametrize("make, says, column, cells, groups", [
-    (nih, "(8 of 8 rows matched)", "Finding Labels",
-     ["No Finding", "Cardiomegaly|Effusion", "Nodule", "Effusion"] * 2, 4),
-    (chexpert, "4 patients by the files' paths", "Edema", ["", "-1", "0", "1"] * 2, 4),
-    (mimic, "4 patients by column subject_id", "Edema", ["", "-1", "0", "1"] * 2, 4),
-    (vindr, "no patient column: images count as their own patients", "Edema", list("00010001"), 8),
-    (rsna, "8 patients by column patientId", "Target", list("00010001"), 8),
-    (padchest, "4 patients by column PatientID", None, None, 4),
-    (kermany, "label = folder", "label", None, 6),
-])
-def test_public_sets_as_they_ship(tmp_path, make, says, column, cells, groups):
-    """Their own tables, column names, several rows an image, patients: no renaming."""
-    make(tmp_path)
-    images = opened(tmp_path)
-    assert says in images.note and len(set(image_groups(images))) == groups
-    if cells:
-        order = sorted(range(len(images)), key=lambda i: images.files[i].split("/")[-1]
-                       if make is not chexpert else images.files[i].split("/", 1)[1])
-        assert [images.columns[column][i] for i in order] == cells
-    if make is kermany:
-        assert images.columns["label"] == ["PNEUMONIA" if "person" in file else "NORMAL"
-                                           for file in images.files]
-    train, test = split_holdout(images, 0.3, 0)
-    group = image_groups(images)
-    assert not {group[i] for i in train.tolist()} & {group[i] for i in test.tolist()}
-    if make in (nih, chexpert, rsna, padchest):
-        found = labels_of(images.sources[3])
-        assert column is None or found[column] == images.columns[column][3]
-
-
-def test_official_lists_of_names(tmp_path):
-    """A list without a head holds out its images with their patients; of a set that is only partly
-    here, names may be missing."""
-    nih(tmp_path)
-    train, test = split_holdout(opened(tmp_path), str(tmp_path / "test_list.txt"), 0)
-    assert test.tolist() == [6, 7] and len(train) == 6
-    (tmp_path / "test_list.txt").write_text("00000004_000\n00000099_000.png\n")
-    images = opened(tmp_path)
-    assert split_holdout(images, tmp_path / "test_list.txt", 0)[1].tolist() == [6, 7]
-    assert "without an image here: 1 (00000099_000.png)" in images.problems[-1]
-    (tmp_path / "test_list.txt").write_text("00000099_000.png\n")
-    with pytest.raises(UserError, match="00000099_000.png"):
-        split_holdout(images, tmp_path / "test_list.txt", 0)
-
-
-def test_uncertain_answers(tmp_path):
-    """-1 stays, or becomes 0 or 1; the first lines say how many there were."""
-    chexpert(tmp_path)
-    for uncertain, cells in (("ignore", ["", "-1", "0", "1"]), ("zeros", ["", "0", "0", "1"]),
-                             ("ones", ["", "1", "0", "1"])):
-        images = open_dataset(tmp_path, 8, uncertain=uncertain)
-        assert images.columns["Edema"][:4] == cells
-        assert any("uncertain answers, -1 in tables: 2" in line for line in images.problems)
-
-
-@pytest.mark.parametrize("place, text, says", [
-    ("set", "file,x\nb.png,1\n", "names none of the images"),
-    ("set", "Image Index,x\nb.png,1\n", "names none of the images"),
-    ("set", "number,x\n1,1\n", "must be called file"),
-    (".", "id,text\n1,some other project\n", None), (".", "file,x\nother.png,1\n", None),
-    (".", "\x00\x01", None)])
-@pytest.mark.parametrize("name", ["labels.csv", "train_labels.csv", "findings.csv"])
-def test_tables_that_match_nothing(tmp_path, place, text, says, name):
-    """In the folder an error; above it passed over with a note."""
-    folder_of(tmp_path / "set", ["a.png", "c.png"])
-    (tmp_path / place / name).write_text(text)
-    if says:
-        with pytest.raises(UserError, match=says):
-            opened(tmp_path / "set")
-    else:
-        images = opened(tmp_path / "set")
-        assert images.columns == {} and any(name in line for line in images.problems)
-
-
-def test_a_table_beside_others(tmp_path):
-    """labels.csv is the only one where it is; others of a folder join, strangers are named."""
-    folder_of(tmp_path, ["a.png", "b.png"])
-    table(tmp_path / "one.csv", "image,finding", "a,x", "b,y")
-    table(tmp_path / "two.tsv", "Image_ID\tage", "b.png\t7", "c.png\t8")
-    table(tmp_path / "other.csv", "filename,size", "z.png,1")
-    images = opened(tmp_path)
-    assert images.columns == {"finding": ["x", "y"], "age": ["", "7"]}
-    assert any("other.csv" in line and "name none" in line for line in images.problems)
-    table(tmp_path / "labels.csv", "file,label", "a.png,1", "b.png,0")
-    assert opened(tmp_path).columns == {"label": ["1", "0"]}
-
-
-def test_two_sets_in_one_folder(tmp_path):
-    """Each has its own table and names that the other has as well: none is mixed up."""
-    folder_of(tmp_path, ["a/x.png", "a/y.png", "b/x.png", "b/y.png"])
-    table(tmp_path / "a/labels.csv", "file,label,patient", "x.png,p,1", "y.png,q,1")
-    table(tmp_path / "b/labels.csv", "file,label,patient", "x.png,r,2", "y.png,s,2")
-    images = opened(tmp_path)
-    assert images.columns["label"] == ["p", "q", "r", "s"] and not images.problems
-
+# ---- what is passed over, and depth
 
 def test_the_first_lines_name_what_is_passed_over(tmp_path, monkeypatch):
     """DICOM without its package, .jp2, .jfif, further pages of a TIFF: counted, with names."""
@@ -469,64 +299,3 @@ def test_depth_of_a_set(tmp_path):
     for i in range(3):
         write(tmp_path / f"{i}.png", ramp + np.uint16(32768))
     assert any("offset" in line for line in opened(tmp_path).problems)
-
-
-# ---- masks
-
-@pytest.mark.parametrize("names, count", [
-    (["masks/{}_mask.png"], 3), (["masks/{}.gif"], 3), (["mask/{}.png"], 3),
-    (["masks/{}_lung.gif"], 3), (["ManualMask/leftMask/{}.png", "ManualMask/rightMask/{}.png"], 3),
-    (["leftMask/{}.png", "rightMask/{}.png"], 3), (["masks/{}_left.png", "masks/{}_right.png"], 3),
-    (["masks/left lung/{}.gif", "masks/right lung/{}.gif", "masks/heart/{}.gif"], 3),
-    (["images/{}_mask.png"], 3), (["masks/one/{}.png", "masks/two/{}.png"], 0)])
-def test_masks_by_every_name(tmp_path, names, count):
-    """NAME_mask, NAME, NAME_lung; left and right are joined; others are not guessed."""
-    folder_of(tmp_path, [f"images/CHN_{i}_0.png" for i in range(3)])
-    for k, name in enumerate(names):
-        half = np.zeros((8, 8), np.uint8)
-        half[:, 4 * k:4 * k + 4] = 255
-        for i in range(3):
-            write(tmp_path / name.format(f"CHN_{i}_0"), half)
-    images = opened(tmp_path)
-    assert len(images) == 3 and list(images.masks) == ["masks"]
-    masks = [images.mask(i) for i in range(3)]
-    assert sum(mask is not None for mask in masks) == count
-    if count:
-        assert masks[1].float().mean() == (1 if len(names) > 1 else 0.5)
-    else:
-        assert any("masks/" in line for line in images.problems)
-
-
-# ---- memory
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_large_npz_is_read_by_rows(tmp_path, save):
-    """Opening one takes a fraction of its pixels, rows come in any order, and workers get none."""
-    random = np.random.default_rng(0)
-    arrays = {split: random.integers(0, 255, (n, 64, 64)).astype(np.uint8)
-              for split, n in (("train", 1500), ("val", 200), ("test", 400))}
-    save(tmp_path / "x.npz", **{f"{split}_images": array for split, array in arrays.items()},
-         **{f"{split}_labels": np.zeros((len(array), 1)) for split, array in arrays.items()})
-    tracemalloc.start()
-    images = open_dataset(tmp_path / "x.npz", 64)
-    joined = np.concatenate(list(arrays.values()))
-    base = joined.nbytes
-    order = random.permutation(len(images))[:300].tolist() + list(range(1490, 1520))
-    got = [images.sources[i] for i in order]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert all(np.array_equal(row, joined[i]) for row, i in zip(got, order))
-    assert peak < base + 3e6 + 300 * 4096  # what the test itself holds, and a little
-    assert len(pickle.dumps(images.sources)) < 5000
-    assert np.array_equal(pickle.loads(pickle.dumps(images.sources))[1501], joined[1501])
-
-
-def test_a_damaged_npz_is_found_when_all_is_read(tmp_path):
-    """One flipped bit of the pixels, which opening alone does not see."""
-    npz(tmp_path / "x.npz", (128, 128))
-    content = bytearray((tmp_path / "x.npz").read_bytes())
-    content[40_000] ^= 4
-    (tmp_path / "x.npz").write_bytes(content)
-    open_dataset(tmp_path / "x.npz", 28)
-    with pytest.raises(UserError, match="x.npz"):
-        open_dataset(tmp_path / "x.npz", 28, whole=True)

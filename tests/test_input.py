@@ -36,6 +36,7 @@ import vae
 from data import UserError, load_image, open_dataset
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from support import weights
+from support.tables import labels_of
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
@@ -187,7 +188,7 @@ def test_equal_stems_do_not_overwrite_each_other(tmp_path):
     examples = sorted((folder / "held_out").glob("*.png"))
     held_out = [row for row in csv.DictReader(open(folder / "split.csv")) if row["split"] == "test"]
     assert len(examples) == len(held_out) > 1
-    assert len({data.labels_of(path)["kind"] for path in examples}) == len(examples)
+    assert len({labels_of(path)["kind"] for path in examples}) == len(examples)
 
 
 def test_what_is_no_file(tmp_path):

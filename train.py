@@ -44,7 +44,7 @@ from support.files import write_csv
 from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, rows_of_rank,
                            share_batch_norm)
-from support.run import Run, Stopped
+from support.run import Run, Stopped, print_end, print_start
 from support.seeds import batch_rows, step_seed
 from support.settings import reading_processes, train_settings
 from support.training_set import (draw_clusters, labels_for_prompts, open_training_set,
@@ -464,20 +464,6 @@ def forecast_cache(args):
     return {"images": n, "bytes_an_image": size, "gigabytes": n * size / 1e9}
 
 
-def print_start(args, run, model, found, device):
-    """The first lines: what is trained, on what, where."""
-    print(f"{len(found.train)} images to train on, {len(found.test)} held out; {args.size} px; "
-          f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-          f"run: {run.folder}")
-    parameters = sum(p.numel() for p in model.trained.parameters())
-    context, _ = model.context(None, 1)
-    print(f"U-Net and projection: {parameters / 1e6:.1f} M parameters; context "
-          f"{tuple(context.shape[1:])}; condition {args.condition}; {args.tokens} tokens "
-          f"{model.config.token_shape} of embedder {args.embedder}")
-    if args.tokens.startswith("patch"):
-        print("note: patch tokens hold the layout of the source; the model may copy it")
-
-
 def train_stages(args, run, model, found, labels):
     """Stage after stage; the model ends trained, with all statistics."""
     device = model.shift.device
@@ -499,19 +485,6 @@ def train_stages(args, run, model, found, labels):
         tokens = torch.from_numpy(np.array(cache.tokens[:50_000]))
         model.embedding_sampler = EmbeddingSampler.fit(model.cpu().standardise(tokens),
                                                        seed=args.seed)
-
-
-def print_end(args, run, model, example, minutes):
-    """The last lines: what came out, and the command to type next."""
-    if torch.cuda.is_available():
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
-    way = f"--from-image {shlex.quote(str(example))} --count 4"
-    if model.prompts:
-        way = f"--prompt {shlex.quote(model.prompts[0])} --count 16"
-    if args.condition == "none":
-        way = "--random --count 16"
-    print(f"done in {minutes:.1f} minutes: {run.folder}/model.pt\n"
-          f"next: python sample.py --checkpoint {shlex.quote(args.out)} {way}")
 
 
 def parse(argv=None):

@@ -13,6 +13,7 @@ the others read state.pt, and keep in memory what is finished.
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from contextlib import contextmanager, suppress
@@ -300,3 +301,32 @@ class Progress:
         self.run.save(self.stage, self.done, *self.trained)
         self.saved = time.time()
         self.pause = max(self.pause, 20 * (self.saved - began))
+
+
+# ---- What a run says first and last ------------------------------------------------------------
+
+def print_start(args, run, model, found, device):
+    """The first lines: what is trained, on what, where."""
+    print(f"{len(found.train)} images to train on, {len(found.test)} held out; {args.size} px; "
+          f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
+          f"run: {run.folder}")
+    parameters = sum(p.numel() for p in model.trained.parameters())
+    context, _ = model.context(None, 1)
+    print(f"U-Net and projection: {parameters / 1e6:.1f} M parameters; context "
+          f"{tuple(context.shape[1:])}; condition {args.condition}; {args.tokens} tokens "
+          f"{model.config.token_shape} of embedder {args.embedder}")
+    if args.tokens.startswith("patch"):
+        print("note: patch tokens hold the layout of the source; the model may copy it")
+
+
+def print_end(args, run, model, example, minutes):
+    """The last lines: what came out, and the command to type next."""
+    if torch.cuda.is_available():
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+    way = f"--from-image {shlex.quote(str(example))} --count 4"
+    if model.prompts:
+        way = f"--prompt {shlex.quote(model.prompts[0])} --count 16"
+    if args.condition == "none":
+        way = "--random --count 16"
+    print(f"done in {minutes:.1f} minutes: {run.folder}/model.pt\n"
+          f"next: python sample.py --checkpoint {shlex.quote(args.out)} {way}")

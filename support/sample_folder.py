@@ -1,4 +1,4 @@
-"""What sample.py asks for and writes: images/*.png, samples.csv with each image's provenance, grid.png.
+"""What sample.py asks for, and what it writes: images/*.png, samples.csv, grid.png.
 
 Ranks write images into it side by side; rank 0 writes the table, a round at a time, and the grid.
 The table names only files that are whole, and a call costs the same whatever is there already.

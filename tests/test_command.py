@@ -40,12 +40,16 @@ def test_a_worker_error_is_one_line(tmp_path, capsys):
     Image.fromarray(np.full((64, 64), 10, np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:-30])  # a good header, cut pixels
     loader = torch.utils.data.DataLoader(open_dataset(str(tmp_path), 8), num_workers=1)
+
+    def main():
+        return list(loader)
+
     with pytest.raises(SystemExit) as end:
-        command.run_script(lambda: list(loader))
+        command.run_script(main)
     text = capsys.readouterr().err
     assert end.value.code == 2 and text.count("\n") == 1
     assert text.startswith("error: ") and "a.png" in text and "Traceback" not in text
-    del loader, end  # the traceback holds the iterator, whose end waits for its process
+    del end  # its traceback holds the iterator, whose end waits for its process
     gc.collect()
 
 

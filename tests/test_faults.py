@@ -24,7 +24,7 @@ import sample
 import train
 from support import cache, run as run_module
 from support.command import UserError, run_script
-from support.files import load_checkpoint, read_jsonl, save_atomic
+from support.files import load_checkpoint, read_jsonl
 from support.run import Run
 
 pytestmark = pytest.mark.usefixtures("small_networks")

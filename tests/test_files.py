@@ -48,7 +48,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     """If writing fails half-way the old file stays whole and no temporary file is left;
     next_folder names none that exists."""
     files.save_atomic(tmp_path / "x.pt", {"a": 1})
-    with pytest.raises(Exception):
+    with pytest.raises(Exception, match="pickle"):
         files.save_atomic(tmp_path / "x.pt", {"a": torch.zeros(1000), "b": lambda: 0})
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"a": 1}
     for name in ("x", "x_2", "x_3"):

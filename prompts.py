@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.points import check_points
+from support.words import number_word
+
 # Templates of the paper.
 BASELINE = "Histology image of <label> tissue"
 ENRICHED = "Histology image of <label> tissue, morphology type <index>"
 UNLABELLED = "Chest X-Ray image with morphology type <index>"
-
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen").split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 # Ids of what is no word, in the rows of prompt ids.
 PADDING = 0
@@ -62,14 +61,6 @@ def distance_to_center(x, centers, assignment):
 def inertia(x, centers, assignment):
     """Sum (float) of squared distances of x (N, D) to the centers (k, D) they are assigned to."""
     return distance_to_center(x, centers, assignment).sum(dtype=torch.float64).item()
-
-
-def count_distinct(x, enough):
-    """Number of distinct rows; stops early once there are `enough` of them."""
-    rows = 4 * enough
-    while (found := len(torch.unique(x[:rows], dim=0))) < enough and rows < len(x):
-        rows *= 4
-    return found
 
 
 def first_centers(x, x_squared, k, generator):
@@ -180,22 +171,8 @@ def kmeans(x, k, seed=0, n_init=10, max_iter=300, chunk=None):
         distinct points.
     Source: Lloyd 1982; Arthur & Vassilvitskii 2007; points skipped by a bound after Hamerly 2010.
     """
-    # What cannot be clustered.
-    if x.ndim != 2:
-        raise ValueError(f"points have shape {tuple(x.shape)}, K-means needs (N, D): "
-                         "flatten each point to one row")
-    if k < 1 or n_init < 1:
-        raise ValueError(f"k is {k} and n_init {n_init}, K-means needs at least 1 cluster and 1 "
-                         "start: pass such numbers")
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    bad = int((~x.sum(1).isfinite()).sum())
-    if bad:
-        raise ValueError(f"{bad} of {len(x)} points hold NaN or infinity, K-means needs finite "
-                         "numbers: drop those rows or check what made them")
-    distinct = count_distinct(x, k)
-    if distinct < k:
-        raise ValueError(f"{distinct} distinct points for k = {k}, K-means needs at least k: "
-                         "lower k (--clusters) or add images")
+    check_points(x, k, n_init)
 
     # Small numbers: less cancellation in squared_distances.
     mean = x.mean(0)
@@ -226,20 +203,6 @@ def kmeans(x, k, seed=0, n_init=10, max_iter=300, chunk=None):
 
 
 # ---------------------------------------------------------------------------- words
-
-def number_word(n):
-    """English words of an integer: 17 -> "seventeen", 342 -> "three hundred and forty-two".
-
-    Raises: ValueError outside 0 to 999.
-    """
-    if not 0 <= n <= 999:
-        raise ValueError(f"got number {n}, prompts count from 0 to 999: use fewer clusters")
-    if n < 20:
-        return ONES[n]
-    if n < 100:
-        return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
-    return f"{ONES[n // 100]} hundred" + (f" and {number_word(n % 100)}" if n % 100 else "")
-
 
 def build_prompts(assignment, labels, template):
     """Fill a template for each of N images -> list of N str.
@@ -300,27 +263,6 @@ def vocabulary_of(prompts):
 
 # ---------------------------------------------------------------------------- the encoder
 
-class Block(nn.Module):
-    """Pre-norm Transformer block: self-attention over the words, then an MLP."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x, mask):
-        B, L, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, L, 3 C) -> three of (B, heads, L, C / heads)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        x = x + self.proj(attended.transpose(1, 2).reshape(B, L, C))
-        return x + self.mlp(self.norm2(x))
-
-
 class PromptEncoder(nn.Module):
     """Word-level text encoder: ids (B, L) int64 -> context (B, L, C) float, mask (B, L) bool.
 
@@ -340,7 +282,10 @@ class PromptEncoder(nn.Module):
         self.word_embed = nn.Embedding(BEGIN + 1 + len(self.vocabulary), context_dim)
         # Half the deviation of words (1): their order counts from the first step on.
         self.pos_embed = nn.Parameter(0.5 * torch.randn(1 + max_words, context_dim))
-        self.blocks = nn.ModuleList(Block(context_dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(context_dim, num_heads, 4 * context_dim, dropout=0.0,
+                                       activation="gelu", batch_first=True, norm_first=True)
+            for _ in range(depth))
         self.norm = nn.LayerNorm(context_dim)
 
     def tokenize(self, prompts):
@@ -374,5 +319,5 @@ class PromptEncoder(nn.Module):
         mask = ids != PADDING
         x = self.word_embed(ids) + self.pos_embed[:ids.shape[1]]  # (B, L) -> (B, L, C)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, src_key_padding_mask=~mask)
         return self.norm(x) * mask[..., None], mask

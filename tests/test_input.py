@@ -24,7 +24,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import dino
 import evaluate
 import experiments.__main__ as experiments
@@ -33,9 +32,11 @@ import sample
 import train
 import unet
 import vae
-from data import UserError, load_image, open_dataset
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
-from support import weights
+from support import files, splits, weights
+from support.command import UserError, run_script
+from support.datasets import open_dataset
+from support.images import load_image
 from support.tables import labels_of
 
 pytestmark = pytest.mark.usefixtures("small_networks")
@@ -159,10 +160,10 @@ def test_strange_names_from_folder_to_samples(tmp_path, capsys):
     argv = ["--data", str(tmp_path / "in"), "--size", "32", "--steps", "1", "--batch", "2",
             "--grids", "1", "--holdout", "0.5", "--no-drop-outliers", "--device", "cpu",
             "--out", str(folder)]
-    assert data.run_script(lambda: train.main(argv)) == 0
-    assert data.run_script(lambda: train.main([*argv, "--resume"])) == 0  # the same images
+    assert run_script(lambda: train.main(argv)) == 0
+    assert run_script(lambda: train.main([*argv, "--resume"])) == 0  # the same images
     images = open_dataset(tmp_path / "in", 32)
-    train_rows, test_rows = data.read_split(folder / "split.csv", images)
+    train_rows, test_rows = splits.read_split(folder / "split.csv", images)
     assert sorted(images.files) == sorted(NAMES) and len(train_rows) + len(test_rows) == len(NAMES)
     with open(folder / "cache" / "index.csv", newline="", errors="surrogateescape") as file:
         assert {row["file"] for row in csv.DictReader(file)} == {
@@ -268,9 +269,9 @@ def test_large_folders(tmp_path, count, seconds):
     began = time.process_time()
     images = open_dataset(tmp_path, 8)
     listed = time.process_time() - began
-    train_rows, test_rows = data.split_holdout(images, 0.1, 0)
-    data.write_split(tmp_path / "split.csv", images, train_rows, test_rows)
-    assert len(data.read_split(tmp_path / "split.csv", images)[0]) == len(train_rows)
+    train_rows, test_rows = splits.split_holdout(images, 0.1, 0)
+    splits.write_split(tmp_path / "split.csv", images, train_rows, test_rows)
+    assert len(splits.read_split(tmp_path / "split.csv", images)[0]) == len(train_rows)
     split = time.process_time() - began - listed
     open_dataset(tmp_path, 8, whole=True)
     whole = time.process_time() - began - listed - split
@@ -335,19 +336,19 @@ def small_model():
     torch.manual_seed(0)
     model = DinoDiffusion(SMALL)
     model.embedding_sampler = EmbeddingSampler.fit(torch.randn(20, 5, 12), components=2, max_rank=4)
-    return {"version": data.CHECKPOINT_VERSION, **model.to_checkpoint(), "training": TRAINING}
+    return {"version": files.CHECKPOINT_VERSION, **model.to_checkpoint(), "training": TRAINING}
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     """A run as sample.py and evaluate.py find it, without training."""
     folder = tmp_path / "runs" / "small"
-    data.save_atomic(folder / "model.pt", small_model())
+    files.save_atomic(folder / "model.pt", small_model())
     (folder / "cache").mkdir()
     np.save(folder / "cache" / "tokens.npy", np.random.default_rng(0).normal(
         size=(20, 5, 12)).astype(np.float32))
     images = open_dataset("phantoms", 16, count=8)
-    data.write_split(folder / "split.csv", images, torch.arange(4), torch.arange(4, 8))
+    splits.write_split(folder / "split.csv", images, torch.arange(4), torch.arange(4, 8))
     return folder
 
 
@@ -381,7 +382,7 @@ def spoil(checkpoint, way):
 def test_models_that_do_not_fit(run_folder, way):
     """Another version, config, embedder, image size, or sizes that would fill the memory: one line
     each from sample.py and evaluate.py, in a moment."""
-    data.save_atomic(run_folder / "model.pt", spoil(small_model(), way))
+    files.save_atomic(run_folder / "model.pt", spoil(small_model(), way))
     began = time.process_time()
     for main, argv in ((sample.main, ["--random"]), (experiments.main, ["resemble"])):
         with pytest.raises(UserError) as error:
@@ -412,7 +413,7 @@ def test_evaluation_needs_the_runs_own_files(run_folder):
                            ({**whole, "training": {**TRAINING, "count": "x"}}, None),
                            ({**whole, "training": [1]}, None),
                            (whole, "file,split\nother.png,test\n"), (whole, "\x00")):
-        data.save_atomic(run_folder / "model.pt", content)
+        files.save_atomic(run_folder / "model.pt", content)
         if split:
             (run_folder / "split.csv").write_text(split)
         with pytest.raises(UserError):
@@ -422,7 +423,7 @@ def test_evaluation_needs_the_runs_own_files(run_folder):
 def test_no_reader_runs_what_it_reads(tmp_path):
     """A pickle that would make a folder, given to every reader: refused, and no folder."""
     ran = tmp_path / "ran"
-    evil = {"version": data.CHECKPOINT_VERSION, "config": Payload(ran), "model": Payload(ran),
+    evil = {"version": files.CHECKPOINT_VERSION, "config": Payload(ran), "model": Payload(ran),
             "encoder.conv_in.weight": Payload(ran), "state_dict": {"x": Payload(ran)}}
     for name in ("model.pt", "weights.pth", "weights.bin", "diffusion_pytorch_model.bin"):
         torch.save(evil, tmp_path / name)
@@ -430,7 +431,7 @@ def test_no_reader_runs_what_it_reads(tmp_path):
     np.savez(tmp_path / "set.npz", train_images=np.array([Payload(ran)], object), train_labels=[1])
     np.save(tmp_path / "tokens.npy", np.array([Payload(ran)], object))
     for path in sorted(tmp_path.glob("*.p*")) + sorted(tmp_path.glob("*.bin")):
-        for read in (data.load_checkpoint, dino.load_dino, vae.AutoencoderKL.from_pretrained,
+        for read in (files.load_checkpoint, dino.load_dino, vae.AutoencoderKL.from_pretrained,
                      unet.UNet.from_pretrained):
             with pytest.raises((UserError, ValueError)):
                 read(path)
@@ -503,7 +504,7 @@ def script(main, argv, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as end:
-        data.run_script(lambda: main(argv))
+        run_script(lambda: main(argv))
     return end.value.code, capsys.readouterr().err
 
 
@@ -761,7 +762,7 @@ def fuzz_cases(tmp_path):
         sample.load_model(path, torch.device("cpu"))
 
     def read_split(path):
-        data.read_split(path, open_dataset("phantoms", 16, count=2))
+        splits.read_split(path, open_dataset("phantoms", 16, count=2))
 
     (tmp_path / "run").mkdir()
     deep = saved(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)).save, io, "PNG")
@@ -778,7 +779,7 @@ def fuzz_cases(tmp_path):
     return {
         "images": (2700, pictures, ".png", lambda path: load_image(path, 8), ours),
         "tables": (700, [table, b"file,split\nphantom_000000,test\n"], ".csv",
-                   data.read_table, ours),
+                   files.read_csv, ours),
         "folders with tables": (200, [table], ".csv", read_folder, ours),
         "splits": (100, [b"file,split\nphantom_000000,test\nphantom_000001,train\n"], ".csv",
                    read_split, ours),
@@ -794,7 +795,7 @@ def fuzz_cases(tmp_path):
         "settings": (250, [json.dumps({"size": 32, "batch": 4, "lr": 1e-3}).encode()], ".json",
                      read_config, ours),
         "logs": (100, [b'{"stage": "vae", "step": 1}\n{"stage": "unet", "step": 2}\n'], ".jsonl",
-                 data.read_jsonl, ours),
+                 files.read_jsonl, ours),
     }
 
 

@@ -1,9 +1,9 @@
-"""Images in the arrays of .npz and .h5 files, read one by one: no array is held in memory.
+"""Images in the arrays of .npz and .h5 files, read one by one: arrays are not held in memory.
 
     rows = open_member("chestmnist_128.npz", "train_images")      # rows.shape, rows.dtype, rows[i]
 
-What an .npz stores plainly is mapped. What it stores packed is unpacked anew for each row, from the
-nearest of the places 1 MiB apart where the unpacking was before: their states take 4 % of the size.
+What an .npz stores plainly is read where it lies. What is packed is unpacked anew for each row, from
+the nearest of the places 1 MiB apart where that was interrupted: their states take 4 % of the size.
 """
 import bisect
 import os
@@ -16,20 +16,23 @@ STEP = 1 << 20   # unpacked bytes between two places to unpack from
 CHUNK = 1 << 16  # packed bytes read at once
 
 
-class MappedRows:
-    """An array at a place of a file, read by rows."""
+class StoredRows:
+    """An array at a place of a file, read by rows; not mapped, which would count as memory."""
 
-    def __init__(self, path, offset, shape, dtype, order="C"):
-        self.place = (path, offset, shape, dtype, order)
+    def __init__(self, path, offset, shape, dtype):
+        self.place = (path, offset, shape, dtype)
+        self.offset = offset
         self.shape = shape
         self.dtype = dtype
-        self.array = np.memmap(path, dtype, "r", offset, shape, order)
+        self.size = int(np.prod(shape[1:])) * dtype.itemsize  # bytes of a row
+        self.file = open(path, "rb")
 
     def __getitem__(self, i):
-        return np.array(self.array[i])
+        raw = os.pread(self.file.fileno(), self.size, self.offset + int(i) * self.size)
+        return np.frombuffer(raw, self.dtype).reshape(self.shape[1:]).copy()
 
     def __reduce__(self):  # for worker processes: the place, not the pixels
-        return MappedRows, self.place
+        return StoredRows, self.place
 
 
 class PackedRows:
@@ -93,15 +96,18 @@ def open_member(path, name):
     if dtype.hasobject:
         raise ValueError("it holds objects, which are not read")
 
+    known = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if is_fortran or member.compress_type not in known:  # rare, and not by rows
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name]
+
     # The head of a member in the archive: 30 bytes, its name, and what else the packer wrote.
     with open(path, "rb") as file:
         file.seek(member.header_offset)
         head = file.read(30)
     offset = member.header_offset + 30 + sum(np.frombuffer(head[26:30], "<u2").tolist())
     if member.compress_type == zipfile.ZIP_STORED:
-        return MappedRows(path, offset + skip, shape, dtype, "F" if is_fortran else "C")
-    if member.compress_type != zipfile.ZIP_DEFLATED or is_fortran:
-        raise ValueError("arrays are read as np.savez or np.savez_compressed write them")
+        return StoredRows(path, offset + skip, shape, dtype)
     return PackedRows(path, offset, member.compress_size, skip, shape, dtype)
 
 

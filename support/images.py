@@ -231,6 +231,7 @@ def scan_folder(folder):
         for name in files:
             if name.startswith("."):
                 continue
+            # A mask, an image, a DICOM file, another format of images, or none.
             path = Path(place, name)
             stem, suffix = os.path.splitext(name)
             suffix = suffix.lower()

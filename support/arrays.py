@@ -126,6 +126,9 @@ class JoinedRows:
         self.arrays = arrays
         self.ends = np.cumsum([array.shape[0] for array in arrays]).tolist()
 
+    def __len__(self):
+        return self.ends[-1]
+
     def __getitem__(self, i):
         k = bisect.bisect_right(self.ends, i)
         return self.arrays[k][i - (self.ends[k - 1] if k else 0)]
@@ -134,10 +137,14 @@ class JoinedRows:
 class H5Rows:
     """Row i of the array `x` in an .h5 file; opened anew in each process that reads it."""
 
-    def __init__(self, path):
+    def __init__(self, path, count):
         self.path = path
+        self.count = count
         self.file = None
         self.process = None
+
+    def __len__(self):
+        return self.count
 
     def __getitem__(self, i):
         if self.process != os.getpid():
@@ -147,4 +154,4 @@ class H5Rows:
         return self.file["x"][i]
 
     def __reduce__(self):
-        return H5Rows, (self.path,)
+        return H5Rows, (self.path, self.count)

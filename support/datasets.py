@@ -183,7 +183,7 @@ def _open_h5(path, size):
     cells = [str(int(label)) for label in labels]
     return ImageSet(stem, f"{len(labels):,} images from {x_path}", size,
                     [f"{stem}_{i:06d}" for i in range(len(labels))],
-                    {"label": [TUMOUR.get(cell, cell) for cell in cells]}, H5Rows(x_path))
+                    {"label": [TUMOUR.get(cell, cell) for cell in cells]}, H5Rows(x_path, len(labels)))
 
 
 # ---- folders -----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def test_a_large_npz_is_read_by_rows(tmp_path, save):
     tracemalloc.stop()
     assert all(np.array_equal(row, joined[i]) for row, i in zip(got, order))
     assert peak < base + 3e6 + 300 * 4096  # what the test itself holds, and a little
+    assert len(images.sources) == len(images) == 2100
     assert len(pickle.dumps(images.sources)) < 5000
     assert np.array_equal(pickle.loads(pickle.dumps(images.sources))[1501], joined[1501])
 

@@ -142,7 +142,7 @@ def _open_npz(path, size, whole):
         count = sum(array.shape[0] for array in arrays)
         labels = labels.reshape(count, -1).T.tolist()  # (N, L) -> L lists
         images = JoinedRows(arrays)
-        images[0], images[count - 1]  # are they there?
+        images[count - 1]  # raises if the pixels are not there
     except Exception as error:  # a damaged file makes NumPy raise nearly any type
         raise UserError(f"{path} cannot be read ({str(error)[:120]})", "MedMNIST's train_images "
                         "(N, H, W) or (N, H, W, 3) of uint8 and train_labels are needed",
@@ -211,8 +211,9 @@ def _open_folder(folder, size, whole, depth, uncertain):
         raise UserError(problems[0], "at least 90 % must be readable", "replace or remove them")
     for why, others in passed_over.items():
         note_names(problems, f"passed over, {why}", others)
+    pages = {path: count_pages(path) for path in paths}
     note_names(problems, "TIFF files with several pages, of which the first is read",
-               [path for path in paths if count_pages(path) > 1])
+               [f"{path.name}: {count} pages" for path, count in pages.items() if count > 1])
 
     # Depth, labels, masks.
     if depth is None:

@@ -15,6 +15,7 @@ file does if depth is None. 8-bit files need no rule. DICOM files bring a window
 import math
 import os
 import re
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -194,10 +195,11 @@ def why_unreadable(path, whole):
 
 def count_pages(path):
     """The number of pictures in a TIFF file, of which the first is read; 1 for other files."""
-    if path.suffix.lower() not in (".tif", ".tiff"):
-        return 1
-    with open_image(path) as image:
-        return getattr(image, "n_frames", 1)
+    if path.suffix.lower() in (".tif", ".tiff"):
+        with suppress(Exception):  # damage behind the first makes Pillow raise nearly any type
+            with open_image(path) as image:
+                return getattr(image, "n_frames", 1)
+    return 1
 
 
 # ---- folders -----------------------------------------------------------------------------------

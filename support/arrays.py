@@ -2,8 +2,9 @@
 
     rows = open_member("chestmnist_128.npz", "train_images")      # rows.shape, rows.dtype, rows[i]
 
-What an .npz stores plainly is read where it lies. What is packed is unpacked anew for each row, from
-the nearest of the places 1 MiB apart where that was interrupted: their states take 4 % of the size.
+What an .npz stores plainly is read where it lies. What is packed is unpacked anew for each row,
+from the nearest of the places 1 MiB apart where that was interrupted; their states take 4 % of the
+size.
 """
 import bisect
 import os

@@ -181,9 +181,10 @@ def _open_h5(path, size):
                         "labels", "RGB images of uint8 and as many labels are needed",
                         "download the pair again")
     cells = [str(int(label)) for label in labels]
-    return ImageSet(stem, f"{len(labels):,} images from {x_path}", size,
-                    [f"{stem}_{i:06d}" for i in range(len(labels))],
-                    {"label": [TUMOUR.get(cell, cell) for cell in cells]}, H5Rows(x_path, len(labels)))
+    files = [f"{stem}_{i:06d}" for i in range(len(labels))]
+    columns = {"label": [TUMOUR.get(cell, cell) for cell in cells]}
+    return ImageSet(stem, f"{len(labels):,} images from {x_path}", size, files, columns,
+                    H5Rows(x_path, len(labels)))
 
 
 # ---- folders -----------------------------------------------------------------------------------

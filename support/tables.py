@@ -25,8 +25,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz")
 TUMOUR = {"0": "healthy", "1": "cancer"}  # PatchCamelyon's labels
 MANY = 50  # folders in which no table is looked for
 PLACE = re.compile(  # folders that are no classes
-    r"(patients?|subjects?|person|case|stud(y|ies)|series|images?|img|dicom|batch|part|fold|set|p|s|"
-    r"train|val|valid|test)?[ _-]?\d*(copy)?", re.IGNORECASE)
+    r"(patients?|subjects?|person|case|stud(y|ies)|series|images?|img|dicom|batch|part|fold|set|"
+    r"p|s|train|val|valid|test)?[ _-]?\d*(copy)?", re.IGNORECASE)
 UNCERTAIN = {"ignore": "-1", "zeros": "0", "ones": "1"}  # --uncertain -> what such a cell becomes
 UNSURE_MEANS = {"ignore": "left out of labels (--uncertain zeros or ones takes them for that)",
                 "zeros": "taken for 0", "ones": "taken for 1"}

@@ -344,11 +344,15 @@ class Bags(torch.utils.data.Dataset):
         return x, torch.stack(tables) >= 0, labels
 
 
-def count_steps(name, slides, args):
-    """Steps of training: --steps, or the recipe's, fewer on small sets, which else are learnt by
-    heart in most of the time."""
-    few = max(LEAST_STEPS, VISITS * len(slides) // args.batch)
-    return args.steps or min(MODELS[name].steps, few)
+def plan_steps(name, slides, args):
+    """(steps, slides a step) of training, on small sets fewer of both.
+
+    There a slide is seen VISITS times, which else would be hundreds, and small batches make more
+    steps of the same work: 60 slides need them, or regions do not learn in time.
+    """
+    batch = args.batch or min(16, max(4, len(slides) // 12))
+    few = max(LEAST_STEPS, VISITS * len(slides) // batch)
+    return args.steps or min(MODELS[name].steps, few), batch
 
 
 def train_model(trial, args, run, device):
@@ -367,9 +371,9 @@ def train_model(trial, args, run, device):
         return model.loss(*batch), {}
 
     if trial.stage not in run.finished:
-        fit(trial.stage, model, loss_fn, bags, steps=count_steps(trial.name, trial.train, args),
-            batch=args.batch, lr=args.lr or recipe.lr, device=device, seed=trial.seed, run=run,
-            betas=(0.9, 0.999))
+        steps, batch = plan_steps(trial.name, trial.train, args)
+        fit(trial.stage, model, loss_fn, bags, steps=steps, batch=batch, lr=args.lr or recipe.lr,
+            device=device, seed=trial.seed, run=run, betas=(0.9, 0.999))
         run.finish(trial.stage, model.state_dict())
     model.load_state_dict(run.finished[trial.stage])
     return model.eval()
@@ -480,7 +484,7 @@ def parse(argv=None):
     # training and the run
     add("--steps", type=positive_int, help="of training (default: of each model its own, fewer on "
         "small sets)")
-    add("--batch", type=positive_int, default=16, help="slides a step")
+    add("--batch", type=positive_int, help="slides a step (default: 16, 4 or more on small sets)")
     add("--lr", type=positive_float, help="peak learning rate (default: of each model its own)")
     add("--seeds", type=not_negative_int, nargs="+", default=[0], help="of everything random")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -535,9 +539,7 @@ class TotalTime:
     """How many fits a run makes, and the time that is left for all of them together."""
 
     def __init__(self, args, train, folds):
-        self.work = {}  # seconds of a fit, as forecast
-        for name in args.models:
-            self.work[name] = count_steps(name, train, args) * seconds_a_step(name, train, args)
+        self.work = {name: forecast_fit(name, train, args) for name in args.models}  # seconds
         rounds = folds * len(args.seeds)
         self.left = rounds * sum(self.work.values())
         self.done = 0.0
@@ -556,17 +558,18 @@ class TotalTime:
               flush=True)
 
 
-def seconds_a_step(name, slides, args):
-    """Measured on the second of two steps of an untrained model, on the CPU."""
+def forecast_fit(name, slides, args):
+    """Seconds of one fit, after the second of two steps of an untrained model on the CPU."""
     recipe = MODELS[name]
+    steps, batch = plan_steps(name, slides, args)
     bags = Bags(slides, recipe.windows, 2 * args.patches, seed=0)
     width = slides[0].read()[0].shape[1]
     model = RegionalMIL(MILConfig(width, recipe.windows, recipe.pool))
     for _ in range(2):
         began = time.monotonic()
-        rows = [i % len(slides) for i in range(args.batch)]
+        rows = [i % len(slides) for i in range(batch)]
         model.loss(*bags.__getitems__(rows)).backward()
-    return time.monotonic() - began
+    return steps * (time.monotonic() - began)
 
 
 def explain(args, run, trials, device):

@@ -259,12 +259,13 @@ def test_models_without_windows_do_without_places():
         mil.leave_out_windows(["2x2"], bags)
 
 
-def test_steps_are_fewer_on_small_sets():
-    """A slide is seen VISITS times at most, in LEAST_STEPS at least; --steps overrules."""
-    steps = [mil.count_steps("abmil", [None] * n, Namespace(steps=None, batch=16))
-             for n in (10, 96, 1200)]
-    assert steps == [150, 300, 1500]
-    assert mil.count_steps("abmil", [None], Namespace(steps=7, batch=16)) == 7
+def test_steps_and_batches_are_smaller_on_small_sets():
+    """A slide is seen VISITS times at most, in LEAST_STEPS at least; flags overrule."""
+    def plan(slides, steps=None, batch=None):
+        return mil.plan_steps("abmil", [None] * slides, Namespace(steps=steps, batch=batch))
+
+    assert [plan(n) for n in (8, 48, 120, 1200)] == [(150, 4), (600, 4), (600, 10), (1500, 16)]
+    assert plan(48, steps=7) == (7, 4) and plan(48, batch=16) == (150, 16)
 
 
 # ---- whole runs ----

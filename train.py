@@ -32,8 +32,8 @@ import numpy as np
 import torch
 import torchvision
 
-from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, build_vit,
-                  conditioning_tokens, load_dino)
+from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
+                  load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import BASELINE, ENRICHED, UNLABELLED, balance, kmeans
 from support.cache import (Latents, Pictures, are_files, build_cache, decode_once, fingerprint,
@@ -451,12 +451,14 @@ def forecast_cache(args):
             if args.embedder in ("tiny", "random"):
                 vit = new_vit(args.size)
             elif args.embedder in VISION_TRANSFORMERS:
-                vit = build_vit(args.embedder)
+                with torch.device("meta"):  # shapes alone
+                    vit = VisionTransformer(VISION_TRANSFORMERS[args.embedder])
             else:
                 vit = load_dino(args.embedder)
     except UserError as error:
         return {"note": f"no forecast: {error}"}
-    tokens = conditioning_tokens(vit, torch.zeros(1, 3, args.size, args.size), args.tokens)
+    image = torch.zeros(1, 3, args.size, args.size, device=vit.cls_token.device)
+    tokens = conditioning_tokens(vit, image, args.tokens)
     arrays = latent_arrays(args.size, vae, tokens.shape[1:])
     if are_files(images) and trains_on_pictures(args):
         arrays |= picture_arrays(args.size)

@@ -43,7 +43,7 @@ def cells_of(name, images, numbers, column):
 def add_flags(parser):
     add_run_flags(parser, train_limit=2000)
     add = parser.add_argument
-    add("--train", nargs="+", default=[], metavar="FOLDER", help="labelled sets, e.g. of sample.py "
+    add("--train", nargs="+", metavar="FOLDER", help="labelled sets, e.g. of sample.py "
         "--each-prompt; the run's own training images come first")
     add("--label-column", default="label", help="of labels.csv and samples.csv")
     add("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], help="of the networks")
@@ -57,7 +57,7 @@ def main(args):
 
     # The sets: (images, their numbers, labels (N, L) of 0 and 1).
     sets = {"real": (run.images, run.train)}
-    for path in args.train:
+    for path in args.train or []:
         images = open_dataset(path, run.model.config.image_size)
         sets[str(path)] = (images, torch.arange(len(images)))
     cells = {name: cells_of(name, images, numbers, args.label_column)

@@ -21,7 +21,7 @@ from prompts import balance
 from support import images as images_module
 from support import training_set
 from support.cache import Latents
-from support.command import UserError
+from support.command import UserError, run_script
 from support.datasets import open_dataset
 from support.files import load_checkpoint, read_jsonl
 from support.pictures import save_png
@@ -490,31 +490,40 @@ def test_dry_run_prints_the_settings_and_writes_nothing(tmp_path):
 
 
 BAD = [
-    ("train.py", ["--data", "/nowhere"], "/nowhere"),
-    ("train.py", ["--data", "EMPTY"], "no image"),
-    ("train.py", ["--size", "50"], "multiple of 16"),
-    ("train.py", ["--embedder", "resnet"], "dino_vits16"),
-    ("train.py", ["--embedder", "TEXT"], "TEXT"),
-    ("train.py", ["--vae", "TEXT"], "TEXT"),
-    ("train.py", ["--preset", "huge"], "tiny"),
-    ("train.py", ["--steps", "0"], "0"),
-    ("train.py", ["--batch", "8", "--accumulate", "3"], "divisor"),
-    ("train.py", ["--out", "/proc/run"], "--out"),
-    ("train.py", ["--prediction", "eps", "--zero-snr"], "prediction 'v'"),
-    ("train.py", ["--device", "tpu"], "tpu"),
+    (["--data", "/nowhere"], "/nowhere"),
+    (["--data", "EMPTY"], "no image"),
+    (["--size", "50"], "multiple of 16"),
+    (["--embedder", "resnet"], "dino_vits16"),
+    (["--embedder", "TEXT"], "TEXT"),
+    (["--vae", "TEXT"], "TEXT"),
+    (["--preset", "huge"], "tiny"),
+    (["--steps", "0"], "0"),
+    (["--batch", "8", "--accumulate", "3"], "divisor"),
+    (["--out", "/proc/run"], "--out"),
+    (["--prediction", "eps", "--zero-snr"], "prediction 'v'"),
+    (["--device", "tpu"], "tpu"),
 ]
 
 
-@pytest.mark.parametrize("script,arguments,says", BAD, ids=range(len(BAD)))
-def test_a_users_mistake_ends_in_one_clear_message(tmp_path, script, arguments, says):
-    """Exit code 2, no traceback, the message names what is needed, no run folder is left."""
+@pytest.mark.parametrize("arguments,says", BAD, ids=range(len(BAD)))
+def test_a_users_mistake_ends_in_one_clear_message(tmp_path, monkeypatch, capsys, arguments, says):
+    """Exit code 2, the message names what is needed, no run folder is left."""
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "TEXT").write_text("hello")
-    if script == "train.py" and "--steps" not in arguments:
+    monkeypatch.chdir(tmp_path)
+    if "--steps" not in arguments:
         arguments = [*arguments, "--steps", "1", "--count", "8"]
-    done = run(script, *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert says in done.stderr and len(done.stderr) < 3000
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: train.main(arguments))
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and says in shown and len(shown) < 3000
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_from_the_shell_shows_no_traceback(tmp_path):
+    """The script as a user starts it: exit code 2, one line."""
+    done = run("train.py", "--data", "/nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "/nowhere" in done.stderr and done.stderr.count("\n") == 1
 
 

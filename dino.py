@@ -5,8 +5,8 @@ Papers: ViT (Dosovitskiy 2021, arXiv 2010.11929); DINO (Caron 2021, arXiv 2104.1
 (Caron 2020, arXiv 2006.09882).
 
 Images are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels. The ViT cuts them into
-N patches; its tokens are CLS, R registers and the patches, (B, 1 + R + N, D). The first G = 1 + R
-are global: they stand for the whole image, and condition the diffusion model.
+N patches; its tokens are CLS, R registers and the patches, (B, 1 + R + N, D). The first 1 + R
+are global: they stand for the whole image. conditioning_tokens says which tokens condition.
 
     vit = load_dino("dinov2_vits14")                  # frozen; or a file of weights
     tokens = conditioning_tokens(vit, x, "global")    # (B, G, D)

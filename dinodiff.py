@@ -48,7 +48,8 @@ DECODED_PIXELS = 2 ** 20  # that the VAE decodes at once: four images of 512 px 
 def make_betas(kind, T):
     """The share of variance that noise takes over at each step: (T,) float64 in (0, 1).
 
-    A new kind is one more paragraph here, and its word in the error. Raises ValueError.
+    A new kind is one more paragraph here, and its word in the error and in --schedule
+    (support/settings.py). Raises ValueError.
     """
     if kind == "scaled_linear":  # Stable Diffusion
         return torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
@@ -110,12 +111,12 @@ class NoiseSchedule:
         signal, spread = self.roots(t, x0)
         return signal * noise - spread * x0
 
-    def to_x0_eps(self, prediction, xt, t):
+    def to_x0_eps(self, output, xt, t):
         """Equation (3): the network's output and xt -> (x0, eps). Never clipped (latents)."""
         signal, spread = self.roots(t, xt)
         if self.prediction == "eps":
-            return (xt - spread * prediction) / signal, prediction
-        return signal * xt - spread * prediction, signal * prediction + spread * xt
+            return (xt - spread * output) / signal, output
+        return signal * xt - spread * output, signal * output + spread * xt
 
     def min_snr_weight(self, t, gamma=5.0):
         """Loss weight (B,) of Hang 2023: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
@@ -145,7 +146,8 @@ class NoiseSchedule:
 # ---------------------------------------------------------------------------- samplers
 
 def seeded_noise(generators, shape, like):
-    """Noise (B, *shape): row i from generator i, so an image does not depend on its batch."""
+    """Noise of `shape` (B, ...): row i from CPU generator i, so an image does not depend on its
+    batch. generators None: all of it from the global one."""
     if generators is None:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
     rows = [torch.randn(shape[1:], generator=g) for g in generators]
@@ -244,6 +246,7 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
     both_contexts = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
     both_masks = None if mask is None else torch.cat([null_mask, mask])
 
+    # x and t keep B rows: UNet.forward repeats them for the two contexts.
     def guided_model(x, t):
         null, conditional = unet(x, t, both_contexts, both_masks).chunk(2)
         return null + guidance_scale * (conditional - null)
@@ -296,22 +299,22 @@ class TokenProjection(nn.Module):
     """Standardised global tokens (B, G, D) -> context (B, K, context_dim), equation (7).
 
     A single context token would make every cross-attention weight 1, and queries and keys would
-    get no gradient; so one global token is spread over `spread` context tokens. With several,
+    get no gradient; so one global token is cut into `pieces` context tokens. With several,
     K = G. Positions start at standard deviation 0.5: standardising removes what told the tokens
     apart, and much smaller positions learn far more slowly. The null context is learned.
     """
 
-    def __init__(self, num_tokens, token_dim, context_dim, spread=4):
+    def __init__(self, num_tokens, token_dim, context_dim, pieces=4):
         super().__init__()
-        self.spread = spread if num_tokens == 1 else 1
-        K = num_tokens * self.spread
-        self.proj = nn.Linear(token_dim, context_dim * self.spread)
+        self.pieces = pieces if num_tokens == 1 else 1
+        K = num_tokens * self.pieces
+        self.proj = nn.Linear(token_dim, context_dim * self.pieces)
         self.positions = nn.Parameter(0.5 * torch.randn(K, context_dim))
         self.null_context = nn.Parameter(torch.zeros(K, context_dim))
 
     def forward(self, tokens):
         B, G, _ = tokens.shape
-        context = self.proj(tokens).view(B, G * self.spread, -1)  # (B, G, S*C) -> (B, G*S, C)
+        context = self.proj(tokens).view(B, G * self.pieces, -1)  # (B, G, P*C) -> (B, G*P, C)
         return context + self.positions
 
     def null(self, batch):
@@ -329,7 +332,7 @@ class DinoDiffusionConfig:
     vit: ViTConfig = VISION_TRANSFORMERS["tiny"]
     condition: str = "dino"              # dino, prompts, labels, or none (the control)
     tokens: str = "global"               # which tokens condition: see dino.conditioning_tokens
-    token_shape: tuple = (1, 384)        # (G, D) of those tokens
+    token_shape: tuple = (5, 192)        # (G, D) of those tokens
     template: str = ""                   # of the prompts: see prompts.py
     labels: tuple = ()                   # what <label> may be
     clusters: int = 0                    # K of K-means on the tokens: what <index> counts
@@ -337,11 +340,12 @@ class DinoDiffusionConfig:
     prediction: str = "v"                # v, eps
     zero_terminal_snr: bool = True
     drop_condition: float = 0.1          # share of training samples that see the null context
-    min_snr_gamma: float = 0.0           # 0 = off; 5 is the paper's. It harms short runs
+    min_snr_gamma: float = 0.0           # 0 = off; Hang 2023 takes 5. It harms short runs
 
     @property
     def prompts(self):
-        """Every prompt: number `label * clusters + cluster`, where a part that is not used has 1.
+        """Every prompt, in the order of its number `label * clusters + cluster`; without labels, or
+        without clusters, that part is 0, and `clusters` counts as 1.
 
         The label of a prompt is looked up by this number, never read out of its text.
         """
@@ -537,11 +541,13 @@ class DinoDiffusion(nn.Module):
             # Noise to x0; samplers multiply no matrices, so autocast touches the U-Net alone.
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 if sampler == "ddim":
-                    x = ddim_sample(model, x, self.schedule, steps, eta, generators, timesteps)
+                    x = ddim_sample(model, x, self.schedule, eta=eta, generators=generators,
+                                    timesteps=timesteps)
                 elif sampler == "ddpm":
-                    x = ddpm_sample(model, x, self.schedule, steps, generators, timesteps)
+                    x = ddpm_sample(model, x, self.schedule, generators=generators,
+                                    timesteps=timesteps)
                 else:
-                    x = dpm_sample(model, x, self.schedule, steps, timesteps)
+                    x = dpm_sample(model, x, self.schedule, timesteps=timesteps)
             images.append(self.decode(x))
         return torch.cat(images)
 

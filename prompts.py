@@ -110,9 +110,9 @@ def lloyd(x, x_squared, centers, max_iter, tol, chunk):
     """Lloyd's steps from given centers: each point to its nearest center, each center to the mean
     of its points, until nothing moves -> (centers (k, D), assignment (N,)).
 
-    A point can change clusters only when the centers have moved by more than its second nearest
-    center was farther off than its nearest (its slack). The others are skipped, and sums change by
-    the points that moved: the result is that of plain Lloyd, at about half the work.
+    A point can change clusters only once the centers have moved by more than its slack: how much
+    farther its second nearest center is than its nearest. The others are skipped, and sums change
+    by the points that moved: the result is that of plain Lloyd, at about half the work.
     """
     k = len(centers)
     assignment = torch.full((len(x),), k, device=x.device)  # k: in no cluster yet

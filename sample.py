@@ -8,8 +8,8 @@
     python sample.py --each-prompt 10                    # a balanced labelled data set
     torchrun --nproc-per-node 8 sample.py --random --count 100000     # on eight GPUs
 
-The last two of these are for a model trained with --condition prompts or labels; its --random draws
-prompts as often as its training images had them.
+--prompt and --each-prompt are for a model trained with --condition prompts or labels; its --random
+draws prompts as often as its training images had them.
 
 The way of an image: a `Request` says what to make; `make_condition` turns it into tokens or prompt
 ids; `DinoDiffusion.sample` makes noise of the request's seed, and an image of both; `main` writes
@@ -37,9 +37,9 @@ from support.settings import check_sample_flags, sample_flags
 from support.tables import labels_of
 
 
-def load_model(checkpoint, device):
+def load_model(path, device):
     """A run's folder or model.pt -> (DinoDiffusion on the device, the flags of its training)."""
-    checkpoint = load_checkpoint(resolve_checkpoint(checkpoint))
+    checkpoint = load_checkpoint(resolve_checkpoint(path))
     with user_errors():
         model = DinoDiffusion.from_checkpoint(checkpoint).to(device)
     training = checkpoint.get("training")

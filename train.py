@@ -1,6 +1,6 @@
 """Train DiNO-Diffusion: embedder, VAE and conditional U-Net, by one loop.
 
-    python train.py --data cxr                                     # a laptop, ten minutes
+    python train.py --data cxr                                     # a laptop
     python train.py --data FOLDER --preset base --out runs/mine    # your X-rays on a GPU
     python train.py --data histology --condition prompts           # 33 morphologies x 2 labels
     torchrun --nproc-per-node 8 train.py --data FOLDER --preset base          # eight GPUs
@@ -96,7 +96,8 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def warmed_up(decay):
-    """Decay of an EMA at step n: min(decay, (1 + n) / (10 + n)), no memory of the random start."""
+    """The function step n -> decay of an EMA, min(decay, (1 + n) / (10 + n)): the random start is
+    soon forgotten."""
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
@@ -132,7 +133,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, upto=None, batch, lr, device, 
     warmup = min(warmup, max(1, steps // 5))
 
     model.train()
-    for step, rows in enumerate(loader(dataset, plan, workers, device), progress.done):
+    for step, tensors in enumerate(loader(dataset, plan, workers, device), progress.done):
         rate = learning_rate(step, steps, lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -140,7 +141,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, upto=None, batch, lr, device, 
         # The gradient: of the mean loss over all parts of the batch.
         mean_loss = 0.0
         for part in range(accumulate):
-            x = [tensor[part::accumulate].to(device, non_blocking=True) for tensor in rows]
+            x = [tensor[part::accumulate].to(device, non_blocking=True) for tensor in tensors]
             generator = torch.Generator(device)
             generator.manual_seed(step_seed(seed, stage, step, rank(), part))
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -162,21 +163,21 @@ def fit(stage, model, loss_fn, dataset, *, steps, upto=None, batch, lr, device, 
 
 
 @torch.no_grad()
-def load_ema(model, ema):
-    """Put averaged weights into the model."""
+def load_trained(model, weights):
+    """Copy weights, name -> tensor, into the model's trained parameters."""
     for name, p in trainable(model).items():
-        p.copy_(ema[name])
+        p.copy_(weights[name])
 
 
 @contextmanager
 def swapped(model, ema):
     """Inside, the model holds the EMA weights."""
     kept = {name: p.detach().clone() for name, p in trainable(model).items()}
-    load_ema(model, ema)
+    load_trained(model, ema)
     try:
         yield
     finally:
-        load_ema(model, kept)
+        load_trained(model, kept)
 
 
 # ---- The model ---------------------------------------------------------------------------------
@@ -346,9 +347,9 @@ def find_clusters(args, run, model, cache):
         if model.config.clusters:
             tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
             with user_errors():
-                found = kmeans(model.standardise(tokens).flatten(1), model.config.clusters,
-                               args.seed)
-            centers, cluster = all_ranks([x.cpu() for x in found])[0]  # GPUs may round apart
+                result = kmeans(model.standardise(tokens).flatten(1), model.config.clusters,
+                                args.seed)
+            centers, cluster = all_ranks([x.cpu() for x in result])[0]  # GPUs may round apart
         run.finish("prompts", {"centers": centers, "cluster": cluster})
     model.centers.copy_(run.finished["prompts"]["centers"])
     return run.finished["prompts"]["cluster"]
@@ -411,7 +412,7 @@ def train_unet(args, run, model, cache, found, labels, dtype):
                 with swapped(trained, ema):
                     preview(args, run, model, found, labels, upto)
         run.finish("unet", ema)
-    load_ema(model.trained, run.finished["unet"])
+    load_trained(model.trained, run.finished["unet"])
 
 
 def preview(args, run, model, found, labels, step):

@@ -43,7 +43,7 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
     base_channels: int = 320                # width of the first level
     channel_multipliers: tuple = (1, 2, 4, 4)  # width of each level / base_channels
     layers_per_block: int = 2               # ResNet blocks a level going down; going up one more
-    attention_levels: tuple = (True, True, True, False)  # has it transformers; the middle has
+    attention_levels: tuple = (True, True, True, False)  # levels with transformers; the middle has
     context_dim: int = 768                  # width of a condition token
     num_heads: int = 8                      # attention heads, or a tuple with one for each level
     norm_groups: int = 0                    # of every GroupNorm; 0 = gcd(32, channels)
@@ -439,5 +439,5 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """A U-Net with weights of a published name, file or folder; Raises as load_weights."""
+        """A U-Net with weights of a published name, file or folder; raises as load_weights."""
         return load_model(cls, UNetConfig, name_or_path, "unet")

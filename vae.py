@@ -91,8 +91,8 @@ def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual
     Returns: loss, and a dict of detached scalars l1, kl (nats per image), perceptual if used.
     Source: Rombach et al. 2022, equation 25, without the discriminator.
     """
-    reconstruction, latent = vae(x, generator)
-    terms = {"l1": F.l1_loss(reconstruction, x), "kl": latent.kl().mean()}
+    reconstruction, posterior = vae(x, generator)
+    terms = {"l1": F.l1_loss(reconstruction, x), "kl": posterior.kl().mean()}
     loss = terms["l1"] + kl_weight * terms["kl"]
 
     if perceptual is not None:
@@ -328,10 +328,10 @@ class AutoencoderKL(nn.Module):
 
     def forward(self, x, generator=None):
         """Returns the reconstruction of one latent draw, and the LatentGaussian."""
-        latent = self.encode(x)
-        return self.decode(latent.sample(generator)), latent
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(generator)), posterior
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """The autoencoder of a published name, file or folder; Raises as load_weights."""
+        """The autoencoder of a published name, file or folder; raises as load_weights."""
         return load_model(cls, VAEConfig, name_or_path, "vae")

@@ -68,7 +68,7 @@ def train_flags(presets, embedders, token_kinds):
     flag("--vae-lr", type=positive_float, help="peak learning rate of the VAE (default: the "
          "preset's)")
     flag("--ema", type=fraction, default=0.999, help="decay of the averaged weights")
-    flag("--min-snr", type=not_negative, default=0.0, help="min-SNR gamma, 0 = off (paper: 5)")
+    flag("--min-snr", type=not_negative, default=0.0, help="min-SNR gamma, 0 = off (Hang: 5)")
     flag("--perceptual", type=not_negative, default=0.0, help="weight in the VAE's loss")
     flag("--seed", type=not_negative_int, default=0, help="of everything random")
 

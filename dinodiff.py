@@ -150,8 +150,10 @@ def seeded_noise(generators, shape, like):
     batch. generators None: all of it from the global one."""
     if generators is None:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
-    rows = [torch.randn(shape[1:], generator=g) for g in generators]
-    return torch.stack(rows).to(like.device, like.dtype)
+    noise = torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
+    if like.is_cuda:
+        noise = noise.pin_memory()  # from where it is copied without waiting for the GPU
+    return noise.to(like.device, like.dtype, non_blocking=True)
 
 
 def predict_x0_eps(model, x, schedule, t):

@@ -166,11 +166,14 @@ def kmeans(x, k, seed=0, n_init=10, max_iter=300, chunk=None):
     Best of `n_init` greedy k-means++ starts by inertia. A start ends when no point moves, or when
     the squared moves of the centers sum to 1e-4 of the mean variance (scikit-learn's rule).
     Memory: x, one copy, some numbers a point, and the distances of `chunk` points at a time.
-    Sums are float64, which MPS lacks: pass a CPU tensor there.
+    Sums are float64, which MPS lacks: its points are clustered on the CPU.
     Raises: ValueError for a rank other than 2, NaN or infinity, k or n_init < 1, k above the
         distinct points.
     Source: Lloyd 1982; Arthur & Vassilvitskii 2007; points skipped by a bound after Hamerly 2010.
     """
+    if x.device.type == "mps":
+        fit = kmeans(x.cpu(), k, seed, n_init, max_iter, chunk)
+        return fit[0].to(x.device), fit[1].to(x.device)
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     check_points(x, k, n_init)
 

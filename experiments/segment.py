@@ -134,6 +134,8 @@ def join_attention(maps):
 
 def symmetric_kl(a, b):
     """Half of KL(a|b) + KL(b|a) for rows of (N, D) and (M, D) distributions -> (N, M), nats."""
+    if a.device.type == "mps":  # has no float64
+        return symmetric_kl(a.cpu(), b.cpu()).float().to(a.device)
     a = a.double().clamp_min(1e-12)
     b = b.double().clamp_min(1e-12)
     entropy_a = (a * a.log()).sum(1)

@@ -255,7 +255,7 @@ class Progress:
         self.losses.append(loss + 0 * norm)  # NaN too where only the gradient is not finite
         if self.done % self.look_every and self.done != self.upto:
             return
-        losses = self._mean_over_ranks()
+        losses, values = self._mean_over_ranks(logs)
         self._refuse_nan(losses, rate)
         self.losses = []
 
@@ -263,7 +263,6 @@ class Progress:
         value = sum(losses) / len(losses)
         with suppress(OSError):  # a closed pipe: who watched has gone, the run goes on
             self.status.update(self.done, loss=value, images=images * len(losses))
-        values = {name: float(value) for name, value in logs.items()}
         self.run.log(stage=self.stage, step=self.done, loss=value, lr=rate,
                      seconds=time.time() - self.began, **values)
 
@@ -276,10 +275,15 @@ class Progress:
         if self.done == self.upto:
             self.status.close()
 
-    def _mean_over_ranks(self):
-        """The losses since the last look, each the mean over ranks."""
-        by_rank = all_ranks(torch.stack(self.losses).tolist())
-        return [sum(losses) / len(losses) for losses in zip(*by_rank)]
+    def _mean_over_ranks(self, logs):
+        """The losses since the last look, each the mean over ranks, and this rank's values for the
+        log: read together, for each reading waits for the GPU."""
+        count = len(self.losses)
+        shown = [value.float() for value in logs.values()]
+        numbers = torch.stack([*self.losses, *shown]).tolist()
+        by_rank = all_ranks(numbers[:count])
+        means = [sum(losses) / len(losses) for losses in zip(*by_rank)]
+        return means, dict(zip(logs, numbers[count:]))
 
     def _refuse_nan(self, losses, rate):
         """Once a number is not finite, no later one is of use."""

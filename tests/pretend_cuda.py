@@ -24,6 +24,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+import unet
+
 ROOT = str(Path(__file__).parent.parent)
 WAITS = collections.Counter()
 PINNED = {}    # address of memory -> a tensor that keeps it
@@ -31,7 +33,7 @@ kind = "cuda"  # of device that is pretended
 
 # Calls that may see tensors of two devices; the result is where the first one is.
 ACROSS = {"copy_", "to", "type_as", "view_as", "expand_as", "reshape_as", "_foreach_copy_",
-          "_has_compatible_shallow_copy_type", "__get__", "__set__"}
+          "_has_compatible_shallow_copy_type", "__set__"}
 # Calls that need a number from the device, or a shape that depends on numbers there.
 READS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__format__",
          "__repr__", "__contains__", "is_nonzero", "equal", "allclose", "nonzero", "argwhere",
@@ -102,15 +104,17 @@ class Generator(torch.Generator):
         return torch.device(self.kind)
 
 
-def tensors_in(x):
-    """All tensors in nested lists, tuples and dicts."""
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, (list, tuple)):
-        for item in x:
-            yield from tensors_in(item)
-    elif isinstance(x, dict):
-        yield from tensors_in(list(x.values()))
+def tensors_in(*values):
+    """All tensors in nested lists, tuples and dicts, as a list."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 def is_ours(device):
@@ -153,7 +157,7 @@ def refuse_mixtures(name, args, tensors):
         if not first and any(isinstance(x, OnDevice) for x in tensors_in(args[1])):
             raise RuntimeError("indices should be either on cpu or on the same device as the "
                                "indexed tensor (cpu)")
-        tensors = [args[0], *tensors_in(args[2:])]
+        tensors = tensors_in(args[0], args[2:])
     joins = name in ("stack", "cat")
     there = [x for x in tensors if isinstance(x, OnDevice)]
     here = [x for x in tensors if not isinstance(x, OnDevice) and (x.dim() or joins)]
@@ -216,13 +220,14 @@ class Rules(TorchFunctionMode):
     """Sees each call of torch: refuses, counts, computes on the CPU, labels the results."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
         name = func.__name__
-        if func is torch.Tensor.backward:  # what is computed anew in it is seen, too
-            kwargs["grad_tensors"] = kwargs.pop("gradient", None)
-            with self:
-                return torch.autograd.backward(*args, **kwargs)
-        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        if name == "__get__":  # an attribute: most calls are
+            result = func(*args)
+            if isinstance(args[0], OnDevice) and isinstance(result, torch.Tensor):
+                result.__class__ = OnDevice
+            return result
+        kwargs = dict(kwargs or {})
+        tensors = tensors_in(args, kwargs)
         on_device = any(isinstance(x, OnDevice) for x in tensors)
 
         # What is refused.
@@ -291,6 +296,19 @@ def in_rules(run):
     return run_in_rules
 
 
+def checkpoint_in_rules(checkpoint):
+    """Activation checkpointing: the backward pass leaves the rules, what it runs anew is in them
+    again. Devices are not compared, for memory that C++ has just made has no label yet."""
+    def run(function, *args, **options):
+        def in_rules_again(*args):
+            with ExitStack() as stack:
+                if not torch._C._len_torch_function_stack():
+                    stack.enter_context(Rules())
+                return function(*args)
+        return checkpoint(in_rules_again, *args, determinism_check="none", **options)
+    return run
+
+
 def grouped_by_device(group):
     """torch's grouping of tensors for optimizers, by the device that they say they are on."""
     def grouped(lists, with_indices=False):
@@ -319,6 +337,7 @@ def pretend(device="cuda"):
     replaced = [
         (torch, "Generator", Generator),
         (torch, "autocast", Autocast),
+        (unet, "checkpoint", checkpoint_in_rules(unet.checkpoint)),
         (torch._C, "_group_tensors_by_device_and_dtype",
          grouped_by_device(torch._C._group_tensors_by_device_and_dtype)),
         (threading.Thread, "run", in_rules(threading.Thread.run))]

@@ -51,7 +51,7 @@ from train import fit
 
 ALL = 10 ** 9         # patches that a pass may see: the whole bag
 CHUNK = 16384         # patches encoded at once, which bounds the memory of whole bags
-VISITS = 40           # how often training sees a slide, at most ...
+VISITS = 32           # how often training sees a slide, at most ...
 LEAST_STEPS = 150     # ... but for so many steps at least
 
 

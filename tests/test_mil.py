@@ -264,7 +264,7 @@ def test_steps_and_batches_are_smaller_on_small_sets():
     def plan(slides, steps=None, batch=None):
         return mil.plan_steps("abmil", [None] * slides, Namespace(steps=steps, batch=batch))
 
-    assert [plan(n) for n in (8, 48, 120, 1200)] == [(150, 4), (480, 4), (480, 10), (1500, 16)]
+    assert [plan(n) for n in (8, 48, 120, 1200)] == [(150, 4), (384, 4), (384, 10), (1500, 16)]
     assert plan(48, steps=7) == (7, 4) and plan(48, batch=16) == (150, 16)
 
 

@@ -40,7 +40,7 @@ from support.mixture import EmbeddingSampler
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
-DECODED_PIXELS = 2 ** 20  # that the VAE decodes at once: four images of 512 px fit any GPU
+VAE_PIXELS = 2 ** 20  # that the VAE sees at once: four images of 512 px fit any GPU
 
 
 # ---------------------------------------------------------------------------- noise schedule
@@ -424,13 +424,20 @@ class DinoDiffusion(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> x0 (B, C, h, w): the mean latent, standardised."""
-        return (self.vae.encode(images).mean - self.shift) * self.scale
+        return (self.posterior(images)[0] - self.shift) * self.scale
+
+    @torch.no_grad()
+    def posterior(self, images):
+        """Images -> mean and std (B, C, h, w) of the VAE's latents; VAE_PIXELS at a time."""
+        slices = images.split(max(1, VAE_PIXELS // images[0, 0].numel()))
+        found = [self.vae.encode(part) for part in slices]
+        return torch.cat([x.mean for x in found]), torch.cat([x.std for x in found])
 
     @torch.no_grad()
     def decode(self, x0):
-        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]; DECODED_PIXELS at a time."""
+        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]; VAE_PIXELS at a time."""
         pixels = x0.shape[2] * x0.shape[3] * self.config.vae.factor ** 2
-        slices = x0.split(max(1, DECODED_PIXELS // pixels))
+        slices = x0.split(max(1, VAE_PIXELS // pixels))
         images = [self.vae.decode(part / self.scale + self.shift) for part in slices]
         return torch.cat(images).clamp(-1, 1)
 

@@ -291,8 +291,7 @@ def trains_on_pictures(args):
 def cache_latents(args, run, model, found, pictures, workers):
     """Latents and tokens of every training image; both nets in float32, as in sampling."""
     def encode(images):
-        posterior = model.vae.encode(images)
-        return {"latents": torch.stack([posterior.mean, posterior.std], dim=1),
+        return {"latents": torch.stack(model.posterior(images), dim=1),
                 "tokens": conditioning_tokens(model.embedder, images, args.tokens)}
 
     weights = [*model.vae.parameters(), *model.embedder.parameters()]

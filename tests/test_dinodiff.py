@@ -335,9 +335,21 @@ def test_decoding_in_slices_changes_nothing(model, monkeypatch):
     """Five latents, two at a time: the VAE sees 2, 2 and 1, and the images are the same."""
     x0, sizes = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(0)), []
     whole, decode = model.decode(x0), model.vae.decode
-    monkeypatch.setattr(dinodiff, "DECODED_PIXELS", 2 * 32 * 32 + 1)
+    monkeypatch.setattr(dinodiff, "VAE_PIXELS", 2 * 32 * 32 + 1)
     monkeypatch.setattr(model.vae, "decode", lambda z: (sizes.append(len(z)), decode(z))[1])
     assert torch.allclose(model.decode(x0), whole, atol=1e-5) and sizes == [2, 2, 1]
+
+
+def test_the_vae_encodes_in_slices(model, monkeypatch):
+    """As it decodes: 32 images of 512 px at once would take 20 GiB in float32."""
+    sizes = []
+    encode = model.vae.encode
+    images = pictures(5)
+    whole = model.posterior(images)
+    monkeypatch.setattr(dinodiff, "VAE_PIXELS", 2 * images[0, 0].numel() + 1)
+    monkeypatch.setattr(model.vae, "encode", lambda x: (sizes.append(len(x)), encode(x))[1])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.posterior(images), whole))
+    assert sizes == [2, 2, 1] and model.encode(images).shape == whole[0].shape
 
 
 def test_checkpoint_round_trip(model, tmp_path):

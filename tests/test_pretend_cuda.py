@@ -1,5 +1,6 @@
 """On a pretend GPU: scripts run from end to end, nothing of a step waits, MPS gets no float64."""
 import copy
+import re
 import signal
 
 import numpy as np
@@ -17,8 +18,10 @@ from pretend_cuda import OnDevice, pretend
 from prompts import kmeans
 from small_run import SMALL, write_run
 from support import slides
+from support.command import MEMORY_FLAGS
 from support.files import load_checkpoint, read_jsonl
 from support.run import Run, load_optimizer
+from support.settings import train_flags
 from test_sample import WORDS
 from test_slides import write_features
 from train import fit
@@ -252,6 +255,16 @@ def test_a_step_of_sampling_waits_for_nothing(small_run, options):
             model.sample(condition, [0, 1], steps=steps, **options)
             counts.append(sum(waits.values()))
     assert counts[0] == counts[1] <= 2, waits
+
+
+# ---- memory
+
+def test_a_full_memory_names_flags_that_exist():
+    """Each of them is one of train.py's."""
+    parser = train_flags(train.PRESETS, train.VISION_TRANSFORMERS, train.TOKEN_KINDS)
+    named = re.findall(r"--[\w-]+", MEMORY_FLAGS)
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assert "--checkpointing" in named and set(named) <= known
 
 
 # ---- MPS

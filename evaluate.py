@@ -216,6 +216,16 @@ def grey_values(images):
     return torch.stack([pixels.mean(dim=1), pixels.std(dim=1), colour], dim=1)
 
 
+def sharpness(images):
+    """Variance of the Laplacian of the grey values, in [0, 1], of images (N, 3, H, W): (N,).
+
+    Source: Pech-Pacheco et al. 2000, section 3.
+    """
+    grey = (images.mean(dim=1, keepdim=True) + 1) / 2
+    laplacian = grey.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    return F.conv2d(grey, laplacian[None, None]).var(dim=(1, 2, 3))
+
+
 def brightness(grey):
     """Mean grey, its spread between images, means of contrast and colour: grey_values' moments."""
     n, mean, scatter = grey

@@ -3,8 +3,9 @@
 All distances of `python evaluate.py REAL SYNTHETIC`, with more beside them: the floor (real against
 other real images) and the ceiling (noise) at equal counts, a 95 % interval of each by subsampling,
 kernel distances of random subsets, and a Frechet distance of every image, whose features pass by in
-a stream. REAL may be a folder, a run (its training images; the held-out ones are the other half of
-the floor) or a file of --save-stats, which holds statistics in place of images.
+a stream; how sharp and how bright they are beside the real ones. REAL may be a folder, a run (its
+training images; the held-out ones are the other half of the floor) or a file of --save-stats, which
+holds statistics in place of images.
 
 Writes SYNTHETIC/fidelity.json.
 """
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 
 from evaluate import (METRICS, brightness, compare, describe, frechet_of_moments,
-                      grey_values, moments, only_side, refuse_unlike_modes, warn_of_counts)
+                      grey_values, moments, only_side, refuse_unlike_modes, sharpness,
+                      warn_of_counts)
 from experiments.common import add_run_flags, batches_of, choose, load_model, open_run
 from experiments.judges import JUDGES, feature_extractor
 from experiments.statistics import kernel_subsets, merge_moments, subsample_interval
@@ -33,6 +35,7 @@ class ImageStatistics:
     side: int       # pixels
     totals: tuple   # moments of three grey values and D features of every image
     features: list  # of each part of the set (N, D); no part if only the moments are stored
+    sharpness: float = float("nan")  # mean over the images; not stored
 
 
 def load_statistics(path, extractor):
@@ -98,6 +101,7 @@ def gather(path, is_real, extractor, extract, device, args):
 
     totals = None
     kept = []
+    sharp = []
     for part in parts:
         room = args.max_features // len(parts)
         kept_of_part = []
@@ -105,10 +109,11 @@ def gather(path, is_real, extractor, extract, device, args):
             features = extract(x.to(device)).flatten(1).cpu()
             kept_of_part.append(features[:room])
             room -= len(kept_of_part[-1])
+            sharp.append(sharpness(x))
             of_batch = moments(torch.cat([grey_values(x), features], dim=1))
             totals = merge_moments(totals, of_batch) if totals else of_batch
         kept.append(torch.cat(kept_of_part))
-    return ImageStatistics(side, totals, kept)
+    return ImageStatistics(side, totals, kept, torch.cat(sharp).mean().item())
 
 
 def noise_features(count, side, extract, device, args):
@@ -203,7 +208,13 @@ def main(args):
     print_table(table)
     print_table({f"brightness, {name}": figures for name, figures in grey.items()})
 
+    # What fog and a wrong exposure do; not known of stored statistics.
+    looks = {"brightness difference": grey["synthetic"]["mean"] - grey["real"]["mean"]}
+    if real.features and synthetic.features:
+        looks["sharpness ratio"] = synthetic.sharpness / real.sharpness
+    print_table({"synthetic against real": looks})
+
     out = Path(args.synthetic)
     out = out / "fidelity.json" if out.is_dir() else out.with_suffix(".json")
     write_json(Path(args.out or out), {"features": extractor, "size": side, "real": n,
-                                       "synthetic": m, **table, "brightness": grey})
+                                       "synthetic": m, **table, "brightness": grey, **looks})

@@ -272,6 +272,8 @@ def test_fidelity_command(chests, tmp_path, capsys):
     assert result["frechet"]["equal"] > 2 * result["frechet"]["floor"]
     assert result["brightness"]["synthetic"]["mean"] < result["brightness"]["real"]["mean"] - 0.1
     assert result["frechet"]["noise"] > 5 * result["frechet"]["floor"]
+    assert result["brightness difference"] == pytest.approx(-0.18, abs=0.05)
+    assert result["sharpness ratio"] == pytest.approx(1, abs=0.2)
     assert result["frechet"]["streamed"] == pytest.approx(result["frechet"]["all"], rel=1e-6)
     save_png(tmp_path / "dark" / "large.png", torch.zeros(3, 96, 96))
     with pytest.raises(UserError, match=r"\[64, 96\] pixels a side.*--size 64"):

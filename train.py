@@ -31,6 +31,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 import torchvision
+from torch import nn
 
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
@@ -51,13 +52,16 @@ from support.training_set import (draw_clusters, labels_for_prompts, open_traini
                                   plan_prompts, write_choice, write_examples, write_prompts)
 from support.weights import PUBLISHED
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
+from vae import AutoencoderKL, PatchCritic, VAEConfig, latent_statistics, vae_loss
 
 STAGES = ("embedder", "vae", "unet")
 PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
     "tiny": dict(size=64, embedder="tiny", vae="train", unet="train",
                  embedder_batch=32, embedder_steps=300, vae_batch=8, vae_steps=2000, vae_lr=3e-3,
                  batch=16, unet_steps=1700, lr=1e-3),
+    "cxr128": dict(size=128, embedder="tiny", vae="train", unet="train",
+                   embedder_batch=32, embedder_steps=300, vae_batch=8, vae_steps=3000, vae_lr=2e-3,
+                   batch=16, unet_steps=4000, lr=1e-3),
     "small": dict(size=128, embedder="dino_vits16", vae="train", unet="train",
                   embedder_batch=128, embedder_steps=4000, vae_batch=32, vae_steps=10000,
                   vae_lr=1e-3, batch=128, unet_steps=20000, lr=5e-4),
@@ -71,6 +75,7 @@ PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable D
 
 VAES = {  # channels of image and latent, base_channels, channel_multipliers, layers_per_block
     "tiny": VAEConfig(3, 4, 16, (1, 2, 4), 1),
+    "cxr128": VAEConfig(3, 8, 32, (1, 2, 4), 1, stem=2),
     "small": VAEConfig(3, 4, 64, (1, 2, 4), 1),
     "base": VAEConfig(3, 4, 64, (1, 2, 4, 4), 2),
     "sd15": VAEConfig(),
@@ -78,6 +83,7 @@ VAES = {  # channels of image and latent, base_channels, channel_multipliers, la
 
 UNETS = {  # channels in and out, base_channels, multipliers, layers, attention, context_dim, heads
     "tiny": UNetConfig(4, 4, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
+    "cxr128": UNetConfig(8, 8, 64, (1, 2, 2), 1, (True, True, True), 192, 4),
     "small": UNetConfig(4, 4, 128, (1, 2, 3), 2, (False, True, True), 384, 8),
     "base": UNetConfig(4, 4, 192, (1, 2, 3, 4), 2, (True, True, True, False), 768, 8),
     "sd15": UNetConfig(),
@@ -247,10 +253,14 @@ def train_embedder(args, run, model, pictures, dtype, workers):
 
 
 def train_vae(args, run, model, pictures, dtype, workers):
-    """L1 + KL, and with --perceptual a distance in the embedder's feature space: model.vae."""
+    """L1 + KL, with --perceptual a distance in the embedder's feature space, with --adversarial a
+    critic in the second half: model.vae."""
     if "vae" not in run.finished:
         device = model.shift.device
         model.vae.requires_grad_(True)
+        trained = nn.ModuleDict({"vae": model.vae})
+        if args.adversarial:
+            trained["critic"] = PatchCritic().to(device)
         if device.type == "cpu":  # 69 ms a step, in channels_last 115 (bf16, measured)
             model.vae.to(memory_format=torch.contiguous_format)
 
@@ -258,10 +268,12 @@ def train_vae(args, run, model, pictures, dtype, workers):
             return conditioning_tokens(model.embedder, image, "patch")
 
         def loss_fn(batch, step, generator):
+            critic = trained["critic"] if args.adversarial and 2 * step >= args.vae_steps else None
             return vae_loss(model.vae, *batch, generator, perceptual_weight=args.perceptual,
-                            perceptual=features if args.perceptual else None)
+                            perceptual=features if args.perceptual else None,
+                            critic=critic, adversarial_weight=args.adversarial)
 
-        fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps, batch=args.vae_batch,
+        fit("vae", trained, loss_fn, pictures, steps=args.vae_steps, batch=args.vae_batch,
             lr=args.vae_lr, device=device, seed=args.seed, run=run, dtype=dtype, weight_decay=0.0,
             warmup=20, workers=workers)
         run.finish("vae", model.vae.state_dict())

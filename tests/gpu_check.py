@@ -133,9 +133,10 @@ def new_model(preset, device):
     vae = train.VAES["sd15" if preset in ("base", "sd15") else preset]
     width = train.UNETS[preset].context_dim
     torch.manual_seed(0)
-    model = DinoDiffusion(DinoDiffusionConfig(
-        image_size=train.PRESETS[preset]["size"], vae=vae, unet=train.UNETS[preset],
-        vit=ViTConfig(16, 48, 2, 3, image_size=64), token_shape=(1, width)))
+    with device:  # 860 million random numbers take a CPU ten seconds
+        model = DinoDiffusion(DinoDiffusionConfig(
+            image_size=train.PRESETS[preset]["size"], vae=vae, unet=train.UNETS[preset],
+            vit=ViTConfig(16, 48, 2, 3, image_size=64), token_shape=(1, width)))
     with torch.no_grad():
         for p in model.parameters():
             if not p.any():
@@ -231,13 +232,14 @@ def diffusers_unet(check, preset):
         return None
     config = train.UNETS[preset]
     has = config.attention_levels
-    return UNet2DConditionModel(
-        sample_size=64, in_channels=4, out_channels=4, block_out_channels=tuple(config.widths),
-        layers_per_block=config.layers_per_block, cross_attention_dim=config.context_dim,
-        attention_head_dim=config.num_heads,
-        down_block_types=tuple("CrossAttnDownBlock2D" if x else "DownBlock2D" for x in has),
-        up_block_types=tuple("CrossAttnUpBlock2D" if x else "UpBlock2D" for x in reversed(has)),
-    ).to(check.device)
+    with check.device:
+        return UNet2DConditionModel(
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=tuple(config.widths),
+            layers_per_block=config.layers_per_block, cross_attention_dim=config.context_dim,
+            attention_head_dim=config.num_heads,
+            down_block_types=tuple("CrossAttnDownBlock2D" if x else "DownBlock2D" for x in has),
+            up_block_types=tuple("CrossAttnUpBlock2D" if x else "UpBlock2D" for x in reversed(has)),
+        )
 
 
 def peers(check, compiled=False):

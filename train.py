@@ -41,7 +41,7 @@ from support.cache import (Latents, Pictures, are_files, build_cache, decode_onc
                            loader, picture_arrays, row_bytes)
 from support.command import UserError, autocast_dtype, pick_device, run_script, user_errors
 from support.datasets import open_dataset
-from support.files import write_csv
+from support.files import load_checkpoint, resolve_checkpoint, write_csv
 from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, rows_of_rank,
                            share_batch_norm)
@@ -195,18 +195,45 @@ def new_vit(size):
     return VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
 
 
+def open_init(args):
+    """The DinoDiffusion that --init names, or None."""
+    if not args.init:
+        return None
+    return DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(args.init)))
+
+
+def refuse_unlike(init, config):
+    """UserError if a U-Net trained by the one config cannot go on under the other."""
+    for name in ("image_size", "condition", "tokens", "token_shape", "template", "labels",
+                 "clusters", "schedule", "prediction", "zero_terminal_snr"):
+        was, now = getattr(init, name), getattr(config, name)
+        if was != now:
+            raise UserError(f"--init was trained with {name} {was}, this run has {now}",
+                            "its U-Net can only go on with the same", "change the flag that sets "
+                            "it, or pass --unet train")
+    if (init.vae.factor, init.vae.latent_channels) != (config.vae.factor,
+                                                       config.vae.latent_channels):
+        raise UserError("--vae has latents of another shape than that of --init",
+                        f"factor {init.vae.factor} and {init.vae.latent_channels} channels are "
+                        "needed", "leave --vae out, or pass --unet train")
+
+
 def build_model(args, labels, rows):
     """The bundle, with published weights where flags name them; everything that can be refused is
     refused here, before anything is written."""
-    # The parts: random, or trained by others.
+    # The parts: random, trained by others, or those of --init.
     template, values, clusters = plan_prompts(args, labels, rows, TEMPLATES)
+    init = open_init(args)
     torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
-    is_new = args.embedder in ("tiny", "random")
-    vit = new_vit(args.size) if is_new else load_dino(args.embedder)
+    if args.embedder not in ("tiny", "random"):
+        vit = load_dino(args.embedder)
+    else:
+        vit = init.embedder if init and args.embedder == "tiny" else new_vit(args.size)
     parts = {"embedder": vit}
     vae_config = VAES[args.preset]
-    if args.vae != "train":
-        parts["vae"] = AutoencoderKL.from_pretrained(args.vae)
+    if init or args.vae != "train":
+        is_trained = args.vae in ("train", "decoder")
+        parts["vae"] = init.vae if is_trained else AutoencoderKL.from_pretrained(args.vae)
         vae_config = parts["vae"].config
     unet_config = UNETS[args.preset]
     if args.unet != "train":
@@ -221,6 +248,11 @@ def build_model(args, labels, rows):
         condition=args.condition, tokens=args.tokens, token_shape=tuple(tokens.shape[1:]),
         template=template, labels=values, clusters=clusters, schedule=args.schedule,
         prediction=args.prediction, zero_terminal_snr=args.zero_snr, min_snr_gamma=args.min_snr))
+    if init and args.unet == args.init:
+        refuse_unlike(init.config, model.config)
+        parts["projection"] = init.projection
+        for name in model.STATISTICS:
+            getattr(model, name).copy_(getattr(init, name))
     for name, part in parts.items():
         getattr(model, name).load_state_dict(part.state_dict())
     model.unet.checkpointing = args.checkpointing
@@ -235,7 +267,11 @@ def train_embedder(args, run, model, pictures, dtype, workers):
         torch.manual_seed(step_seed(args.seed, "dino") % 2 ** 31)
         device = model.shift.device
         steps = args.embedder_steps
-        dino = share_batch_norm(DINO(model.config.vit).to(device))
+        dino = DINO(model.config.vit)
+        if args.init:
+            for network in (dino.student, dino.teacher):
+                network["backbone"].load_state_dict(model.embedder.state_dict())
+        dino = share_batch_norm(dino.to(device))
 
         def loss_fn(batch, step, generator):
             return dino.loss(*batch, step / steps, generator)
@@ -253,11 +289,18 @@ def train_embedder(args, run, model, pictures, dtype, workers):
 
 
 def train_vae(args, run, model, pictures, dtype, workers):
-    """L1 + KL, with --perceptual a distance in the embedder's feature space, with --adversarial a
-    critic in the second half: model.vae."""
+    """L1 + KL, with --perceptual a distance in the embedder's feature space: model.vae.
+
+    With --adversarial a critic besides: from the first step if --init gives a trained autoencoder,
+    else in the second half.
+    """
     if "vae" not in run.finished:
         device = model.shift.device
         model.vae.requires_grad_(True)
+        if args.vae == "decoder":  # latents stay as they are, and so any U-Net of theirs
+            model.vae.encoder.requires_grad_(False)
+            model.vae.quant_conv.requires_grad_(False)
+        critic_from = 0 if args.init else args.vae_steps // 2
         trained = nn.ModuleDict({"vae": model.vae})
         if args.adversarial:
             trained["critic"] = PatchCritic().to(device)
@@ -268,7 +311,7 @@ def train_vae(args, run, model, pictures, dtype, workers):
             return conditioning_tokens(model.embedder, image, "patch")
 
         def loss_fn(batch, step, generator):
-            critic = trained["critic"] if args.adversarial and 2 * step >= args.vae_steps else None
+            critic = trained["critic"] if args.adversarial and step >= critic_from else None
             return vae_loss(model.vae, *batch, generator, perceptual_weight=args.perceptual,
                             perceptual=features if args.perceptual else None,
                             critic=critic, adversarial_weight=args.adversarial)
@@ -296,7 +339,7 @@ def latent_arrays(size, vae, token_shape):
 
 def trains_on_pictures(args):
     """Whether a stage looks at every image many times."""
-    return args.embedder == "tiny" or args.vae == "train"
+    return args.embedder == "tiny" or args.vae in ("train", "decoder")
 
 
 @torch.no_grad()
@@ -319,10 +362,16 @@ def cache_latents(args, run, model, found, pictures, workers):
 
 
 def measure_statistics(args, model, cache):
-    """Mean and deviation over the training set: of each latent channel, of each token entry."""
+    """Mean and deviation over the training set: of each latent channel, of each token entry.
+
+    A U-Net of --init keeps those that it was trained with, where the networks are still the same.
+    """
     n = len(cache)
     chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
-    if "sd15" in (args.preset, args.unet):
+    goes_on = args.init and args.unet == args.init
+    if goes_on and args.vae in (args.init, "decoder"):
+        pass
+    elif "sd15" in (args.preset, args.unet):
         model.scale.fill_(0.18215)  # what this U-Net was trained with
     else:
         shift, scale = latent_statistics(cache.__getitems__(list(rows))[:2] for rows in chunks)
@@ -330,6 +379,8 @@ def measure_statistics(args, model, cache):
         model.scale.copy_(scale.view_as(model.scale))
 
     # Twice through the tokens, which need not fit into memory.
+    if goes_on and args.embedder == args.init:
+        return
     def tokens():
         return (torch.from_numpy(np.float64(cache.tokens[i.start:i.stop])) for i in chunks)
 
@@ -458,7 +509,9 @@ def forecast_cache(args):
             images = open_dataset(args.data, args.size, count=1)
             n = len(images) if len(images.sources) else args.count  # phantoms have no sources
             vae = VAES["sd15" if args.vae in PUBLISHED["vae"] else args.preset]
-            if args.vae not in (*PUBLISHED["vae"], "train"):
+            if args.init and args.vae in ("train", "decoder"):
+                vae = AutoencoderKL.from_pretrained(args.init).config
+            elif args.vae not in (*PUBLISHED["vae"], "train"):
                 vae = AutoencoderKL.from_pretrained(args.vae).config
             if args.embedder in ("tiny", "random"):
                 vit = new_vit(args.size)
@@ -488,7 +541,7 @@ def train_stages(args, run, model, found, labels):
         pictures = decode_once(pictures, run, workers)
     if args.embedder == "tiny":
         train_embedder(args, run, model, pictures, dtype, workers)
-    if args.vae == "train":
+    if args.vae in ("train", "decoder"):
         train_vae(args, run, model, pictures, dtype, workers)
 
     cache = cache_latents(args, run, model, found, pictures, workers)

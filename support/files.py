@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from support.box import ABOUT, BOX, find_box
 from support.command import UserError, user_errors
 
 CHECKPOINT_VERSION = 2  # 1: before the embedder was centred by Sinkhorn-Knopp
@@ -197,8 +198,14 @@ def load_checkpoint(path, needs=(), do="make one with: python train.py --data cx
 
 
 def resolve_checkpoint(argument=None, root="runs"):
-    """Path of a model.pt: the file or run folder named, or else that of the newest run."""
+    """Path of a model.pt: the file or run folder named, or "box"; else of the newest run, else of
+    the box, which is said."""
     runs = sorted(Path(root).glob("*/model.pt"), key=os.path.getmtime)
+    if argument == "box" and not Path("box").exists():
+        return find_box()
+    if argument is None and not runs and BOX.is_file():
+        print(f"no run in {root}: this is {ABOUT}")
+        return find_box()
     newest = runs[-1] if runs else Path(root, "*", "model.pt")
     path = Path(argument or newest)
     if path.is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 from support.command import (Help, UserError, batch_int, fraction, not_negative, not_negative_int,
                              positive_float, positive_int, share_above_zero, user_errors,
                              workers_int)
+from support.files import load_checkpoint, resolve_checkpoint
 from support.ranks import ranks
 from support.run import FREE_TO_CHANGE
 
@@ -34,8 +35,11 @@ def train_flags(presets, embedders, token_kinds):
 
     flag = parser.add_argument_group("model").add_argument
     flag("--preset", choices=presets, default="tiny", help="64, 128, 256 or 512 px")
+    flag("--init", help="start from a run, a model.pt, or box: its parts are kept, and its U-Net "
+         "goes on training; with --embedder tiny or --vae train that part goes on as well")
     flag("--embedder", help="tiny, random, a path, or one of: " + ", ".join(embedders))
-    flag("--vae", help="train, a path, or a published name (default: the preset's)")
+    flag("--vae", help="train, a path, or a published name; decoder: that of --init alone, "
+         "latents stay (default: the preset's)")
     flag("--unet", help="train, a path, or sd15 (default: the preset's)")
     flag("--tokens", choices=token_kinds, default="global", help="which tokens condition; patch "
          "kinds are for the ablation: the model may copy")
@@ -112,6 +116,11 @@ def train_settings(argv, presets, embedders, token_kinds):
         args = parser.parse_args(argv, argparse.Namespace(**before))
         args.out = out
 
+    if args.init:
+        fill_from_init(args)
+    elif args.vae == "decoder":
+        raise UserError("--vae decoder trains on what --init names", "a trained autoencoder is "
+                        "needed", "pass --init RUN")
     fill_in(args, presets[args.preset])
     check_batches(args)
     refuse_changes(args, before)
@@ -128,6 +137,17 @@ def saved_settings(out):
         if not isinstance(settings, dict):
             raise ValueError("no settings")
     return settings
+
+
+def fill_from_init(args):
+    """What no flag has set is as in the model that --init names: its parts, its size."""
+    config = load_checkpoint(resolve_checkpoint(args.init), ("config",))["config"]
+    given = {"embedder": args.init, "vae": args.init, "unet": args.init,
+             "size": config.get("image_size"), "prediction": config.get("prediction"),
+             "zero_snr": config.get("zero_terminal_snr")}
+    for name, value in given.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def fill_in(args, preset):

@@ -1,6 +1,8 @@
 """What torch.hub finds here.
 
     model = torch.hub.load(REPO, "dinodiff", checkpoint="runs/cxr")      # the bundle of a model.pt
+    model = torch.hub.load(REPO, "cxr128")      # the bundle in the box: chest X-rays at 128 px
+    vit = torch.hub.load(REPO, "dino_cxr")      # its frozen DiNO ViT
     vit = torch.hub.load(REPO, "dino_vit", name_or_path="dino_vits16")   # a frozen DiNO ViT
 """
 dependencies = ["torch", "torchvision", "numpy", "scipy", "PIL"]
@@ -17,3 +19,13 @@ def dino_vit(name_or_path):
     """The VisionTransformer of a published name, a file of weights or a run: see dino.load_dino."""
     from dino import load_dino
     return load_dino(name_or_path)
+
+
+def cxr128():
+    """The DinoDiffusion in the box, of chest X-rays at 128 px: see weights/README.md."""
+    return dinodiff("box")
+
+
+def dino_cxr():
+    """The VisionTransformer in the box; conditioning_tokens(vit, x) of dino.py gives its tokens."""
+    return dino_vit("box")

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from dinodiff import DinoDiffusion, lerp, perturb, prototypes, slerp
+from support.box import BOX, note_colour
 from support.command import (StatusLine, UserError, autocast_dtype, pick_device, run_script,
                              user_errors)
 from support.files import load_checkpoint, next_folder, resolve_checkpoint
@@ -132,11 +133,15 @@ def plan(args, model):
 
 # ---------------------------------------------------------------------------- tokens
 
-def find_prototypes(args, model, folder):
-    """K-means centres of a run's training tokens: (K, G, D) standardised, on the model's device."""
-    tokens = read_training_tokens(folder, model.token_mean.shape).to(model.shift.device)
+def find_prototypes(args, model, checkpoint):
+    """K-means centres of a run's training tokens, or of the centres that a packed model holds:
+    (K, G, D) standardised, on the model's device."""
+    tokens = load_checkpoint(checkpoint).get("prototypes")
+    if tokens is None:
+        tokens = read_training_tokens(checkpoint.parent, model.token_mean.shape)
+        tokens = model.standardise(tokens.to(model.shift.device))
     with user_errors():
-        return prototypes(model.standardise(tokens), args.prototypes, args.seed)
+        return prototypes(tokens.float(), args.prototypes, args.seed).to(model.shift.device)
 
 
 def generators(purpose, requests):
@@ -214,11 +219,14 @@ def main(argv=None):
     # What to make; what cannot be made, or read, is refused before a folder is there.
     check_sample_flags(args, model)
     requests = plan(args, model)
-    centers = find_prototypes(args, model, checkpoint.parent) if args.prototypes else None
-    read_sources(requests[0])
+    centers = find_prototypes(args, model, checkpoint) if args.prototypes else None
+    sources = read_sources(requests[0])
+    if checkpoint == BOX:
+        note_colour(sources)
 
     # Where to put it: a folder that all ranks share.
-    out = Path(args.out or next_folder(checkpoint.parent / "samples", requests[0].strategy))
+    parent = Path() if checkpoint == BOX else checkpoint.parent
+    out = Path(args.out or next_folder(parent / "samples", requests[0].strategy))
     out = all_ranks(out)[0]
     folder = SampleFolder(out, requests, {
         "guidance": args.guidance, "steps": args.steps, "sampler": args.sampler, "eta": args.eta,

@@ -35,7 +35,7 @@ class OpenedRun:
 def add_run_flags(parser, count=5000, train_limit=None):
     """Add the flags that open_run reads, which mean the same in every experiment."""
     add = parser.add_argument
-    add("--checkpoint", help="run folder or model.pt (default: the newest run)")
+    add("--checkpoint", help="run folder, model.pt or box (default: the newest run, else the box)")
     add("--data", help="where the run's images are now (default: as trained)")
     add("--batch", type=batch_int, default=64, help="images at once")
     add("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -237,6 +237,9 @@ def main(args):
     path = resolve_checkpoint(args.run)
     with user_errors():
         model = DinoDiffusion.from_checkpoint(load_checkpoint(path))
+    if model.config.vae.stem > 1:
+        raise UserError(f"the autoencoder of {path} has a stem of {model.config.vae.stem} pixels",
+                        "diffusers has no network with one", "export a run of another --preset")
     folder = Path(args.folder)
     write_folder(model, folder)
     with user_errors():

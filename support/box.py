@@ -7,8 +7,8 @@ from support.command import UserError
 
 BOX = Path(__file__).resolve().parent.parent / "weights" / "cxr128.pt"
 BOX_SHA256 = ""
-ABOUT = ("the model in the box (weights/README.md): chest X-rays at 128 px and nothing else, not for "
-         "clinical use")
+ABOUT = ("the model in the box (weights/README.md): chest X-rays at 128 px and nothing else, not "
+         "for clinical use")
 
 
 def find_box():
@@ -20,3 +20,10 @@ def find_box():
         raise UserError(f"{BOX} was changed (another SHA-256)", "the file of this version is needed",
                         do)
     return BOX
+
+
+def note_colour(images):
+    """Say that the box knows only chests, if one of the images (3, H, W) in [-1, 1] has colour."""
+    if any((x.amax(0) - x.amin(0)).max() > 0.1 for x in images):
+        print("note: the source has colours: the model in the box knows only chest X-rays, and "
+              "makes one of whatever it is shown")

@@ -235,7 +235,8 @@ def sample_flags(argv=None):
     flag("--batch", type=batch_int, default=32, help="images at a time")
 
     flag = parser.add_argument_group("machine and files").add_argument
-    flag("--checkpoint", help="a run's folder or a model.pt (default: the newest run)")
+    flag("--checkpoint", help="a run's folder, a model.pt or box (default: the newest run, else "
+         "the box)")
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--dtype", choices=("auto", "float32", "bf16"), default="auto",
          help="of the U-Net (auto: bf16 on a GPU that computes in it)")

@@ -31,7 +31,6 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 import torchvision
-from torch import nn
 
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
@@ -52,7 +51,7 @@ from support.training_set import (draw_clusters, labels_for_prompts, open_traini
                                   plan_prompts, write_choice, write_examples, write_prompts)
 from support.weights import PUBLISHED
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, PatchCritic, VAEConfig, latent_statistics, vae_loss
+from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 
 STAGES = ("embedder", "vae", "unet")
 PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
@@ -289,21 +288,13 @@ def train_embedder(args, run, model, pictures, dtype, workers):
 
 
 def train_vae(args, run, model, pictures, dtype, workers):
-    """L1 + KL, with --perceptual a distance in the embedder's feature space: model.vae.
-
-    With --adversarial a critic besides: from the first step if --init gives a trained autoencoder,
-    else in the second half.
-    """
+    """L1 + KL, and with --perceptual a distance in the embedder's feature space: model.vae."""
     if "vae" not in run.finished:
         device = model.shift.device
         model.vae.requires_grad_(True)
         if args.vae == "decoder":  # latents stay as they are, and so any U-Net of theirs
             model.vae.encoder.requires_grad_(False)
             model.vae.quant_conv.requires_grad_(False)
-        critic_from = 0 if args.init else args.vae_steps // 2
-        trained = nn.ModuleDict({"vae": model.vae})
-        if args.adversarial:
-            trained["critic"] = PatchCritic().to(device)
         if device.type == "cpu":  # 69 ms a step, in channels_last 115 (bf16, measured)
             model.vae.to(memory_format=torch.contiguous_format)
 
@@ -311,12 +302,10 @@ def train_vae(args, run, model, pictures, dtype, workers):
             return conditioning_tokens(model.embedder, image, "patch")
 
         def loss_fn(batch, step, generator):
-            critic = trained["critic"] if args.adversarial and step >= critic_from else None
             return vae_loss(model.vae, *batch, generator, perceptual_weight=args.perceptual,
-                            perceptual=features if args.perceptual else None,
-                            critic=critic, adversarial_weight=args.adversarial)
+                            perceptual=features if args.perceptual else None)
 
-        fit("vae", trained, loss_fn, pictures, steps=args.vae_steps, batch=args.vae_batch,
+        fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps, batch=args.vae_batch,
             lr=args.vae_lr, device=device, seed=args.seed, run=run, dtype=dtype, weight_decay=0.0,
             warmup=20, workers=workers)
         run.finish("vae", model.vae.state_dict())

@@ -16,15 +16,12 @@ What is trained (vae_loss), with mean m and deviation s of the encoder, noise e 
 
     z = m + s e        loss = |x - decode(z)| + 1e-6 * KL(N(m, s^2) || N(0, 1))
 
-and, against fog, `adversarial`: a PatchCritic learns to part images from reconstructions, the
-autoencoder to fool it (Rombach's appendix G; the balance is Esser et al. 2021, arXiv 2012.09841).
-
 Deliberate differences from the reference (diffusers, whose parameter names are kept):
 - Levels narrower than 32 channels are allowed (see group_norm).
 - The second convolution of every ResNet block starts at zero (see AutoencoderKL).
 - The stem, which diffusers has not; 1, the default, is none.
-- No LPIPS: if asked for, a distance in the feature space of a frozen network that the caller
-  passes in. The critic normalises by groups, and learns by the autoencoder's own optimizer.
+- No discriminator and no LPIPS: the loss is L1 + KL and, if asked for, a distance in the feature
+  space of a frozen network that the caller passes in.
 """
 
 import math
@@ -33,7 +30,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 from support.fast import double
 from support.weights import load_model
@@ -86,9 +82,8 @@ class LatentGaussian:
 
 # ---- loss and statistics ------------------------------------------------------------------------
 
-def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual_weight=0.0,
-             critic=None, adversarial_weight=0.0):
-    """Mean absolute error + kl_weight * KL + perceptual_weight * feature distance + adversarial.
+def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual_weight=0.0):
+    """Mean absolute error + kl_weight * KL + perceptual_weight * feature distance.
 
     The error is a mean over pixels; the KL is summed over the latent and averaged over the batch,
     the setting that was measured at 64 px. The sum grows with the latent's area: divide kl_weight
@@ -96,10 +91,8 @@ def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual
 
     perceptual: a frozen network, images (B, 3, H, W) in [-1, 1] -> features (B, D) or (B, N, D);
         its term is the squared distance of unit-length features, in [0, 4].
-    critic: a PatchCritic, which learns in the same step; see `adversarial`.
-    Returns: loss, and a dict of detached scalars l1, kl (nats per image), perceptual and critic
-        (its hinge loss: 1 when it cannot tell) if used.
-    Source: Rombach et al. 2022, equation 25.
+    Returns: loss, and a dict of detached scalars l1, kl (nats per image), perceptual if used.
+    Source: Rombach et al. 2022, equation 25, without the discriminator.
     """
     reconstruction, posterior = vae(x, generator)
     terms = {"l1": F.l1_loss(reconstruction, x), "kl": posterior.kl().mean()}
@@ -111,29 +104,7 @@ def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual
         features = F.normalize(perceptual(reconstruction).float(), dim=-1)
         terms["perceptual"] = (features - wanted).square().sum(-1).mean()
         loss = loss + perceptual_weight * terms["perceptual"]
-    if critic is not None:
-        last = vae.decoder.conv_out.weight
-        terms["critic"], fooling = adversarial(critic, x, reconstruction, terms["l1"], last)
-        loss = loss + terms["critic"] + adversarial_weight * fooling
     return loss, {name: value.detach() for name, value in terms.items()}
-
-
-def adversarial(critic, x, reconstruction, error, last):
-    """(hinge loss of the critic, loss of the autoencoder), each with gradients for its own alone.
-
-    The autoencoder's is scaled so that its gradient at `last`, the weight of the last layer, is as
-    long as that of the reconstruction `error`.
-    Source: Esser et al. 2021, equation 7.
-    """
-    real = critic(x)
-    fake = critic(reconstruction.detach())
-    hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-
-    frozen = {name: p.detach() for name, p in critic.named_parameters()}
-    fooling = -functional_call(critic, frozen, reconstruction).mean()
-    of_error, of_fooling = (torch.autograd.grad(term, last, retain_graph=True)[0].norm()
-                            for term in (error, fooling))
-    return hinge, (of_error / (of_fooling + 1e-6)).clamp(max=1e4).detach() * fooling
 
 
 def latent_statistics(batches):
@@ -371,22 +342,3 @@ class AutoencoderKL(nn.Module):
     def from_pretrained(cls, name_or_path):
         """The autoencoder of a published name, file or folder; raises as load_weights."""
         return load_model(cls, VAEConfig, name_or_path, "vae")
-
-
-class PatchCritic(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, 1, H/8, W/8): does the patch around here look real?
-
-    Source: Isola et al. 2017 (arXiv 1611.07004), section 3.2.2.
-    """
-
-    def __init__(self, width=64):
-        super().__init__()
-        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for channels in (width, 2 * width):
-            layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
-                       nn.GroupNorm(8, 2 * channels),
-                       nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 3, padding=1))
-
-    def forward(self, x):
-        return self.layers(x).float()

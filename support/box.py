@@ -17,8 +17,8 @@ def find_box():
     if not BOX.is_file():
         raise UserError(f"there is no {BOX}", "the model in the box is needed", do)
     if hashlib.sha256(BOX.read_bytes()).hexdigest() != BOX_SHA256:
-        raise UserError(f"{BOX} was changed (another SHA-256)", "the file of this version is needed",
-                        do)
+        raise UserError(f"{BOX} was changed (another SHA-256)",
+                        "the file of this version is needed", do)
     return BOX
 
 

@@ -74,8 +74,6 @@ def train_flags(presets, embedders, token_kinds):
     flag("--ema", type=fraction, default=0.999, help="decay of the averaged weights")
     flag("--min-snr", type=not_negative, default=0.0, help="min-SNR gamma, 0 = off (Hang: 5)")
     flag("--perceptual", type=not_negative, default=0.0, help="weight in the VAE's loss")
-    flag("--adversarial", type=not_negative, default=0.0,
-         help="weight of a critic in the second half of the VAE's steps (Stable Diffusion: 0.5)")
     flag("--seed", type=not_negative_int, default=0, help="of everything random")
 
     flag = parser.add_argument_group("machine and files").add_argument

@@ -126,6 +126,19 @@ def test_loss_terms():
     torch.testing.assert_close(pixels, extra["l1"] + 0.5 * extra["perceptual"])
 
 
+def test_a_stem_moves_squares_of_pixels_to_channels():
+    """A stem of 2 halves the sides before the first convolution; no pixel changes its place."""
+    vae = AutoencoderKL(VAEConfig(3, 8, 16, (1, 2), 1, stem=2))
+    x = inputs(1, (2, 3, 16, 24))[0]
+    assert vae.config.factor == 4
+    assert vae.encode(x).mean.shape == (2, 8, 4, 6) and vae(x)[0].shape == x.shape
+    seen = []
+    vae.encoder.conv_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    vae.encode(x)
+    assert torch.equal(seen[0][:, :4], x[:, :1].unfold(2, 2, 2).unfold(3, 2, 2).reshape(
+        2, 8, 12, 4).permute(0, 3, 1, 2))
+
+
 def test_training_lowers_the_loss():
     """Thirty steps on one flat-coloured batch halve the error: zero-initialised branches learn."""
     torch.manual_seed(0)

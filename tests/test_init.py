@@ -1,0 +1,148 @@
+"""train.py --init, and the model in the box: where a training starts, and what is refused."""
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_run import make
+
+import sample
+import train
+from dinodiff import DinoDiffusion
+from support import box
+from support.command import UserError
+from support.files import load_checkpoint, save_atomic
+
+FLAGS = ["--data", "phantoms", "--count", "12", "--unet-steps", "2", "--batch", "2", "--vae-batch",
+         "2", "--grids", "1", "--device", "cpu"]
+
+
+def train_from(init, out, *flags):
+    """The content of the model.pt that came of it."""
+    assert train.main(["--init", str(init), "--out", str(out), *FLAGS, *map(str, flags)]) == 0
+    return load_checkpoint(out / "model.pt")
+
+
+def distance(a, b):
+    return sum((a[name].float() - b[name].float()).abs().sum().item() for name in a)
+
+
+def test_it_goes_on_from_the_other_model(small_run, tmp_path):
+    """At a learning rate of nothing, weights and statistics are those of before."""
+    before = load_checkpoint(small_run / "model.pt")
+    after = train_from(small_run, tmp_path / "same", "--lr", 1e-12)
+    for part in ("unet", "projection", "vae", "statistics"):
+        assert distance(before[part], after[part]) < 1e-3, part
+    assert distance(before["embedder"]["model"], after["embedder"]["model"]) == 0
+    assert after["config"] == before["config"]
+
+    moved = train_from(small_run, tmp_path / "moved", "--lr", 1e-2)
+    assert distance(before["unet"], moved["unet"]) > 0.1
+
+
+def test_the_decoder_alone_may_go_on(small_run, tmp_path):
+    """Latents stay as they are, and their statistics."""
+    before = load_checkpoint(small_run / "model.pt")
+    after = train_from(small_run, tmp_path / "run", "--vae", "decoder", "--vae-steps", 2,
+                       "--lr", 1e-12)
+    for name, was in before["vae"].items():
+        same = torch.equal(was, after["vae"][name])
+        assert same == name.startswith(("encoder.", "quant_conv.")), name
+    assert distance(before["statistics"], after["statistics"]) == 0
+
+
+def test_the_embedder_may_go_on(small_run, tmp_path):
+    """A few steps away from --init's it is still near it, and tokens are measured anew."""
+    before = load_checkpoint(small_run / "model.pt")
+    after = train_from(small_run, tmp_path / "run", "--embedder", "tiny", "--embedder-steps", 3,
+                       "--embedder-batch", 4)
+    key = "patch_embed.proj.weight"
+    was, now = (x["embedder"]["model"][key] for x in (before, after))
+    assert 0 < (now - was).abs().max() < 0.01 < was.std()
+    assert distance(before["statistics"], after["statistics"]) > 0
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--size", "48"], "image_size 32, this run has 48"),
+    (["--condition", "none"], "condition dino, this run has none"),
+    (["--tokens", "patch2", "--data", "phantoms"], "tokens global, this run has patch2"),
+    (["--vae", "OTHER"], "latents of another shape"),
+    (["--prediction", "eps", "--no-zero-snr"], "prediction v, this run has eps"),
+])
+def test_what_does_not_fit_is_refused(small_run, tmp_path, flags, said):
+    """In one line, before a folder is there."""
+    if "OTHER" in flags:
+        from vae import AutoencoderKL, VAEConfig
+        config = {"vae": vars(VAEConfig(3, 4, 8, (1, 2), 1, stem=2))}
+        save_atomic(tmp_path / "vae.pt", {
+            "vae": AutoencoderKL(VAEConfig(**config["vae"])).state_dict(), "config": config})
+        flags = ["--vae", str(tmp_path / "vae.pt")]
+    with pytest.raises(UserError, match=said):
+        train.main(["--init", str(small_run), "--out", str(tmp_path / "run"), *FLAGS, *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_decoder_needs_a_start(tmp_path):
+    with pytest.raises(UserError, match="pass --init"):
+        train.main(["--vae", "decoder", "--out", str(tmp_path / "run"), *FLAGS])
+
+
+# ---- the box -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("content", [None, b"not the model"])
+def test_a_box_that_is_missing_or_changed(monkeypatch, tmp_path, content, small_run):
+    path = tmp_path / "cxr128.pt"
+    if content:
+        path.write_bytes(content)
+    monkeypatch.setattr(box, "BOX", path)
+    for call in (lambda: sample.main(["--checkpoint", "box", "--random"]),
+                 lambda: train.main(["--init", "box", "--out", str(tmp_path / "run"), *FLAGS])):
+        with pytest.raises(UserError, match="was changed" if content else "there is no"):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_box_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
+    """No run, no flag: two images that follow a source, into samples/; a photograph gets a note."""
+    monkeypatch.chdir(tmp_path)
+    assert hashlib.sha256(box.BOX.read_bytes()).hexdigest() == box.BOX_SHA256
+    assert box.BOX.stat().st_size < 25e6
+    photograph = np.random.default_rng(0).integers(0, 255, (140, 150, 3), np.uint8)
+    Image.fromarray(photograph).save("x.png")
+    assert sample.main(["--from-image", "x.png", "--count", "2", "--steps", "2", "--device",
+                        "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "model in the box" in said and "not for clinical use" in said
+    assert "knows only chest X-rays" in said
+    assert len(list((tmp_path / "samples" / "reconstruct" / "images").glob("*.png"))) == 2
+
+    assert sample.main(["--prototypes", "3", "--steps", "2", "--device", "cpu"]) == 0
+    assert len(list((tmp_path / "samples" / "prototype" / "images").glob("*.png"))) == 3
+
+
+def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
+    """Half precision, no paths of the run, centres in place of the cache."""
+    from experiments import __main__ as experiments
+    path = tmp_path / "p" / "model.pt"
+    experiments.main(["pack", str(small_run), str(path), "--prototypes", "6"])
+    assert "SHA-256" in capsys.readouterr().out
+    packed = load_checkpoint(path)
+    assert packed["unet"]["conv_in.weight"].dtype == torch.float16
+    assert packed["prototypes"].shape == (6, 5, 12) and "data" not in packed["training"]
+    seen = DinoDiffusion.from_checkpoint(load_checkpoint(small_run / "model.pt"))
+    again = DinoDiffusion.from_checkpoint(packed)
+    images = [m.sample(None, [3], steps=2) for m in (seen, again)]
+    assert (images[0] - images[1]).abs().mean() < 0.02
+    assert len(make(tmp_path / "p", tmp_path / "out", "--prototypes", "4")) == 4
+
+
+def test_embed_writes_what_the_model_sees(small_run, tmp_path):
+    from experiments import __main__ as experiments
+    from support.images import load_image
+    experiments.main(["embed", str(small_run / "held_out"), "--checkpoint", str(small_run), "--out",
+                      str(tmp_path / "x.npz"), "--device", "cpu"])
+    found = np.load(tmp_path / "x.npz")
+    model = DinoDiffusion.from_checkpoint(load_checkpoint(small_run / "model.pt"))
+    first = load_image(small_run / "held_out" / str(found["files"][0]), 32)
+    np.testing.assert_allclose(found["tokens"][0], model.embed(first[None])[0], atol=1e-4)

@@ -18,7 +18,7 @@ import train
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORDS = "Histology image of cancer tissue, morphology type"
 
 
@@ -51,7 +51,7 @@ def stop_after_parsing(patch):
     patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_flags_of_every_command_exist(page, monkeypatch):
     """What a reader copies is at least understood by the script that it names."""
     stop_after_parsing(monkeypatch)
@@ -70,7 +70,7 @@ def test_flags_of_every_command_exist(page, monkeypatch):
             run(rest)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_links_and_pictures_are_there(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if not target.startswith("http"):
@@ -93,7 +93,7 @@ def test_readme_commands_run(runs, tmp_path, monkeypatch):
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     sources = sorted(Path("runs/cxr/held_out").glob("*.png"))
-    for name, source in zip(("A.png", "B.png"), sources):
+    for name, source in zip(("A.png", "B.png", "x.png"), sources):
         shutil.copy(source, name)
     done = set()
     for number, (script, *rest) in enumerate(commands(ROOT / "README.md")):

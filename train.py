@@ -287,10 +287,20 @@ def train_embedder(args, run, model, pictures, dtype, workers):
     model.embedder.load_state_dict(run.finished["embedder"])
 
 
+def note_widths(config, device, dtype):
+    """oneDNN's bf16 convolutions want multiples of 16 channels: a base of 24 took 802 ms an image
+    on a CPU, one of 32 took 108 (measured)."""
+    odd = [width for width in config.widths if width % 16]
+    if odd and device.type == "cpu" and dtype == torch.bfloat16:
+        print(f"note: the autoencoder's widths {odd} are no multiples of 16, which is slow in bf16 "
+              "on a CPU: pass --dtype float32")
+
+
 def train_vae(args, run, model, pictures, dtype, workers):
     """L1 + KL, and with --perceptual a distance in the embedder's feature space: model.vae."""
     if "vae" not in run.finished:
         device = model.shift.device
+        note_widths(model.config.vae, device, dtype)
         model.vae.requires_grad_(True)
         if args.vae == "decoder":  # latents stay as they are, and so any U-Net of theirs
             model.vae.encoder.requires_grad_(False)

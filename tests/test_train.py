@@ -26,6 +26,7 @@ from support.datasets import open_dataset
 from support.files import load_checkpoint, read_jsonl
 from support.pictures import save_png
 from support.run import Run
+from vae import VAEConfig
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
@@ -527,3 +528,8 @@ def test_a_mistake_from_the_shell_shows_no_traceback(tmp_path):
     assert "/nowhere" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("base, dtype, is_said", [
+    (24, torch.bfloat16, True), (32, torch.bfloat16, False), (24, torch.float32, False)])
+def test_widths_that_are_slow_in_bf16_are_named(base, dtype, is_said, capsys):
+    train.note_widths(VAEConfig(3, 4, base, (1, 2)), torch.device("cpu"), dtype)
+    assert ("no multiples of 16" in capsys.readouterr().out) == is_said

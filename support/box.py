@@ -6,7 +6,7 @@ from pathlib import Path
 from support.command import UserError
 
 BOX = Path(__file__).resolve().parent.parent / "weights" / "cxr128.pt"
-BOX_SHA256 = ""
+BOX_SHA256 = "ec259d38292596ab78aaab9067886d429714b96385758a2539bbb4b13ed90ccb"
 ABOUT = ("the model in the box (weights/README.md): chest X-rays at 128 px and nothing else, not "
          "for clinical use")
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from small_run import make
 
+import hubconf
 import sample
 import train
 from dinodiff import DinoDiffusion
@@ -119,6 +120,9 @@ def test_the_box_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
 
     assert sample.main(["--prototypes", "3", "--steps", "2", "--device", "cpu"]) == 0
     assert len(list((tmp_path / "samples" / "prototype" / "images").glob("*.png"))) == 3
+
+    assert hubconf.cxr128().config.image_size == 128
+    assert not hubconf.dino_cxr().training
 
 
 def test_packed_models_sample_the_same(small_run, tmp_path, capsys):

@@ -198,6 +198,9 @@ def reading_processes(workers, device):
 # ---- sample.py ---------------------------------------------------------------------------------
 
 
+SAMPLER_STEPS = {"dpm": 15, "ddim": 50, "ddpm": 1000}
+
+
 def sample_flags(argv=None):
     """Arguments of sample.py -> Namespace; a mistake ends the program with a line and code 2."""
     parser = argparse.ArgumentParser(description="Sample images from a trained model.",
@@ -222,13 +225,13 @@ def sample_flags(argv=None):
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--count", type=positive_int, default=1, help="images for each source")
-    flag("--steps", type=positive_int, default=50, help="denoising steps, 1 to 1000")
-    flag("--sampler", choices=("ddim", "ddpm", "dpm"), default="ddim",
-         help="ddpm with --steps 1000 is Ho's; dpm (DPM-Solver++) needs about 15 steps")
+    flag("--steps", type=positive_int, help="denoising steps, 1 to 1000 (default: dpm 15, ddim 50, "
+         "ddpm 1000)")
+    flag("--sampler", choices=SAMPLER_STEPS, default="dpm",
+         help="DPM-Solver++; DDIM; the first one, of Ho 2020")
     flag("--guidance", type=not_negative, default=1.0,
          help="1 = off; above 1 pushes away from the unconditional model")
-    flag("--eta", type=fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM; 0.5 "
-         "gave the smallest Frechet distance")
+    flag("--eta", type=fraction, help="of ddim: 0 deterministic, 1 noisy as ddpm (default: 0.5)")
     flag("--seed", type=not_negative_int, default=0, help="of the first image; the next has +1")
     flag("--batch", type=batch_int, default=32, help="images at a time")
 
@@ -244,6 +247,12 @@ def sample_flags(argv=None):
     if (args.perturb or args.strength < 1) and not args.from_image:
         parser.error("--perturb and --strength change a source: need --from-image; pass it, or "
                      "leave them out")
+    if args.eta is not None and args.sampler != "ddim":
+        parser.error(f"--eta is of ddim alone, not of {args.sampler}: pass --sampler ddim, or leave "
+                     "it out")
+    args.steps = args.steps or SAMPLER_STEPS[args.sampler]
+    if args.eta is None:
+        args.eta = 0.5 if args.sampler == "ddim" else 0.0
     return args
 
 

@@ -24,7 +24,7 @@ def small_networks(drawn_once):
     """train.py with networks of 0.2 M parameters and previews of two steps, for tests of files and
     not of pictures; phantoms are drawn once."""
     import train
-    from dino import ViTConfig
+    from dino import DINO, DINOConfig, ViTConfig
     from dinodiff import NoiseSchedule
     from support import phantoms
     from unet import UNetConfig
@@ -34,6 +34,8 @@ def small_networks(drawn_once):
         patch.setitem(train.VAES, "tiny", VAEConfig(3, 4, 8, (1, 2, 4), 1))
         patch.setitem(train.UNETS, "tiny", UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2))
         patch.setitem(train.VISION_TRANSFORMERS, "tiny", ViTConfig(8, 48, 2, 3))
+        head = DINOConfig(head_dim=32, bottleneck=8, prototypes=16)
+        patch.setattr(train, "DINO", lambda vit_config: DINO(vit_config, head))
         patch.setattr(NoiseSchedule, "sampling_timesteps", lambda self, steps, power=1: timesteps(
             self, 2 if steps == 25 else steps, power))
         for name, draw in drawn_once.items():

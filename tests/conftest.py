@@ -70,7 +70,7 @@ def labelled_run(tmp_path_factory):
     torch.manual_seed(0)
     model = DinoDiffusion(DinoDiffusionConfig(
         image_size=32, vae=VAEConfig(3, 4, 8, (1, 2, 4), 1),
-        unet=UNetConfig(4, 4, 16, (1, 2, 2), 1, (False, True, True), 32, 4),
+        unet=UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2),
         vit=ViTConfig(8, 48, 2, 3), token_shape=(3, 48)))
     flags = {"data": str(folder), "seed": 0, "count": 2400}
     run = folder / "run"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +111,17 @@ def values(x, name=""):
         yield name, x
 
 
+def content(path):
+    """What a checkpoint holds, each value by its place."""
+    return dict(values(load_checkpoint(path)))
+
+
+undisturbed_content = lru_cache(maxsize=None)(content)  # of files that stay as they are
+
+
 def assert_same_file(mine, theirs):
     """Two checkpoints hold the same tensors, bit for bit, and the same values but for paths."""
-    mine, theirs = (dict(values(load_checkpoint(path))) for path in (mine, theirs))
+    mine, theirs = content(mine), undisturbed_content(theirs)
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         if torch.is_tensor(value):

@@ -1,6 +1,7 @@
 """One thread for all tests: their tensors are tiny, and two threads on a busy machine wait for each
 other, which once made these tests thirty times slower."""
 import os
+from functools import lru_cache
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
 
@@ -10,18 +11,35 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def drawn_once():
+    """The functions that draw one phantom; each draws the same one only once."""
+    from support import phantoms
+    return {name: lru_cache(maxsize=None)(getattr(phantoms, name))
+            for name in ("_chest", "_histology")}
+
+
 @pytest.fixture(scope="module")
-def small_networks():
-    """train.py with networks of 0.4 M parameters, for tests of files and not of pictures."""
+def small_networks(drawn_once):
+    """train.py with networks of 0.2 M parameters and previews of two steps, for tests of files and
+    not of pictures; phantoms are drawn once."""
     import train
-    from dino import ViTConfig
+    from dino import DINO, DINOConfig, ViTConfig
+    from dinodiff import NoiseSchedule
+    from support import phantoms
     from unet import UNetConfig
     from vae import VAEConfig
+    timesteps = NoiseSchedule.sampling_timesteps
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.VAES, "tiny", VAEConfig(3, 4, 8, (1, 2, 4), 1))
-        patch.setitem(train.UNETS, "tiny",
-                      UNetConfig(4, 4, 16, (1, 2, 2), 1, (False, True, True), 32, 4))
+        patch.setitem(train.UNETS, "tiny", UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2))
         patch.setitem(train.VISION_TRANSFORMERS, "tiny", ViTConfig(8, 48, 2, 3))
+        head = DINOConfig(head_dim=32, bottleneck=8, prototypes=16)
+        patch.setattr(train, "DINO", lambda vit_config: DINO(vit_config, head))
+        patch.setattr(NoiseSchedule, "sampling_timesteps", lambda self, steps, power=1: timesteps(
+            self, 2 if steps == 25 else steps, power))
+        for name, draw in drawn_once.items():
+            patch.setattr(phantoms, name, draw)
         yield
 
 
@@ -52,7 +70,7 @@ def labelled_run(tmp_path_factory):
     torch.manual_seed(0)
     model = DinoDiffusion(DinoDiffusionConfig(
         image_size=32, vae=VAEConfig(3, 4, 8, (1, 2, 4), 1),
-        unet=UNetConfig(4, 4, 16, (1, 2, 2), 1, (False, True, True), 32, 4),
+        unet=UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2),
         vit=ViTConfig(8, 48, 2, 3), token_shape=(3, 48)))
     flags = {"data": str(folder), "seed": 0, "count": 2400}
     run = folder / "run"

@@ -11,6 +11,7 @@ from experiments import small_cnn
 from experiments.__main__ import main as experiments
 from experiments.downstream import (STRATEGIES, Settings, arms_of, compare_arms, conditions,
                                     downstream, draw_pool, train_arm)
+from experiments.small_cnn import SmallCNN
 from experiments.statistics import auc_influence
 from support.command import UserError
 
@@ -89,6 +90,7 @@ def test_a_useful_synthetic_set_is_found_useful():
 def test_command(labelled_run, capsys, monkeypatch):
     """A table, JSON with all arms and charts; samples are kept and made only once; a damaged file
     of them is named."""
+    monkeypatch.setattr(small_cnn, "SmallCNN", lambda labels: SmallCNN(labels, width=8))
     run = labelled_run
     flags = ["downstream", "--checkpoint", str(run), *FLAGS, "--pools", "6", "--ratios", "1", "2",
              "--strategies", *STRATEGIES]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import sample
 import train
@@ -100,8 +101,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """All stages on two ranks."""
+def together(tmp_path_factory, alone):
+    """All stages on two ranks, forked when one process has compiled and drawn what they need."""
     folder = tmp_path_factory.mktemp("runs") / "together"
     assert on_two_ranks(lambda rank: train.main([*TINY, "--out", str(folder)])) == [0, 0]
     return folder
@@ -241,8 +242,23 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, capfd):
     assert "x.png" in said and "another process" in said and "Traceback" not in said
 
 
+def test_torchruns_launcher_trains(alone, tmp_path, capfd):
+    """Two ranks that torchrun's own launcher forks: a finished run, everything is said once, no
+    warning."""
+    out = tmp_path / "run"
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork",
+                          rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    codes = elastic_launch(config, train.main)(
+        [*given(alone), "--steps", "1", "--out", str(out)])
+    said = capfd.readouterr()
+    assert codes == {0: 0, 1: 0}, said.err
+    assert "Warning" not in said.err and said.out.count("done in") == 1
+    assert (out / "model.pt").exists() and not (out / "lock").exists()
+
+
+@pytest.mark.slow
 def test_torchrun_trains(alone, tmp_path):
-    """The command of the README: a finished run, everything is said once, no warning."""
+    """The command of the README: the same from new processes."""
     out = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",

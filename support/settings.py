@@ -231,7 +231,8 @@ def sample_flags(argv=None):
          help="DPM-Solver++; DDIM; the first one, of Ho 2020")
     flag("--guidance", type=not_negative, default=1.0,
          help="1 = off; above 1 pushes away from the unconditional model")
-    flag("--eta", type=fraction, help="of ddim: 0 deterministic, 1 noisy as ddpm (default: 0.5)")
+    flag("--eta", type=fraction,
+         help="of ddim: 0 deterministic, 1 noisy as ddpm (default: 0.5)")
     flag("--seed", type=not_negative_int, default=0, help="of the first image; the next has +1")
     flag("--batch", type=batch_int, default=32, help="images at a time")
 
@@ -248,8 +249,8 @@ def sample_flags(argv=None):
         parser.error("--perturb and --strength change a source: need --from-image; pass it, or "
                      "leave them out")
     if args.eta is not None and args.sampler != "ddim":
-        parser.error(f"--eta is of ddim alone, not of {args.sampler}: pass --sampler ddim, or leave "
-                     "it out")
+        parser.error(f"--eta is of ddim alone, not of {args.sampler}: pass --sampler ddim, or "
+                     "leave it out")
     args.steps = args.steps or SAMPLER_STEPS[args.sampler]
     if args.eta is None:
         args.eta = 0.5 if args.sampler == "ddim" else 0.0

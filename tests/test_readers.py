@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,13 @@ def test_script_finds_what_it_asks_for(folders):
 ANSWERS = {  # first four images are real, the others synthetic; 1: said synthetic
     "Ann": [0, 0, 0, 1, 1, 1, 1, 1], "Bob": [0, 0, 1, 1, 1, 0, 0, 0],
     "Cy": [1, 0, 0, 0, 1, 1, 0, 0]}
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Intervals of a hundred draws, not of a thousand."""
+    few = partial(bootstrap_interval, rounds=100)
+    monkeypatch.setattr(readers, "bootstrap_interval", few)
 
 
 def write_study(folder, answers=ANSWERS, edit=lambda name, text: text):

@@ -328,7 +328,8 @@ def test_outliers_are_left_out_and_named(tmp_path):
     save_png(tmp_path / "patches/white.png", torch.full((3, 64, 64), 0.95))
     save_png(tmp_path / "patches/blur.png", torch.nn.functional.avg_pool2d(
         images[3][None], 31, 1, 15)[0])
-    flags = [*TINY, "--steps", "1", "--data", str(tmp_path / "patches"), "--size", "64"]
+    flags = [*TINY, "--steps", "1", "--data", str(tmp_path / "patches"), "--size", "64",
+             "--embedder", "random"]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     rows = {r["file"]: r["reason"] for r in csv.DictReader(open(tmp_path / "run/outliers.csv"))}
     assert rows == {"black.png": "black", "white.png": "blank", "blur.png": "out of focus"}

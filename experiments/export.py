@@ -74,7 +74,7 @@ def one_number_of_groups(state, config):
         norms = [level.resnets[-1].norm2 for level in vae.encoder.down_blocks]
         widths = [norm.num_channels // norm.num_groups * groups for norm in norms]
         wide = VAEConfig(config.in_channels, config.latent_channels, 1, tuple(widths),
-                         config.layers_per_block, groups)
+                         config.layers_per_block, norm_groups=groups)
         shapes = {name: tensor.shape for name, tensor in AutoencoderKL(wide).state_dict().items()}
 
     # New channels are zero before and after every layer: a norm's weight and bias are zero too.

@@ -68,8 +68,9 @@ def test_command(monkeypatch, capsys, tmp_path, arguments, match):
 
 
 def test_a_trained_run_is_found(monkeypatch, tmp_path):
-    """Without a run and without weights the error says how to get them."""
+    """Without a run, weights and the box the error says how to get them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("support.files.BOX", tmp_path / "none.pt")
     Image.new("RGB", (30, 20), "red").save("colour.png")
     with pytest.raises(UserError, match="python train.py"):
         main(Namespace(image="colour.png", embedder=None, out="attention.png"))

@@ -31,8 +31,10 @@ def test_checkpoints(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_newest_checkpoint(tmp_path):
-    """Without an argument the newest run is taken; if none is there, the error says what to run."""
+def test_newest_checkpoint(tmp_path, monkeypatch):
+    """Without an argument the newest run is taken; if neither it nor the box is there, the error
+    says what to run."""
+    monkeypatch.setattr("support.files.BOX", tmp_path / "none.pt")
     for argument in (None, tmp_path):
         with pytest.raises(UserError, match="python train.py --data cxr"):
             files.resolve_checkpoint(argument, root=tmp_path)

@@ -44,6 +44,7 @@ def on_two_ranks(work, seconds=100):
         if not ranks[-1]:
             code = 99
             try:
+                torch.set_num_threads(1)  # makes PyTorch's pool anew, before several threads ask
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                 code = work(rank)

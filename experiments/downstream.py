@@ -5,6 +5,7 @@ trained on: the pool alone; the pool and r N strongly augmented copies of it ("c
 and r N images that the generator made from it; those alone; and those first, the pool after. All
 arms take equally many optimiser steps and meet the same held-out real images; each is compared with
 the pool alone and with the classical arm of its ratio by DeLong's test, adjusted by Holm's rule.
+Beside them stands a ridge regression on the pool's tokens: what self-supervision alone gives.
 
     aucs, survival = downstream(model, data, settings, folder)
     rows = compare_arms(data.names, aucs)
@@ -31,7 +32,7 @@ from experiments.common import (add_run_flags, batches_of, binary_labels, findin
                                 with_known_labels)
 from experiments.small_cnn import (Bytes, Chosen, from_bytes, light_augment, no_augment, predict,
                                    strong_augment, to_bytes, train_classifier)
-from experiments.statistics import auc_influence, delong_test, holm
+from experiments.statistics import auc_influence, delong_test, holm, linear_probe
 from support.command import (StatusLine, UserError, autocast_dtype, fraction, not_negative,
                              positive_int, print_table, seed_int, share_above_zero, user_errors)
 from support.datasets import ImageSet
@@ -294,6 +295,15 @@ def downstream(model, data, settings, folder):
             scores = predict(net, shown, settings.batch, device)
             aucs.setdefault((size, arm), []).append(
                 [auc_influence(*column) for column in zip(data.test_y.T, scores.T)])
+
+        # The pool's tokens without any network of the question's own.
+        if model.config.condition == "dino":
+            tokens, shown_tokens = (torch.cat([model.embed(part.to(device)).flatten(1).cpu()
+                                               for part in x.split(settings.batch)])
+                                    for x in (from_bytes(real), shown))
+            _, scores = linear_probe(tokens, y, shown_tokens, data.test_y)
+            aucs.setdefault((size, "ridge on tokens"), []).append(
+                [auc_influence(*column) for column in zip(data.test_y.T, scores.T)])
     return aucs, survival
 
 
@@ -341,7 +351,7 @@ def rivals_of(keys, rival):
     pairs = {}
     for size, arm in keys:
         other = rival if rival == "real only" else f"{arm.split()[0]} {rival}"
-        if arm not in ("real only", other):
+        if arm not in ("real only", other) and (size, other) in keys:
             pairs[size, arm] = (size, other)
     return pairs
 

@@ -100,7 +100,9 @@ def test_command(labelled_run, capsys, monkeypatch):
     result = json.loads((run / "downstream.json").read_text())
     assert set(result["arms"]) == {"6"} and {"fluid", "heart"} <= set(result["labels"])
     names = list(result["arms"]["6"])
-    assert names[0] == "real only" and len(names) == 1 + 2 * (1 + 4 * 3)
+    assert names[0] == "real only" and len(names) == 1 + 2 * (1 + 4 * 3) + 1
+    ridge = result["arms"]["6"]["ridge on tokens"]
+    assert "vs real only" in ridge and "vs classical" not in ridge
     for row in result["arms"]["6"].values():
         assert 0 <= row["AUC"] <= 1 and row["sd"] >= 0
     assert (run / "downstream_6_prototypes.png").stat().st_size > 1000

@@ -61,6 +61,9 @@ PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable D
     "cxr128": dict(size=128, embedder="tiny", vae="train", unet="train",
                    embedder_batch=32, embedder_steps=200, vae_batch=8, vae_steps=2500, vae_lr=2e-3,
                    batch=16, unet_steps=3500, lr=1e-3),
+    "tissue64": dict(size=64, embedder="tiny", vae="train", unet="train",
+                     embedder_batch=32, embedder_steps=300, vae_batch=8, vae_steps=2000,
+                     vae_lr=2e-3, batch=16, unet_steps=1700, lr=1e-3),
     "small": dict(size=128, embedder="dino_vits16", vae="train", unet="train",
                   embedder_batch=128, embedder_steps=4000, vae_batch=32, vae_steps=10000,
                   vae_lr=1e-3, batch=128, unet_steps=20000, lr=5e-4),
@@ -75,6 +78,7 @@ PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable D
 VAES = {  # channels of image and latent, base_channels, channel_multipliers, layers_per_block
     "tiny": VAEConfig(3, 4, 16, (1, 2, 4), 1),
     "cxr128": VAEConfig(3, 8, 32, (1, 2, 4), 1, stem=2),
+    "tissue64": VAEConfig(3, 16, 32, (1, 2, 4), 1, stem=2),
     "small": VAEConfig(3, 4, 64, (1, 2, 4), 1),
     "base": VAEConfig(3, 4, 64, (1, 2, 4, 4), 2),
     "sd15": VAEConfig(),
@@ -83,6 +87,7 @@ VAES = {  # channels of image and latent, base_channels, channel_multipliers, la
 UNETS = {  # channels in and out, base_channels, multipliers, layers, attention, context_dim, heads
     "tiny": UNetConfig(4, 4, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
     "cxr128": UNetConfig(8, 8, 64, (1, 2, 2), 1, (True, True, True), 192, 4),
+    "tissue64": UNetConfig(16, 16, 64, (1, 2, 2), 1, (True, True, True), 192, 4),
     "small": UNetConfig(4, 4, 128, (1, 2, 3), 2, (False, True, True), 384, 8),
     "base": UNetConfig(4, 4, 192, (1, 2, 3, 4), 2, (True, True, True, False), 768, 8),
     "sd15": UNetConfig(),

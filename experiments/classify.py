@@ -3,8 +3,11 @@
 A small CNN is trained on the run's own training images, and on each set that --train names, e.g. of
 `sample.py --each-prompt 100`. All take equally many steps and meet the same held-out real images.
 
-Prints the AUC of each set, mean and deviation over seeds; writes classify.json into the run's
-folder. For pools of few real images with synthetic ones beside them: `downstream`.
+A referee, the same CNN trained on the held-out images, tells whether the labels of each set are
+right: it has seen none of the patients that the sets or their generator come from.
+
+Prints the AUC of each set, mean and deviation over seeds, and of its labels by the referee; writes
+classify.json into the run's folder. For pools of few real images with synthetic ones beside them: `downstream`.
 """
 from functools import partial
 
@@ -68,10 +71,14 @@ def main(args):
     def truth_of(cells):
         return np.array([[cell == value for value in values] for cell in cells], float)
 
-    # A network for each set and seed.
+    # The referee.
     test_y = truth_of(test_cells)
-    shown = run.images.batch(run.test.tolist())
     vary = partial(light_augment, turns=args.turns)
+    stage = (Chosen(run.images, run.test), test_y, args.cnn_steps)
+    referee = train_classifier([stage], args.seeds[0], vary, device, "referee")
+
+    # A network for each set and seed.
+    shown = run.images.batch(run.test.tolist())
     table = {}
     for name, (images, numbers) in sets.items():
         aucs = []
@@ -80,10 +87,18 @@ def main(args):
             net = train_classifier([stage], seed, vary, device)
             scores = predict(net, shown, args.batch, device)
             aucs.append(mean_auc(test_y, scores))
+
+        # What the referee says of the set's labels, of those that not all or none of it have.
+        truth = truth_of(cells[name])
+        both = truth.min(axis=0) < truth.max(axis=0)
+        judged = np.concatenate([predict(referee, images.batch(part.tolist()), args.batch, device)
+                                 for part in numbers.split(256)])
         table[name] = {"images": len(numbers),
                        "AUC": float(np.mean(aucs)),
                        "sd": float(np.std(aucs, ddof=1)) if len(aucs) > 1 else None,
-                       "95 % of the last": bootstrap_interval(mean_auc, test_y, scores)}
+                       "95 % of the last": bootstrap_interval(mean_auc, test_y, scores),
+                       "labels, by the referee": mean_auc(truth[:, both], judged[:, both])
+                       if both.any() else None}
 
     print(f"AUC of {', '.join(values)} on {len(run.test)} held-out real images; CNN of "
           f"{args.cnn_steps} steps, seeds {args.seeds}")

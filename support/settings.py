@@ -34,7 +34,8 @@ def train_flags(presets, embedders, token_kinds):
          help="leave out black, blank and blurred patches (default: of colour images)")
 
     flag = parser.add_argument_group("model").add_argument
-    flag("--preset", choices=presets, default="tiny", help="for 64, 128, 256 or 512 px")
+    flag("--preset", choices=presets, default="tiny", help="64 px: tiny, tissue64; 128: "
+         "cxr128, small; 256: base; 512: sd15")
     flag("--init", help="start from a run, a model.pt, or box: its parts are kept, and its U-Net "
          "goes on training; with --embedder tiny or --vae train that part goes on as well")
     flag("--embedder", help="tiny, random, a path, or one of: " + ", ".join(embedders))

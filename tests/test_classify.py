@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from experiments import classify
 from experiments.__main__ import main as experiments
 from experiments.classify import label_values
 from support.command import UserError
@@ -33,6 +34,25 @@ def test_command(labelled_run, tmp_path, capsys):
     for row in table.values():
         low, high = row["95 % of the last"]
         assert 0 <= row["AUC"] <= 1 and row["sd"] >= 0 and 0 <= low <= high <= 1
+        assert 0 <= row["labels, by the referee"] <= 1
+
+
+def test_the_referee_knows_right_labels_from_wrong_ones(labelled_run, tmp_path, monkeypatch):
+    """A set whose labels are right is judged near 1, the same with its labels exchanged near 0;
+    one with a single label is not judged."""
+    def bright(network, images, batch, device):
+        return images.mean(dim=(1, 2, 3))[:, None].numpy()
+    monkeypatch.setattr(classify, "predict", bright)
+    for name, kinds in (("right", ["even", "odd"]), ("wrong", ["odd", "even"]),
+                        ("one", ["odd", "odd"])):
+        for i, kind in enumerate(kinds):
+            save_png(tmp_path / name / "images" / f"{i}.png", torch.full((3, 32, 32), 0.5 - i))
+        write_csv(tmp_path / name / "labels.csv",
+                  [["file", "kind"], *[[f"{i}.png", kind] for i, kind in enumerate(kinds)]])
+    sets = [str(tmp_path / name) for name in ("right", "wrong", "one")]
+    experiments(["classify", "--checkpoint", str(labelled_run), *FLAGS, "--train", *sets])
+    table = json.loads((labelled_run / "classify.json").read_text())
+    assert [table[name]["labels, by the referee"] for name in sets] == [1, 0, None]
 
 
 def test_labels_that_are_told_apart():

@@ -21,7 +21,9 @@ Our choices, as the paper's are not known: learned relative biases, two blocks a
 attention over regions (one query: cost grows linearly with the bag), the same attention as the
 start of each class token, a loss at every level, and the focus: pass 2 goes where what pass 1
 attended to as a sign of tumour, smoothed over its places, is highest; the logit is of both passes.
-Training sees random bags as large as both passes, and their halves.
+Stacked windows (8x8) scan in pass 1 by 64 windows of 2x2, for four large regions miss most of a
+slide. Training sees random bags as large as both passes, and their halves; of stacked windows every
+second batch is of 2x2 windows alone.
 """
 import argparse
 import json
@@ -78,8 +80,8 @@ MODELS = {
     "mean": Recipe((), "mean", 2e-3, 700),
     "abmil": Recipe((), "attention", 4e-3, 1500),
     "2x2": Recipe((2,), "attention", 2e-3, 700),
-    "4x4": Recipe((2, 2), "attention", 2e-3, 700),
-    "8x8": Recipe((2, 2, 2), "attention", 2e-3, 700),
+    "4x4": Recipe((2, 2), "attention", 2e-3, 1400),
+    "8x8": Recipe((2, 2, 2), "attention", 2e-3, 1400),
     "8x8flat": Recipe((8,), "attention", 2e-3, 700),
 }
 
@@ -115,22 +117,24 @@ def region_table(grid, windows, shift=(0, 0)):
 
 
 def draw_regions(slide, windows, generator):
-    """(table (R, T), places (R, 2)) of a slide's regions in random order, at a random offset."""
-    shift = torch.randint(math.prod(windows), (2,), generator=generator)
+    """(table (R, T), centres (R, 2), in patches) of a slide's regions in random order, at a random
+    offset."""
+    side = math.prod(windows)
+    shift = torch.randint(side, (2,), generator=generator)
     table, places = region_table(slide.grid, windows, shift)
     order = torch.randperm(len(table), generator=generator)
-    return table[order], places[order]
+    return table[order], (places[order] + 0.5) * side - shift
 
 
-def focus(places, evidence, count):
-    """The `count` unseen regions of highest expected evidence, as rows of `places` (R, 2), whose
-    first len(evidence) have been seen. Expected is the mean over seen regions, each weighted by a
-    Gaussian of its distance (1.5 regions), and, with weight 0.3, the mean of all."""
-    seen = len(evidence)
-    distances = torch.cdist(places[seen:].float(), places[:seen].float())
-    near = (-(distances / 1.5).square() / 2).exp()
+def focus(seen, evidence, unseen, count, reach):
+    """The `count` unseen regions of highest expected evidence, as rows of `unseen` (R, 2).
+
+    seen (S, 2), evidence (S,): regions of pass 1; centres and reach in patches. Expected is the
+    mean over seen regions, each weighted by a Gaussian of its distance (deviation: reach), and,
+    with weight 0.3, the mean of all."""
+    near = (-(torch.cdist(unseen, seen) / reach).square() / 2).exp()
     expected = (near @ evidence + 0.3 * evidence.mean()) / (near.sum(dim=1) + 0.3)
-    return seen + expected.topk(min(count, len(expected))).indices
+    return expected.topk(min(count, len(expected))).indices
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -222,7 +226,8 @@ class RegionalMIL(nn.Module):
 
     def encode(self, x, present):
         """Regions (M, T, D), present (M, T) -> tokens (M, d), attention to each patch (M, T), and
-        what the levels joined: a list of tokens (M, n, d), present (M, n), patches first."""
+        what the levels joined: a list of tokens (M, n, d), present (M, n), patches first. Regions
+        may be smaller ones, of the first levels alone."""
         M = len(x)
         weight = self.embed.weight / self.scale  # standardises the features
         x = F.gelu(F.linear(x, weight, self.embed.bias - weight @ self.shift))
@@ -230,6 +235,8 @@ class RegionalMIL(nn.Module):
         share = present.float()
         below = []
         for level, side in zip(self.levels, self.config.windows):
+            if below and len(x) == M:
+                break  # one token a region: the levels above have nothing to join
             x = x.reshape(-1, side ** 2, x.shape[-1])                    # a row a window
             present = present.reshape(-1, side ** 2)
             below.append((x.view(M, -1, x.shape[-1]), present.view(M, -1)))
@@ -273,38 +280,50 @@ class RegionalMIL(nn.Module):
 def predict(model, slide, patches, focused=False, seed=0):
     """A slide's (logit, patches (R, T) that were seen, their attention (R, T), regions of pass 1).
 
-    patches: how many one pass sees. focused: a second pass of as many (see `focus`).
+    patches: how many one pass sees. focused: a second pass of as many (see `focus`); the first one
+    then looks at windows of the first level, for a few large regions would miss most of a slide.
     """
     generator = torch.Generator().manual_seed(step_seed(seed, slide.name))
-    table, places = draw_regions(slide, model.config.windows, generator)
-    region_size = table.shape[1]
-    first = min(len(table), max(1, patches // region_size))
+    windows = model.config.windows
+    focused = focused and patches < len(slide.grid)
+    scan = windows[:1] if focused else windows
 
     def encode(regions):
         """Tokens and attention of regions (R, T), a chunk at a time."""
         encoded = []
-        for chunk in regions.split(max(1, CHUNK // region_size)):
+        for chunk in regions.split(max(1, CHUNK // regions.shape[1])):
             x = slide.take(chunk).to(model.scale.device)
             encoded.append(model.encode(x, (chunk >= 0).to(x.device))[:2])
         tokens, shares = zip(*encoded)
         return torch.cat(tokens), torch.cat(shares)
 
     # pass 1: random regions
-    seen = torch.arange(first)
-    tokens, share = encode(table[seen])
-    present = tokens.new_ones(1, len(seen), dtype=torch.bool)
+    table, centres = draw_regions(slide, scan, generator)
+    first = min(len(table), max(1, patches // table.shape[1]))
+    seen = table[:first]
+    tokens, share = encode(seen)
+    present = tokens.new_ones(1, len(tokens), dtype=torch.bool)
     logit, attention = model.pool(tokens[None], present)
 
     # pass 2: attention goes to what speaks against a tumour too: only what speaks for one leads on
     if focused and first < len(table):
         evidence = (attention[0] * model.head(tokens)[:, 0].clamp(min=0)).sqrt().cpu()
-        seen = torch.cat([seen, focus(places, evidence, first)])
-        more_tokens, more_share = encode(table[seen[first:]])
+        unseen, places = table[first:], centres[first:]
+        if scan != windows:
+            unseen, places = draw_regions(slide, windows, generator)
+        count = max(1, patches // unseen.shape[1])
+        reach = max(1.5 * math.prod(scan), 0.5 * math.prod(windows))
+        unseen = unseen[focus(centres[:first], evidence, places, count, reach)]
+        more_tokens, more_share = encode(unseen)
+
+        # Tokens of all levels live in one space, so both passes are pooled together.
+        missing = unseen.shape[1] - seen.shape[1]
+        seen = torch.cat([F.pad(seen, (0, missing), value=-1), unseen])
+        share = torch.cat([F.pad(share, (0, missing)), more_share])
         tokens = torch.cat([tokens, more_tokens])
-        share = torch.cat([share, more_share])
-        present = tokens.new_ones(1, len(seen), dtype=torch.bool)
+        present = tokens.new_ones(1, len(tokens), dtype=torch.bool)
         logit, attention = model.pool(tokens[None], present)
-    return logit.item(), table[seen], (attention[0][:, None] * share).cpu(), first
+    return logit.item(), seen, (attention[0][:, None] * share).cpu(), first
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -321,12 +340,14 @@ class Trial:
 
 
 class Bags(torch.utils.data.Dataset):
-    """Random bags, new ones each time: x (B, R, T, D), present (B, R, T), labels (B,)."""
+    """Random bags, new ones each time: x (B, R, T, D), present (B, R, T), labels (B,). Of stacked
+    windows every second batch, by chance, holds regions of the first level alone, as pass 1 does:
+    many small places find the tumour sooner than a few large ones, most of which miss it."""
 
     def __init__(self, slides, windows, patches, seed):
         self.slides = slides
         self.windows = windows
-        self.regions = max(1, patches // math.prod(windows) ** 2)
+        self.patches = patches
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self):
@@ -334,8 +355,11 @@ class Bags(torch.utils.data.Dataset):
 
     def __getitems__(self, numbers):
         slides = [self.slides[i] for i in numbers]
-        tables = [draw_regions(slide, self.windows, self.generator)[0][:self.regions]
-                  for slide in slides]
+        windows = self.windows
+        if len(windows) > 1 and torch.rand((), generator=self.generator) < 0.5:
+            windows = windows[:1]
+        regions = max(1, self.patches // math.prod(windows) ** 2)
+        tables = [draw_regions(slide, windows, self.generator)[0][:regions] for slide in slides]
         most = max(map(len, tables))
         tables = [F.pad(table, (0, 0, 0, most - len(table)), value=-1) for table in tables]
 

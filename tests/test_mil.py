@@ -126,25 +126,28 @@ def test_every_parameter_learns(windows):
 # ---- two passes ----
 
 def test_focus_takes_the_nearest_unseen():
-    """The ring around the most attended region comes first; what was seen never comes again."""
-    places = torch.cartesian_prod(torch.arange(11), torch.arange(11))
+    """The ring around the most attended region comes first."""
+    places = torch.cartesian_prod(torch.arange(11.0), torch.arange(11.0))
     order = torch.cat([torch.tensor([60]), torch.arange(11), torch.arange(110, 121)])
     rest = torch.tensor([i for i in range(121) if i not in order])
     places = places[torch.cat([order, rest])]
     attention = torch.full((23,), 1e-3)
     attention[0] = 0.9
-    rows = focus(places, attention, 8)
-    assert rows.min() >= 23 and len(rows.unique()) == 8
-    assert (places[rows] - torch.tensor([5, 5])).abs().max() == 1
-    assert len(focus(places, attention, 100)) == 98  # no more than there are
+    seen, unseen = places[:23], places[23:]
+    rows = focus(seen, attention, unseen, 8, reach=1.5)
+    assert len(rows.unique()) == 8
+    assert (unseen[rows] - torch.tensor([5, 5])).abs().max() == 1
+    assert len(focus(seen, attention, unseen, 100, reach=1.5)) == 98  # no more than there are
 
 
 def test_focus_expects_more_between_two_attended_regions():
     """Smoothed attention: between two attended regions more than beside one, and beside a region
     that got none less than far from all."""
-    places = torch.tensor([[0, 0], [0, 4], [9, 0], [30, 0], [0, 2], [0, 6], [9, 1], [60, 60]])
-    rows = focus(places, torch.tensor([0.5, 0.5, 0.0, 0.0]), 4)
-    assert rows.tolist() == [4, 5, 7, 6]
+    seen = torch.tensor([[0.0, 0], [0, 4], [9, 0], [30, 0]])
+    unseen = torch.tensor([[0.0, 2], [0, 6], [9, 1], [60, 60]])
+    evidence = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    assert focus(seen, evidence, unseen, 4, reach=1.5).tolist() == [0, 1, 3, 2]
+    assert focus(2 * seen, evidence, 2 * unseen, 4, reach=3.0).tolist() == [0, 1, 3, 2]
 
 
 def test_the_loss_is_of_every_level_and_both_halves():
@@ -166,7 +169,7 @@ def test_the_loss_is_of_every_level_and_both_halves():
     assert model.loss(x, present, y).item() == pytest.approx(torch.cat(terms).mean().item())
 
 
-@pytest.mark.parametrize("windows, regions", [((), 256), ((2,), 64), ((2, 2, 2), 4)])
+@pytest.mark.parametrize("windows, regions", [((), 256), ((2,), 64)])
 def test_budget_of_both_passes_and_seed(windows, regions):
     """256 patches a pass as 256, 64 or 4 regions; pass 1 is the same with and without focus; one
     seed gives one result."""
@@ -178,6 +181,34 @@ def test_budget_of_both_passes_and_seed(windows, regions):
     seen = two[1][two[1] >= 0]
     assert len(seen) == len(seen.unique()) and len(seen) <= 512
     assert not torch.equal(one[1], predict(model, slide, 256, False, seed=4)[1])
+
+
+def test_stacked_windows_scan_before_they_focus():
+    """Of 8x8: four random regions without focus; with it 64 windows of 2x2, then four regions, in
+    the same table; the logit is that of both passes together."""
+    model, slide = model_of((2, 2, 2)), slide_of(1500)
+    assert predict(model, slide, 256, False, seed=3)[1].shape == (4, 64)
+    logit, seen, attention, first = predict(model, slide, 256, True, seed=3)
+    assert first == 64 and seen.shape == attention.shape == (68, 64)
+    assert (seen[:64, 4:] == -1).all() and (seen[64:, 4:] >= 0).any()
+    assert attention[seen < 0].abs().max() == 0 and attention.sum().item() == pytest.approx(1)
+
+    windows, regions = seen[:64, :4], seen[64:]
+    tokens = torch.cat([model.encode(slide.take(part), part >= 0)[0] for part in (windows, regions)])
+    assert logit == pytest.approx(model.pool(tokens[None], torch.ones(1, 68) > 0)[0].item(), abs=1e-5)
+
+
+def test_stacked_windows_train_on_both_kinds_of_region():
+    """Batches of the first level's windows and of whole regions, as many patches in each."""
+    bags = mil.Bags([slide_of(900), slide_of(900)], (2, 2, 2), 256, seed=0)
+    shapes = {tuple(bags.__getitems__([0, 1])[0].shape[1:3]) for _ in range(20)}
+    assert shapes == {(64, 4), (4, 64)}
+    model = model_of((2, 2, 2))
+    x, present, labels = next(batch for batch in iter(lambda: bags.__getitems__([0, 1]), None)
+                              if batch[0].shape[2] == 4)
+    model.loss(x, present, labels).backward()
+    trained = [any(p.grad is not None for p in level.parameters()) for level in model.levels]
+    assert trained == [True, False, False]
 
 
 @REGIONS

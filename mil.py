@@ -8,6 +8,7 @@ Inference is focused: pass 1 sees random regions, pass 2 as many around those it
 
     python mil.py --data slides                  # generated slides, minutes on a laptop
     python mil.py --data FOLDER                  # images, whole slides, or features and coords
+    python mil.py --data mosaic --patches-of FOLDER    # slides made of real labelled patches
     python mil.py --data FOLDER --explain SLIDE  # heat map of one slide, by the finished run
 
 Shapes: B slides, R regions of a slide, T patches of a region, D numbers of a patch, d inside, n
@@ -31,6 +32,7 @@ import math
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,7 @@ from support.cache import fingerprint
 from support.command import (Help, UserError, not_negative_int, pick_device, positive_float,
                              positive_int, print_table, run_script, user_errors)
 from support.files import write_json
+from support.mosaic import mosaic_slides, open_patches
 from support.pictures import line_chart, save_grid
 from support.run import Run
 from support.seeds import step_seed
@@ -490,8 +493,11 @@ def parse(argv=None):
     add = parser.add_argument
 
     # slides, and how their pixels become features
-    add("--data", default="slides", help="slides (generated), or a folder of images, whole slides "
-        "or features")
+    add("--data", default="slides", help="slides (generated), mosaic (made of --patches-of), or a "
+        "folder of images, whole slides or features")
+    add("--patches-of", metavar="FOLDER", help="of mosaic: labelled patches, whose table names "
+        "patients")
+    add("--positive", metavar="LABEL", help="of mosaic: that of a focus (default: the later of two)")
     add("--embedder", default="random", help="of images: random, a published DINO, or a file")
     add("--tile", type=positive_int, default=96, help="side in pixels of the tiles of an image")
     add("--level", type=not_negative_int, default=0, help="of a whole slide's pyramid, 0 is finest")
@@ -500,7 +506,7 @@ def parse(argv=None):
 
     # what is compared
     add("--folds", type=positive_int, default=5, help="of cross-validation, if nothing is split")
-    add("--count", type=positive_int, default=1500, help="how many slides to generate")
+    add("--count", type=positive_int, default=1500, help="how many slides or mosaics to generate")
     add("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "2x2"])
     add("--patches", type=positive_int, default=256, help="that one pass sees")
     add("--focus", action=argparse.BooleanOptionalAction, default=True, help="the second pass")
@@ -520,7 +526,10 @@ def parse(argv=None):
         with user_errors():
             saved = json.loads(Path(args.out, "config.json").read_text("utf-8"))
         changed = {"device": args.device, "out": args.out, "explain": args.explain}
-        args = argparse.Namespace(**{**saved, **changed})
+        return argparse.Namespace(**{**vars(args), **saved, **changed})
+    if (args.data == "mosaic") != (args.patches_of is not None):
+        raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a folder "
+                        "of labelled patches go together", "pass both or neither")
     return args
 
 
@@ -539,10 +548,10 @@ def load_embedder(args, device):
                   side=args.tile, level=args.level, mpp=args.mpp)
 
 
-def plan_trials(args, slides, embed):
-    """Every trial of the run. Generated slides (slides: None) are made seed by seed."""
+def plan_trials(args, slides_of):
+    """Every trial of the run. slides_of: seed -> slides, which is where generated ones are made."""
     for seed in args.seeds:
-        seed_slides = slides or generated_slides(seed, args.count, embed)
+        seed_slides = slides_of(seed)
         for fold, (train, test) in enumerate(split_slides(seed_slides, args.folds, seed)):
             for name in args.models:
                 yield Trial(f"{name}, seed {seed}, fold {fold}", name, seed, fold, train, test)
@@ -620,13 +629,20 @@ def main(argv=None):
     tiling = load_embedder(args, device)
     run = Run(args.out, {**vars(args), "explain": None}, resume=bool(args.explain))
 
-    slides = None
     folds = 1
-    if args.data != "slides":
+    if args.data == "slides":
+        slides_of = partial(generated_slides, count=args.count, embed=tiling.embed)
+    elif args.data == "mosaic":
+        bank = open_patches(args.patches_of, tiling.embed, args.label_column, args.positive)
+        slides_of = partial(mosaic_slides, bank, count=args.count)
+    else:
         slides = open_slides(args.data, tiling, args.label_column)
         args.models = leave_out_windows(args.models, slides)
         folds = len(split_slides(slides, args.folds, args.seeds[0]))
-    trials = plan_trials(args, slides, tiling.embed)
+
+        def slides_of(seed):
+            return slides
+    trials = plan_trials(args, slides_of)
 
     if args.explain:
         explain(args, run, trials, device)

@@ -1,0 +1,90 @@
+"""support/mosaic.py: slides made of real labelled patches, patients apart, foci known."""
+import numpy as np
+import pytest
+import torch
+
+import mil
+from support.command import UserError
+from support.files import write_csv
+from support.mosaic import Patches, draw_mosaic, mosaic_slides, open_patches
+from support.pictures import save_png
+
+
+def bank_of(patients=10, each=6):
+    """Ten patients, three healthy and three cancer patches each; a feature tells them apart."""
+    count = patients * each
+    cancer = np.arange(count) % 2 == 1
+    features = torch.from_numpy(cancer).float()[:, None] * 4 + torch.randn(
+        count, 3, generator=torch.Generator().manual_seed(0))
+    return Patches(features, torch.zeros(count, 3, 16, 16), cancer,
+                   np.repeat([f"p{i}" for i in range(patients)], each))
+
+
+def test_patients_are_apart_and_foci_are_what_cancer_is():
+    """Train and test slides share no patient; cancer patches lie in foci and nowhere else; a focus
+    is 0.3 to 3 % of the tissue; one seed gives one set."""
+    bank = bank_of()
+    slides = mosaic_slides(bank, 0, 40)
+    seen = {False: set(), True: set()}
+    for slide in slides:
+        rows = slide.rows.numpy()
+        seen[slide.is_test] |= set(bank.patients[rows].tolist())
+        assert (bank.cancer[rows] == slide.foci.numpy()).all()
+        share = slide.foci.float().mean().item()
+        assert (0.0025 < share < 0.031) if slide.label else share == 0
+        assert len(set(bank.patients[rows[slide.foci]].tolist())) <= 1
+    assert not seen[False] & seen[True] and len(seen[True]) == 3
+    assert [sum(s.is_test for s in slides), sum(s.label for s in slides)] == [8, 20]
+    again = mosaic_slides(bank, 0, 40)
+    assert all(torch.equal(a.rows, b.rows) for a, b in zip(slides, again))
+    assert not torch.equal(slides[0].rows, mosaic_slides(bank, 1, 40)[0].rows)
+
+
+def test_a_focus_is_in_one_piece():
+    """The focus is a disc: no cell of it is farther from its middle than a cell beside it."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        tiles, focus = draw_mosaic([np.array([0])], [np.array([1])], 1, rng)
+        cells = np.argwhere(focus)
+        assert (tiles[focus] == 1).all() and set(np.unique(tiles)) == {-1, 0, 1}
+        assert np.ptp(cells, axis=0).max() <= 2 * np.sqrt(len(cells)) + 2
+
+
+def write_patches(folder, labels=("cancer", "healthy")):
+    rows = [["file", "label", "patient"]]
+    for i in range(16):
+        colour = torch.tensor([0.2, -0.5, 0.4]).view(3, 1, 1) * (1 if i % 2 else -1)
+        save_png(folder / f"{i}.png", colour.expand(3, 48, 48) + 0.1 * torch.randn(3, 48, 48))
+        rows.append([f"{i}.png", labels[i % 2], f"p{i // 4}"])
+    write_csv(folder / "labels.csv", rows)
+
+
+def test_command(tmp_path, capsys):
+    """From a folder of patches to AUCs and heat maps; --positive names the label of a focus."""
+    write_patches(tmp_path / "patches")
+    mil.main(["--data", "mosaic", "--patches-of", str(tmp_path / "patches"), "--positive", "cancer",
+              "--count", "20", "--models", "mean", "2x2", "--steps", "2", "--device", "cpu",
+              "--out", str(tmp_path / "run")])
+    assert "2x2, 256 + 256 focused" in capsys.readouterr().out
+    assert (tmp_path / "run" / "heat_2x2.png").exists()
+
+
+def test_bad_input(tmp_path):
+    def embed(images):
+        return images.mean(dim=(2, 3))
+    write_patches(tmp_path / "two")
+    bank = open_patches(tmp_path / "two", embed, "label")
+    assert bank.cancer.sum() == 8 and bank.cancer[0] != bank.cancer[1]
+    with pytest.raises(UserError, match="has no column 'grade'"):
+        open_patches(tmp_path / "two", embed, "grade")
+    with pytest.raises(UserError, match="--positive tumour"):
+        open_patches(tmp_path / "two", embed, "label", "tumour")
+    with pytest.raises(UserError, match="holds .'cancer'.*two labels"):
+        write_patches(tmp_path / "one", ("cancer", "cancer"))
+        open_patches(tmp_path / "one", embed, "label")
+    bank.cancer[:] = False
+    with pytest.raises(UserError, match="0 with cancer patches"):
+        mosaic_slides(bank, 0, 10)
+    for flags in (["--data", "mosaic"], ["--patches-of", "x"]):
+        with pytest.raises(UserError, match="go together"):
+            mil.parse(flags)

@@ -497,7 +497,7 @@ def parse(argv=None):
         "folder of images, whole slides or features")
     add("--patches-of", metavar="FOLDER", help="of mosaic: labelled patches, whose table names "
         "patients")
-    add("--positive", metavar="LABEL", help="of mosaic: that of a focus (default: the later of two)")
+    add("--positive", metavar="LABEL", help="of mosaic: a focus's (default: the later of two)")
     add("--embedder", default="random", help="of images: random, a published DINO, or a file")
     add("--tile", type=positive_int, default=96, help="side in pixels of the tiles of an image")
     add("--level", type=not_negative_int, default=0, help="of a whole slide's pyramid, 0 is finest")
@@ -528,8 +528,8 @@ def parse(argv=None):
         changed = {"device": args.device, "out": args.out, "explain": args.explain}
         return argparse.Namespace(**{**vars(args), **saved, **changed})
     if (args.data == "mosaic") != (args.patches_of is not None):
-        raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a folder "
-                        "of labelled patches go together", "pass both or neither")
+        raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a "
+                        "folder of labelled patches go together", "pass both or neither")
     return args
 
 

@@ -59,8 +59,8 @@ def read_bags(path):
         if any(labels not in ({0}, {1}) for _, labels in bags):
             raise ValueError("bag_label is not 0 or 1, or differs in a bag")
     except Exception as error:  # a damaged file makes NumPy raise nearly any type
-        raise UserError(f"{path} holds no bags ({error})", "x (N, D) finite, bag (N,) and bag_label "
-                        "(N,) of 0 and 1 are needed", "pass another file") from error
+        raise UserError(f"{path} holds no bags ({error})", "x (N, D) finite, bag (N,) and "
+                        "bag_label (N,) of 0 and 1 are needed", "pass another file") from error
     return [(instances, labels.pop()) for instances, labels in bags]
 
 
@@ -164,11 +164,11 @@ def main(args):
 
     right = ((scores > 0) == np.array(labels)).mean(axis=1)
     aucs = [roc_auc(np.array(labels), row) for row in scores]
+    larger = max(np.mean(labels), 1 - np.mean(labels))
     table = {what: {"mean": float(np.mean(values)),
                     "sd over repeats": float(np.std(values, ddof=1)) if args.repeats > 1 else None,
-                    "always the larger class": share}
-             for what, values, share in (
-                 ("accuracy", right, max(np.mean(labels), 1 - np.mean(labels))), ("AUC", aucs, 0.5))}
+                    "always the larger class": float(chance)}
+             for what, values, chance in (("accuracy", right, larger), ("AUC", aucs, 0.5))}
     print_table(table)
     path = Path(args.out or f"{Path(args.file).stem}_bags.json")
     write_json(path, {"table": table, "labels": labels, "logits": scores.tolist()})

@@ -7,7 +7,8 @@ A referee, the same CNN trained on the held-out images, tells whether the labels
 right: it has seen none of the patients that the sets or their generator come from.
 
 Prints the AUC of each set, mean and deviation over seeds, and of its labels by the referee; writes
-classify.json into the run's folder. For pools of few real images with synthetic ones beside them: `downstream`.
+classify.json into the run's folder. For pools of few real images with synthetic ones beside them:
+`downstream`.
 """
 from functools import partial
 

@@ -47,8 +47,8 @@ def open_patches(folder, embed, label_column, positive=None):
     images = open_dataset(folder, PATCH)
     print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
     if label_column not in images.columns:
-        raise UserError(f"{folder} has no column {label_column!r}", "a table with the label of each "
-                        "patch is needed", "pass --label-column")
+        raise UserError(f"{folder} has no column {label_column!r}", "a table with the label of "
+                        "each patch is needed", "pass --label-column")
     labels = np.array(images.columns[label_column])
     values = sorted(set(labels.tolist()))
     if len(values) != 2 or (positive or values[1]) not in values:

@@ -45,7 +45,7 @@ def test_the_referee_knows_right_labels_from_wrong_ones(labelled_run, tmp_path, 
     monkeypatch.setattr(classify, "predict", bright)
     for name, kinds in (("right", ["even", "odd"]), ("wrong", ["odd", "even"]),
                         ("one", ["odd", "odd"])):
-        for i, kind in enumerate(kinds):
+        for i in range(len(kinds)):
             save_png(tmp_path / name / "images" / f"{i}.png", torch.full((3, 32, 32), 0.5 - i))
         write_csv(tmp_path / name / "labels.csv",
                   [["file", "kind"], *[[f"{i}.png", kind] for i, kind in enumerate(kinds)]])

@@ -61,7 +61,7 @@ def test_side_by_side_is_as_alone():
                 part.p = 0.0
     alone = copy.deepcopy(models)
     rows = [[0], [1]]  # one bag each, so that the order of an epoch is known
-    bags.train_together(models, made, rows, epochs=5, lr=1e-2, seed=0)
+    bags.train_together(models, made, rows, rows, epochs=5, lr=1e-2, seed=0)
     for model, together, (row,) in zip(alone, models, rows):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=0.005)
         x, label = made[row]
@@ -73,6 +73,22 @@ def test_side_by_side_is_as_alone():
             optimizer.step()
         for (name, ours), theirs in zip(model.named_parameters(), together.parameters()):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_best_epoch_on_the_checks_counts():
+    """Checks with the labels exchanged get worse with every epoch: the first one counts."""
+    made = make_bags(8)
+    lied = [(x, 1 - label) for x, label in made]
+    torch.manual_seed(0)
+    model = bags.ClassicABMIL(torch.cat([x for x, _ in made]))
+    ends = []
+    for epochs in (1, 4):
+        end = copy.deepcopy(model)
+        bags.train_together([end], made + lied, [list(range(8))], [list(range(8, 16))],
+                            epochs=epochs, lr=1e-2, seed=0)
+        ends.append(end.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name])
 
 
 def test_folds_share_labels():

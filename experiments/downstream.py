@@ -123,6 +123,12 @@ def augmented_copies(pool, count, seed, turns):
     return np.concatenate(made), source.numpy()
 
 
+def tokens_of(model, batches):
+    """Tokens (N, G, D), on the CPU, of batches of images."""
+    device = model.shift.device
+    return torch.cat([model.embed(x.to(device)).cpu() for x in batches])
+
+
 def synthesise(model, strategy, pool, others, count, seed, settings, folder):
     """(uint8 images (count, 3, H, W), pool image of each (count,)) by one strategy.
 
@@ -134,7 +140,7 @@ def synthesise(model, strategy, pool, others, count, seed, settings, folder):
     condition = None
     source = torch.arange(count) % len(pool)
     if model.config.condition == "dino":
-        tokens = torch.cat([model.embed(x.to(device)).cpu() for x in images.split(64)])
+        tokens = tokens_of(model, images.split(64))
         condition, source = conditions(strategy, tokens, others, count, seed)
     options = {"steps": settings.sample_steps, "guidance_scale": settings.guidance,
                "eta": settings.eta, "batch": settings.batch,
@@ -259,8 +265,9 @@ def downstream(model, data, settings, folder):
     vary = partial(AUGMENTATIONS[settings.augment], turns=settings.turns)
     others = None
     if "prototypes" in settings.strategies:
-        others = torch.cat([model.embed(x.to(device)).cpu()
-                            for x in batches_of(data.images, data.train, settings.batch)])
+        others = tokens_of(model, batches_of(data.images, data.train, settings.batch))
+    follows_images = model.config.condition == "dino"
+    shown_tokens = tokens_of(model, shown.split(settings.batch)) if follows_images else None
 
     aucs = {}
     survival = {}
@@ -297,11 +304,9 @@ def downstream(model, data, settings, folder):
                 [auc_influence(*column) for column in zip(data.test_y.T, scores.T)])
 
         # The pool's tokens without any network of the question's own.
-        if model.config.condition == "dino":
-            tokens, shown_tokens = (torch.cat([model.embed(part.to(device)).flatten(1).cpu()
-                                               for part in x.split(settings.batch)])
-                                    for x in (from_bytes(real), shown))
-            _, scores = linear_probe(tokens, y, shown_tokens, data.test_y)
+        if follows_images:
+            tokens = tokens_of(model, from_bytes(real).split(settings.batch))
+            _, scores = linear_probe(tokens.flatten(1), y, shown_tokens.flatten(1), data.test_y)
             aucs.setdefault((size, "ridge on tokens"), []).append(
                 [auc_influence(*column) for column in zip(data.test_y.T, scores.T)])
     return aucs, survival

@@ -39,12 +39,14 @@ from support.tables import labels_of
 
 
 def load_model(path, device):
-    """A run's folder or model.pt -> (DinoDiffusion on the device, the flags of its training)."""
+    """A run's folder or model.pt -> (DinoDiffusion on the device, the flags of its training, the
+    centres of its training tokens, which a packed model holds, or None)."""
     checkpoint = load_checkpoint(resolve_checkpoint(path))
     with user_errors():
         model = DinoDiffusion.from_checkpoint(checkpoint).to(device)
     training = checkpoint.get("training")
-    return model, training if isinstance(training, dict) else {}
+    training = training if isinstance(training, dict) else {}
+    return model, training, checkpoint.get("prototypes")
 
 
 # ---------------------------------------------------------------------------- what to make
@@ -133,12 +135,11 @@ def plan(args, model):
 
 # ---------------------------------------------------------------------------- tokens
 
-def find_prototypes(args, model, checkpoint):
-    """K-means centres of a run's training tokens, or of the centres that a packed model holds:
-    (K, G, D) standardised, on the model's device."""
-    tokens = load_checkpoint(checkpoint).get("prototypes")
+def find_prototypes(args, model, tokens, folder):
+    """K-means centres (K, G, D) of the tokens that a packed model holds, or else of the training
+    tokens in a run's folder; standardised, on the model's device."""
     if tokens is None:
-        tokens = read_training_tokens(checkpoint.parent, model.token_mean.shape)
+        tokens = read_training_tokens(folder, model.token_mean.shape)
         tokens = model.standardise(tokens.to(model.shift.device))
     with user_errors():
         return prototypes(tokens.float(), args.prototypes, args.seed).to(model.shift.device)
@@ -204,7 +205,7 @@ def main(argv=None):
     args = sample_flags(argv)
     device = pick_device(args.device)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    model, training = load_model(checkpoint, device)
+    model, training, held = load_model(checkpoint, device)
     dtype = autocast_dtype(device, args.dtype)
     if args.dtype == "auto" and device.type == "cpu":
         dtype = torch.float32  # bf16 brings the U-Net nothing there
@@ -219,7 +220,9 @@ def main(argv=None):
     # What to make; what cannot be made, or read, is refused before a folder is there.
     check_sample_flags(args, model)
     requests = plan(args, model)
-    centers = find_prototypes(args, model, checkpoint) if args.prototypes else None
+    centers = None
+    if args.prototypes:
+        centers = find_prototypes(args, model, held, checkpoint.parent)
     sources = read_sources(requests[0])
     if checkpoint == BOX:
         note_colour(sources)

@@ -4,9 +4,9 @@
 
 FILE.npz holds `x` (N, D), the instances of all bags, `bag` (N,), whose instance each is, and
 `bag_label` (N,), 0 or 1, equal in a bag. The network is the published one: 256, 128 and 64 units
-with dropout, then the gated attention and the head of mil.py; one bag a step, Adam at 5e-4 with an
-L2 weight of 0.005, 100 epochs, of which the one with the least loss + error on a tenth of the
-training bags counts.
+with dropout, then the gated attention and the head of regional.py; one bag a step, Adam at 5e-4
+with an L2 weight of 0.005, 100 epochs, of which the one with the least loss + error on a tenth of
+the training bags counts.
 
 Source: Ilse, Tomczak & Welling 2018 (arXiv 1802.04712), equation 9 and table 1; the architecture is
 that of MI-Net (Wang et al. 2016).
@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from evaluate import roc_auc
-from mil import MILConfig, RegionalMIL
+from regional import MILConfig, RegionalMIL
 from support.command import (StatusLine, UserError, not_negative_int, positive_float, positive_int,
                              print_table)
 from support.files import write_json

@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "reference")]
-import mil
 from dino import VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens, preprocess
 from dinodiff import NoiseSchedule, ddim_sample, guided
 from evaluate import frechet_distance, kernel_distance, prdc
 from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs
 from prompts import inertia, kmeans, standardise
+from regional import MILConfig, RegionalMIL, predict
 from support.phantoms import histology_phantoms
 from support.pictures import line_chart
 from support.slides import Slide
@@ -279,7 +279,7 @@ def mil_cost(repeats):
     """Whole bags: our 2x2 model, all of predict(), beside two ViT blocks of the same width that let
     every patch attend to every other one, fused, so that no N x N matrix is stored."""
     print("| patches | 2x2, seconds | memory | full attention, seconds | memory |")
-    model = mil.RegionalMIL(mil.MILConfig(960, (2,))).eval()
+    model = RegionalMIL(MILConfig(960, (2,))).eval()
     blocks = model.levels[0].blocks
     for n in (256, 1000, 10_000, 100_000):
         side = math.ceil(math.sqrt(n))
@@ -298,7 +298,7 @@ def mil_cost(repeats):
             return model.pool(x, torch.ones(1, n, dtype=torch.bool))
 
         row = []
-        for work in (lambda: mil.predict(model, slide, 10 ** 9), full):
+        for work in (lambda: predict(model, slide, 10 ** 9), full):
             gc.collect(), peak_memory()
             before = peak_memory()
             times = [seconds(work) for _ in range(repeats if n < 10 ** 5 else 1)]

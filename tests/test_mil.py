@@ -1,4 +1,4 @@
-"""Proofs about mil.py: regions, masks, focus, budgets, learning, whole runs on a CPU."""
+"""Proofs about regional.py and mil.py: regions, masks, focus, budgets, learning, whole runs."""
 import json
 from argparse import Namespace
 from functools import partial
@@ -10,9 +10,11 @@ from PIL import Image
 from test_slides import slide_of, write_features
 
 import mil
+import regional
 from dino import ViTConfig, VisionTransformer
 from evaluate import bootstrap_interval
-from mil import MILConfig, RegionalMIL, Trial, focus, predict, region_table
+from mil import Trial
+from regional import MILConfig, RegionalMIL, focus, predict, region_table
 from support import phantoms
 from support import slides as support_slides
 from support.command import UserError
@@ -228,7 +230,7 @@ def test_whole_bag_in_chunks(windows, monkeypatch):
     model, slide = model_of(windows), slide_of(1500)
     whole = predict(model, slide, 10 ** 9)
     sizes, encode = [], model.encode
-    monkeypatch.setattr(mil, "CHUNK", 100)
+    monkeypatch.setattr(regional, "CHUNK", 100)
     monkeypatch.setattr(model, "encode", lambda x, p: sizes.append(p.numel()) or encode(x, p))
     assert predict(model, slide, 10 ** 9)[0] == pytest.approx(whole[0], abs=1e-5)  # rounding
     assert len(sizes) > 10 and max(sizes) <= 100

@@ -172,7 +172,7 @@ def test_samples_by_prompt_and_a_balanced_labelled_set(prompted, tmp_path, capsy
     assert [(r["prompt"], r["label"], r["seed"]) for r in rows] == [
         (f"{WORDS} two", "cancer", str(i)) for i in range(3)]
     rows = make(prompted, tmp_path / "b", "--each-prompt", "2")
-    model, _ = sample.load_model(prompted, torch.device("cpu"))
+    model, *_ = sample.load_model(prompted, torch.device("cpu"))
     used = model.prompts[:5]
     assert [row["prompt"] for row in rows] == [prompt for prompt in used for _ in range(2)]
     assert Image.open(tmp_path / "b" / "grid.png").height == 2 + 5 * 130

@@ -78,7 +78,7 @@ PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable D
 VAES = {  # channels of image and latent, base_channels, channel_multipliers, layers_per_block
     "tiny": VAEConfig(3, 4, 16, (1, 2, 4), 1),
     "cxr128": VAEConfig(3, 8, 32, (1, 2, 4), 1, stem=2),
-    "tissue64": VAEConfig(3, 16, 32, (1, 2, 4), 1, stem=2),
+    "tissue64": VAEConfig(3, 8, 32, (1, 2, 4), 1),
     "small": VAEConfig(3, 4, 64, (1, 2, 4), 1),
     "base": VAEConfig(3, 4, 64, (1, 2, 4, 4), 2),
     "sd15": VAEConfig(),
@@ -87,7 +87,7 @@ VAES = {  # channels of image and latent, base_channels, channel_multipliers, la
 UNETS = {  # channels in and out, base_channels, multipliers, layers, attention, context_dim, heads
     "tiny": UNetConfig(4, 4, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
     "cxr128": UNetConfig(8, 8, 64, (1, 2, 2), 1, (True, True, True), 192, 4),
-    "tissue64": UNetConfig(16, 16, 64, (1, 2, 2), 1, (True, True, True), 192, 4),
+    "tissue64": UNetConfig(8, 8, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
     "small": UNetConfig(4, 4, 128, (1, 2, 3), 2, (False, True, True), 384, 8),
     "base": UNetConfig(4, 4, 192, (1, 2, 3, 4), 2, (True, True, True, False), 768, 8),
     "sd15": UNetConfig(),
@@ -301,6 +301,16 @@ def note_widths(config, device, dtype):
               "on a CPU: pass --dtype float32")
 
 
+def random_window(x, multiple, seed):
+    """A window of half the side of x (B, C, H, W), at one random place for all images; its side and
+    its place are multiples of `multiple`."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, or each step would wait for a GPU
+    side = max(multiple, x.shape[-1] // 2 // multiple * multiple)
+    places = (x.shape[-1] - side) // multiple + 1
+    top, left = (multiple * torch.randint(places, (2,), generator=generator)).tolist()
+    return x[..., top:top + side, left:left + side].contiguous()
+
+
 def train_vae(args, run, model, pictures, dtype, workers):
     """L1 + KL, and with --perceptual a distance in the embedder's feature space: model.vae."""
     if "vae" not in run.finished:
@@ -313,11 +323,18 @@ def train_vae(args, run, model, pictures, dtype, workers):
         if device.type == "cpu":  # 69 ms a step, in channels_last 115 (bf16, measured)
             model.vae.to(memory_format=torch.contiguous_format)
 
+        # Texture is learned from windows, a quarter of the work; the whole image comes at the end.
+        whole_from = int(args.vae_windows * args.vae_steps)
+
         def features(image):
             return conditioning_tokens(model.embedder, image, "patch")
 
         def loss_fn(batch, step, generator):
-            return vae_loss(model.vae, *batch, generator, perceptual_weight=args.perceptual,
+            (image,) = batch
+            if step < whole_from:
+                image = random_window(image, model.vae.config.factor,
+                                      step_seed(args.seed, "window", step))
+            return vae_loss(model.vae, image, generator, perceptual_weight=args.perceptual,
                             perceptual=features if args.perceptual else None)
 
         fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps, batch=args.vae_batch,

@@ -72,6 +72,8 @@ def train_flags(presets, embedders, token_kinds):
          "preset's)")
     flag("--vae-lr", type=positive_float, help="peak learning rate of the VAE (default: the "
          "preset's)")
+    flag("--vae-windows", type=fraction, default=0.0, metavar="SHARE", help="of the VAE's steps "
+         "that see windows of half the side, a quarter of the work: for texture, e.g. 0.8")
     flag("--ema", type=fraction, default=0.999, help="decay of the averaged weights")
     flag("--min-snr", type=not_negative, default=0.0, help="min-SNR gamma, 0 = off (Hang: 5)")
     flag("--perceptual", type=not_negative, default=0.0, help="weight in the VAE's loss")

@@ -162,6 +162,33 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
 
 
+def test_windows_are_of_half_the_side_and_reach_every_corner():
+    """Side and place are multiples of the autoencoder's factor; one seed, one place."""
+    x = torch.arange(40 * 40).float().view(1, 1, 40, 40).repeat(2, 3, 1, 1)
+    windows = [train.random_window(x, 8, seed) for seed in range(60)]
+    assert {window.shape for window in windows} == {(2, 3, 16, 16)}
+    places = {divmod(int(window[0, 0, 0, 0]), 40) for window in windows}
+    assert places == {(row, column) for row in (0, 8, 16, 24) for column in (0, 8, 16, 24)}
+    for window in windows:
+        row, column = divmod(int(window[0, 0, 0, 0]), 40)
+        torch.testing.assert_close(window, x[..., row:row + 16, column:column + 16])
+    torch.testing.assert_close(windows[7], train.random_window(x, 8, 7))
+    assert train.random_window(x[..., :8, :8], 8, 0).shape[-2:] == (8, 8)  # there is no half
+
+
+def test_the_autoencoder_sees_windows_first_and_whole_images_at_the_end(tmp_path, monkeypatch):
+    sides = []
+    loss = train.vae_loss
+
+    def watched(vae, images, *args, **options):
+        sides.append(images.shape[-1])
+        return loss(vae, images, *args, **options)
+    monkeypatch.setattr(train, "vae_loss", watched)
+    train.main([*TINY, "--vae-steps", "8", "--vae-windows", "0.75", "--embedder-steps", "1",
+                "--unet-steps", "1", "--out", str(tmp_path / "run")])
+    assert sides == [16] * 6 + [32] * 2
+
+
 def test_ema_warms_up():
     """After n steps towards a constant, the EMA has forgotten its start: the product of the
     decays min(d, (1 + i) / (10 + i))."""

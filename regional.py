@@ -30,7 +30,7 @@ from torch import nn
 
 from support.seeds import step_seed
 
-CHUNK = 16384         # patches encoded at once, which bounds the memory of whole bags
+CHUNK = 16384  # patches encoded at once, which bounds the memory of whole bags
 
 
 @dataclass(frozen=True)
@@ -254,13 +254,16 @@ def predict(model, slide, patches, focused=False, seed=0):
         tokens, shares = zip(*encoded)
         return torch.cat(tokens), torch.cat(shares)
 
+    def pool(tokens):
+        """Logit (1,) and attention (1, R) of tokens (R, d), none of which is missing."""
+        return model.pool(tokens[None], tokens.new_ones(1, len(tokens), dtype=torch.bool))
+
     # pass 1: random regions
     table, centres = draw_regions(slide, scan, generator)
     first = min(len(table), max(1, patches // table.shape[1]))
     seen = table[:first]
     tokens, share = encode(seen)
-    present = tokens.new_ones(1, len(tokens), dtype=torch.bool)
-    logit, attention = model.pool(tokens[None], present)
+    logit, attention = pool(tokens)
 
     # pass 2: attention goes to what speaks against a tumour too: only what speaks for one leads on
     if focused and first < len(table):
@@ -277,7 +280,5 @@ def predict(model, slide, patches, focused=False, seed=0):
         missing = unseen.shape[1] - seen.shape[1]
         seen = torch.cat([F.pad(seen, (0, missing), value=-1), unseen])
         share = torch.cat([F.pad(share, (0, missing)), more_share])
-        tokens = torch.cat([tokens, more_tokens])
-        present = tokens.new_ones(1, len(tokens), dtype=torch.bool)
-        logit, attention = model.pool(tokens[None], present)
+        logit, attention = pool(torch.cat([tokens, more_tokens]))
     return logit.item(), seen, (attention[0][:, None] * share).cpu(), first

@@ -24,6 +24,7 @@ def plain_double(conv, x):
 
 @pytest.mark.parametrize("layer, fast, plain, shape", (
     (Linear(6, 10), lambda layer, x: layer(x), plain_linear, (16, 20, 6)),
+    (Linear(6, 10), lambda layer, x: layer(x), plain_linear, (2, 20, 6)),
     (Linear(6, 10, bias=False), lambda layer, x: layer(x), plain_linear, (2, 5, 6)),
     (nn.Conv2d(6, 6, 3, padding=1), lambda conv, x: double(x, conv), plain_double, (2, 6, 3, 5))))
 def test_faster_forms_are_the_plain_ones(layer, fast, plain, shape):

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.fast import Linear
+from support.fast import Linear, attention
 from support.weights import load_model
 
 TOKEN_KINDS = ("global", "cls", "cls4+mean", "patch2", "patch")
@@ -106,11 +106,6 @@ def init_linear(layer):
         nn.init.zeros_(layer.bias)
 
 
-def attention_weights(q, k):
-    """Softmax of scaled products: (B, heads, M, d), (B, heads, N, d) -> (B, heads, M, N)."""
-    return (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
 
@@ -126,10 +121,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.split(x)
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # fused: 5 times slower there
-            x = attention_weights(q, k) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
+        x = attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))               # (B, heads, N, d) -> (B, N, D)
 
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support.fast import Linear, double
+from support.fast import Linear, attention, attention_weights, double
 from support.weights import load_model
 
 
@@ -157,20 +157,13 @@ class Attention(nn.Module):
         k = self.split_heads(self.to_k(source))
         v = self.split_heads(self.to_v(source))
         if self.keep is None:
-            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            h = self.attend_and_keep(q, k, v, mask)
+            h = attention(q, k, v, mask)
+        else:  # the same, step by step
+            maps, name = self.keep
+            weights = attention_weights(q, k, mask)  # (B, heads, N, M)
+            maps[name] = weights.detach()
+            h = weights.to(v.dtype) @ v
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, dim)
-
-    def attend_and_keep(self, q, k, v, mask):
-        """What the fused attention computes, step by step, so that the weights can be kept."""
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        weights = scores.softmax(dim=-1)  # (B, heads, N, M)
-        maps, name = self.keep
-        maps[name] = weights.detach()
-        return weights.to(v.dtype) @ v
 
 
 class GEGLU(nn.Module):

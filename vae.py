@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.fast import double
+from support.fast import attention, double
 from support.weights import load_model
 
 
@@ -181,7 +181,7 @@ class Attention(nn.Module):
         q = self.to_q(h).unsqueeze(1)                          # (B, 1, H*W, C), one head
         k = self.to_k(h).unsqueeze(1)
         v = self.to_v(h).unsqueeze(1)
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        h = attention(q, k, v).squeeze(1)
         return x + self.to_out(h).transpose(1, 2).reshape(B, C, H, W)
 
 

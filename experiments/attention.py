@@ -10,8 +10,9 @@ attention over patches, from 1 (one patch) to N (all alike).
 import torch
 import torch.nn.functional as F
 
-from dino import attention_weights, load_dino
+from dino import load_dino
 from support.command import UserError, user_errors
+from support.fast import attention_weights
 from support.files import resolve_checkpoint
 from support.images import load_image
 from support.pictures import save_grid

@@ -94,7 +94,7 @@ def _deep_range(path):
 def describe_depth(depth):
     """The rule in a few words, for the first lines of a run."""
     if depth == EIGHT_BITS:
-        return "8-bit grey"
+        return "8 bits a channel"
     return f"deep grey, black {depth['black']:g}, white {depth['white']:g}"
 
 

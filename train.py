@@ -462,6 +462,16 @@ def derive_prompts(args, run, model, found, labels, cache):
     return numbers
 
 
+def start_words(args, model, numbers, cache):
+    """The words of the prompts start where their images lie; those of --init are trained."""
+    if args.init and args.unet == args.init:
+        return
+    tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
+    model.projection.start_from_images(
+        [model.prompts[number] for number in numbers], model.standardise(tokens).flatten(1),
+        torch.Generator().manual_seed(step_seed(args.seed, "words")))
+
+
 # ---- Stage 4: the U-Net ------------------------------------------------------------------------
 
 def train_unet(args, run, model, cache, found, labels, dtype):
@@ -469,6 +479,7 @@ def train_unet(args, run, model, cache, found, labels, dtype):
     measure_statistics(args, model, cache)
     if model.prompts:
         numbers = derive_prompts(args, run, model, found, labels, cache)
+        start_words(args, model, numbers, cache)
         counts = numbers.bincount()
         n = int(counts.max() * (counts > 0).sum())  # one round for each image of the commonest
         ids = model.prompt_ids(model.prompts).cpu()

@@ -268,7 +268,7 @@ def test_encoder_shapes_and_mask(encoder):
     """One begin token and the words are attended; padding has context 0."""
     context, mask = encode(encoder, LONG, SHORT, "")
     assert context.shape == (3, 13, 16) and mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == [10, 3, 1]
+    assert mask.sum(1).tolist() == [9, 3, 1]
     assert mask[1].tolist() == [True] * 3 + [False] * 10
     assert not context[~mask].any() and context[mask].abs().sum(1).all()
 
@@ -295,10 +295,30 @@ def test_context_tells_prompts_and_word_orders_apart(encoder):
 
 
 def test_case_and_punctuation_do_not_matter(encoder):
-    """Commas, full stops, hyphens, capitals and spaces: the same tokens."""
-    plain = encoder.tokenize(["cancer tissue morphology type thirty two"])
+    """Commas, full stops, capitals and spaces: the same tokens; a number is one word."""
+    plain = encoder.tokenize(["cancer tissue morphology type thirty-two"])
     noisy = encoder.tokenize(["  CANCER tissue, Morphology type: thirty-two. "])
     assert torch.equal(plain, noisy)
+
+
+def test_words_start_where_their_images_lie(encoder):
+    """Words of like images are alike, of opposite ones opposite; the others stay as they were."""
+    before = encoder.word_embed.weight.clone()
+    texts = [f"Histology image of {label} tissue, morphology type {number}"
+             for label in ("cancer", "healthy") for number in ("one", "two", "twenty-one")]
+    features = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    features[[1, 4]] = features[[0, 3]]  # "one" and "two" look alike
+    features -= features.mean(0)         # so the labels, three images each, are opposite
+    encoder.start_from_images(texts, features, torch.Generator().manual_seed(1))
+
+    words = encoder.word_embed.weight
+    moved = [encoder.index[word] for word in ("cancer", "healthy", "one", "two", "twenty-one")]
+    others = [i for i in range(len(words)) if i not in moved]
+    assert torch.equal(words[others], before[others]) and words.requires_grad
+    cancer, healthy, one, two, _ = words[moved]
+    torch.testing.assert_close(cancer, -healthy)
+    torch.testing.assert_close(one, two)
+    torch.testing.assert_close(words[moved].square().mean(), torch.tensor(1.0))
 
 
 def test_unknown_words_and_long_prompts_are_refused(encoder):

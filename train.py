@@ -56,7 +56,7 @@ from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 STAGES = ("embedder", "vae", "unet")
 PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
     "tiny": dict(size=64, embedder="tiny", vae="train", unet="train",
-                 embedder_batch=32, embedder_steps=300, vae_batch=8, vae_steps=2000, vae_lr=3e-3,
+                 embedder_batch=32, embedder_steps=300, vae_batch=4, vae_steps=2000, vae_lr=3e-3,
                  batch=16, unet_steps=1700, lr=1e-3),
     "cxr128": dict(size=128, embedder="tiny", vae="train", unet="train",
                    embedder_batch=32, embedder_steps=200, vae_batch=8, vae_steps=2500, vae_lr=2e-3,

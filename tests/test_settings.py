@@ -10,7 +10,7 @@ from support.settings import reading_processes, saved_settings, train_settings
 
 PRESETS = {
     "tiny": dict(size=64, embedder="tiny", vae="train", unet="train", embedder_batch=32,
-                 embedder_steps=300, vae_batch=8, vae_steps=2000, vae_lr=3e-3, batch=16,
+                 embedder_steps=300, vae_batch=4, vae_steps=2000, vae_lr=3e-3, batch=16,
                  unet_steps=1700, lr=1e-3),
     "sd15": dict(size=512, embedder="dino_vitb8", vae="sd15", unet="sd15", embedder_batch=128,
                  embedder_steps=4000, vae_batch=8, vae_steps=20000, vae_lr=1e-4, batch=16,

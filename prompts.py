@@ -13,8 +13,9 @@ How many clusters: `python -m experiments choose_k RUN`.
 
 Sources: Lloyd 1982; greedy k-means++ (Arthur & Vassilvitskii 2007).
 Differences from the paper: a Transformer learned from scratch on the closed vocabulary of the
-prompts replaces CLIP's text encoder; the final fit, too, is on standardised features; all global
-tokens of an image, flattened, are its features. Keep TF32 off while clustering: it is too coarse.
+prompts replaces CLIP's text encoder, and its words start at the mean of their images; the final
+fit, too, is on standardised features; all global tokens of an image, flattened, are its features.
+Keep TF32 off while clustering: it is too coarse.
 """
 import math
 import re

@@ -206,6 +206,11 @@ def open_init(args):
     return DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(args.init)))
 
 
+def goes_on(args):
+    """Whether the U-Net of --init goes on training."""
+    return bool(args.init) and args.unet == args.init
+
+
 def refuse_unlike(init, config):
     """UserError if a U-Net trained by the one config cannot go on under the other."""
     for name in ("image_size", "condition", "tokens", "token_shape", "template", "labels",
@@ -252,7 +257,7 @@ def build_model(args, labels, rows):
         condition=args.condition, tokens=args.tokens, token_shape=tuple(tokens.shape[1:]),
         template=template, labels=values, clusters=clusters, schedule=args.schedule,
         prediction=args.prediction, zero_terminal_snr=args.zero_snr, min_snr_gamma=args.min_snr))
-    if init and args.unet == args.init:
+    if goes_on(args):
         refuse_unlike(init.config, model.config)
         parts["projection"] = init.projection
         for name in model.STATISTICS:
@@ -395,8 +400,7 @@ def measure_statistics(args, model, cache):
     """
     n = len(cache)
     chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
-    goes_on = args.init and args.unet == args.init
-    if goes_on and args.vae in (args.init, "decoder"):
+    if goes_on(args) and args.vae in (args.init, "decoder"):
         pass
     elif "sd15" in (args.preset, args.unet):
         model.scale.fill_(0.18215)  # what this U-Net was trained with
@@ -406,7 +410,7 @@ def measure_statistics(args, model, cache):
         model.scale.copy_(scale.view_as(model.scale))
 
     # Twice through the tokens, which need not fit into memory.
-    if goes_on and args.embedder == args.init:
+    if goes_on(args) and args.embedder == args.init:
         return
     def tokens():
         return (torch.from_numpy(np.float64(cache.tokens[i.start:i.stop])) for i in chunks)
@@ -427,6 +431,12 @@ def prompt_numbers(config, labels, clusters):
     return label * (config.clusters or 1) + clusters
 
 
+def image_features(model, cache):
+    """The standardised tokens of each training image, flattened: (N, G*D), on model's device."""
+    tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
+    return model.standardise(tokens).flatten(1)
+
+
 def find_clusters(args, run, model, cache):
     """K-means on the standardised training tokens: model.centers, and the cluster of each image,
     (N,) int64; all 0 where labels alone make the prompts."""
@@ -434,10 +444,8 @@ def find_clusters(args, run, model, cache):
         centers = model.centers
         cluster = torch.zeros(len(cache), dtype=torch.int64)
         if model.config.clusters:
-            tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
             with user_errors():
-                result = kmeans(model.standardise(tokens).flatten(1), model.config.clusters,
-                                args.seed)
+                result = kmeans(image_features(model, cache), model.config.clusters, args.seed)
             centers, cluster = all_ranks([x.cpu() for x in result])[0]  # GPUs may round apart
         run.finish("prompts", {"centers": centers, "cluster": cluster})
     model.centers.copy_(run.finished["prompts"]["centers"])
@@ -462,13 +470,13 @@ def derive_prompts(args, run, model, found, labels, cache):
     return numbers
 
 
-def start_words(args, model, numbers, cache):
-    """The words of the prompts start where their images lie; those of --init are trained."""
-    if args.init and args.unet == args.init:
+def start_words(args, run, model, numbers, cache):
+    """The words of the prompts start where their images lie; trained ones stay: those of --init and
+    of a run that goes on."""
+    if goes_on(args) or run.steps_done("unet") or "unet" in run.finished:
         return
-    tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
     model.projection.start_from_images(
-        [model.prompts[number] for number in numbers], model.standardise(tokens).flatten(1),
+        [model.prompts[number] for number in numbers], image_features(model, cache),
         torch.Generator().manual_seed(step_seed(args.seed, "words")))
 
 
@@ -479,7 +487,7 @@ def train_unet(args, run, model, cache, found, labels, dtype):
     measure_statistics(args, model, cache)
     if model.prompts:
         numbers = derive_prompts(args, run, model, found, labels, cache)
-        start_words(args, model, numbers, cache)
+        start_words(args, run, model, numbers, cache)
         counts = numbers.bincount()
         n = int(counts.max() * (counts > 0).sum())  # one round for each image of the commonest
         ids = model.prompt_ids(model.prompts).cpu()

@@ -5,8 +5,8 @@
 FILE.npz holds `x` (N, D), the instances of all bags, `bag` (N,), whose instance each is, and
 `bag_label` (N,), 0 or 1, equal in a bag. The network is the published one: 256, 128 and 64 units
 with dropout, then the gated attention and the head of regional.py; one bag a step, Adam at 5e-4
-with an L2 weight of 0.005, 100 epochs, of which the one with the least loss + error on a tenth of
-the training bags counts.
+with an L2 weight of 0.005 (other sets had others: --lr, --weight-decay), 100 epochs, of which the
+one with the least loss + error on a tenth of the training bags counts.
 
 Source: Ilse, Tomczak & Welling 2018 (arXiv 1802.04712), equation 9 and table 1; the architecture is
 that of MI-Net (Wang et al. 2016).
@@ -22,8 +22,8 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from evaluate import roc_auc
 from regional import MILConfig, RegionalMIL
-from support.command import (StatusLine, UserError, not_negative_int, positive_float, positive_int,
-                             print_table)
+from support.command import (StatusLine, UserError, not_negative, not_negative_int,
+                             positive_float, positive_int, print_table)
 from support.files import write_json
 from support.seeds import step_seed
 
@@ -83,7 +83,8 @@ def pad_bags(bags):
     return x, present, torch.tensor([float(label) for _, label in bags])
 
 
-def train_together(models, bags, rows, checks, epochs, lr, seed, epoch_done=lambda epoch: None):
+def train_together(models, bags, rows, checks, epochs, lr, weight_decay, seed,
+                   epoch_done=lambda epoch: None):
     """Train K networks side by side, each as it would be alone, one bag a step.
 
     rows, checks: for each network its training bags, and equally many for all to choose the epoch
@@ -107,7 +108,7 @@ def train_together(models, bags, rows, checks, epochs, lr, seed, epoch_done=lamb
     shown = [part.unflatten(0, (len(models), -1)) for part in (x, present, labels)]
     best = {name: value.detach().clone() for name, value in params.items()}
     least = torch.full((len(models),), float("inf"))
-    optimizer = torch.optim.Adam(params.values(), lr=lr, weight_decay=0.005, fused=True)
+    optimizer = torch.optim.Adam(params.values(), lr=lr, weight_decay=weight_decay, fused=True)
     torch.manual_seed(step_seed(seed, "bags") % 2 ** 31)
     for epoch in range(epochs):
         orders = [np.array(mine)[torch.randperm(len(mine)).numpy()] for mine in rows]
@@ -137,6 +138,7 @@ def add_flags(parser):
     add("--repeats", type=positive_int, default=5, help="of it, each with new folds")
     add("--epochs", type=positive_int, default=100, help="of training")
     add("--lr", type=positive_float, default=5e-4, help="of Adam")
+    add("--weight-decay", type=not_negative, default=0.005, help="L2 weight in Adam's gradient")
     add("--together", type=positive_int, default=50, help="networks side by side: fewer are faster "
         "where bags differ much in length")
     add("--seed", type=not_negative_int, default=0, help="of everything random")
@@ -174,7 +176,7 @@ def main(args):
 
         train_together(models, bags, [order[count:] for order in orders],
                        [order[:count] for order in orders], args.epochs, args.lr,
-                       step_seed(args.seed, first), epoch_done)
+                       args.weight_decay, step_seed(args.seed, first), epoch_done)
         for model, (repeat, fold) in zip(models, chunk):
             for i in np.flatnonzero(folds[repeat] == fold):
                 with torch.no_grad():

@@ -30,9 +30,9 @@ from evaluate import bootstrap_interval, roc_auc
 from regional import MILConfig, RegionalMIL, draw_regions, predict
 from support.cache import fingerprint
 from support.command import (Help, UserError, not_negative_int, pick_device, positive_float,
-                             positive_int, print_table, run_script, user_errors)
+                             positive_int, print_table, run_script, share_above_zero, user_errors)
 from support.files import write_json
-from support.mosaic import mosaic_slides, open_patches
+from support.mosaic import FOCI, mosaic_slides, open_patches
 from support.pictures import line_chart, save_grid
 from support.run import Run
 from support.seeds import step_seed
@@ -233,6 +233,8 @@ def parse(argv=None):
     add("--patches-of", metavar="FOLDER", help="of mosaic: labelled patches, whose table names "
         "patients")
     add("--positive", metavar="LABEL", help="of mosaic: a focus's (default: the later of two)")
+    add("--foci", type=share_above_zero, nargs=2, default=FOCI, metavar=("LEAST", "LARGEST"),
+        help="of mosaic: share of the tissue that a focus takes")
     add("--embedder", default="random", help="of images: random, a published DINO, or a file")
     add("--tile", type=positive_int, default=96, help="side in pixels of the tiles of an image")
     add("--level", type=not_negative_int, default=0, help="of a whole slide's pyramid, 0 is finest")
@@ -265,6 +267,9 @@ def parse(argv=None):
     if (args.data == "mosaic") != (args.patches_of is not None):
         raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a "
                         "folder of labelled patches go together", "pass both or neither")
+    if args.foci[0] > args.foci[1]:
+        raise UserError(f"--foci {args.foci[0]} {args.foci[1]}", "the least comes first",
+                        "exchange them")
     return args
 
 
@@ -369,7 +374,7 @@ def main(argv=None):
         slides_of = partial(generated_slides, count=args.count, embed=tiling.embed)
     elif args.data == "mosaic":
         bank = open_patches(args.patches_of, tiling.embed, args.label_column, args.positive)
-        slides_of = partial(mosaic_slides, bank, count=args.count)
+        slides_of = partial(mosaic_slides, bank, count=args.count, foci=args.foci)
     else:
         slides = open_slides(args.data, tiling, args.label_column)
         args.models = leave_out_windows(args.models, slides)

@@ -4,9 +4,10 @@
     slides = mosaic_slides(bank, seed=0, count=400)
 
 A slide is a blob of tissue in which fields of healthy patches lie side by side, each of one
-patient. A tumour slide has one round focus, 0.3 to 3 % of its tissue, of the cancer patches of one
-patient. A fifth of the slides is for testing; no patient has patches in slides of both parts. This
-design is ours. Unlike generated slides, nothing but the focus itself tells where to look.
+patient. A tumour slide has one round focus, by default 0.3 to 3 % of its tissue, of the cancer
+patches of one patient. A fifth of the slides is for testing; no patient has patches in slides of
+both parts. This design is ours. Unlike generated slides, nothing but the focus itself tells where
+to look.
 """
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ SIDE = 48         # cells of a slide's side; half of them or more are tissue
 PATCH = 64        # pixels of a patch's side, as it is embedded
 TESTED = 0.3      # share of the patients whose patches make the test slides
 FIELDS = 5        # patients of a slide's healthy tissue, at most
+FOCI = (0.003, 0.03)  # share of the tissue that a focus takes, from and to
 
 
 @dataclass
@@ -68,10 +70,11 @@ def rows_by_patient(bank, patients, cancer):
     return [mine for mine in rows if len(mine)]
 
 
-def draw_mosaic(healthy, cancer, label, rng):
+def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
     """Rows of the bank (SIDE, SIDE), -1 beside the tissue, and the focus (SIDE, SIDE) bool.
 
-    healthy, cancer: rows_by_patient of a part.
+    healthy, cancer: rows_by_patient of a part. foci: least and largest share of the tissue; its
+    logarithm is uniform.
     """
     # Smooth random fields: the first draws the outline, the largest of the others the patient.
     coarse = torch.from_numpy(rng.standard_normal((1, 1 + FIELDS, 5, 5)))
@@ -88,14 +91,15 @@ def draw_mosaic(healthy, cancer, label, rng):
     focus = np.zeros_like(tissue)
     if label:
         places = np.argwhere(tissue)
-        size = max(1, round(len(places) * 0.003 * 10 ** rng.random()))
+        least, largest = foci
+        size = max(1, round(len(places) * least * (largest / least) ** rng.random()))
         away = np.linalg.norm(places - places[rng.integers(len(places))], axis=1)
         focus[tuple(places[np.argsort(away, kind="stable")[:size]].T)] = True
         tiles[focus] = rng.choice(cancer[rng.integers(len(cancer))], size)
     return tiles, focus
 
 
-def mosaic_slides(bank, seed, count):
+def mosaic_slides(bank, seed, count, foci=FOCI):
     """So many Slides, every second with a focus; the seed also draws who is tested."""
     rng = np.random.default_rng(step_seed(seed, "mosaic"))
     patients = rng.permutation(np.unique(bank.patients))
@@ -111,7 +115,7 @@ def mosaic_slides(bank, seed, count):
                             f"{len(cancer)} with cancer patches", "one of each is needed",
                             "bring patches of more patients")
         for i in range(number):
-            tiles, focus = draw_mosaic(healthy, cancer, i % 2, rng)
+            tiles, focus = draw_mosaic(healthy, cancer, i % 2, rng, foci)
             there = tiles >= 0
             name = f"{part}_{i:04d}"
             slides.append(Slide(name, i % 2, name, part == "test",

@@ -39,6 +39,9 @@ def test_patients_are_apart_and_foci_are_what_cancer_is():
     assert all(torch.equal(a.rows, b.rows) for a, b in zip(slides, again))
     assert not torch.equal(slides[0].rows, mosaic_slides(bank, 1, 40)[0].rows)
 
+    larger = [s.foci.float().mean() for s in mosaic_slides(bank, 0, 40, (0.1, 0.2)) if s.label]
+    assert min(larger) > 0.099 and max(larger) < 0.201
+
 
 def test_a_focus_is_in_one_piece():
     """The focus is a disc: no cell of it is farther from its middle than a cell beside it."""
@@ -88,3 +91,5 @@ def test_bad_input(tmp_path):
     for flags in (["--data", "mosaic"], ["--patches-of", "x"]):
         with pytest.raises(UserError, match="go together"):
             mil.parse(flags)
+    with pytest.raises(UserError, match="the least comes first"):
+        mil.parse(["--data", "mosaic", "--patches-of", "x", "--foci", "0.2", "0.1"])

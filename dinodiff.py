@@ -2,7 +2,8 @@
 
 Papers: DiNO-Diffusion (arXiv 2407.11594); DDPM (Ho 2020); DDIM (Song 2021); DPM-Solver++ (Lu 2022,
 arXiv 2211.01095); latent diffusion (Rombach 2022); v-prediction (Salimans & Ho 2022); classifier-
-free guidance (Ho & Salimans 2022); zero terminal SNR (Lin 2024); min-SNR weights (Hang 2023).
+free guidance (Ho & Salimans 2022); zero terminal SNR and rescaled guidance (Lin 2024); min-SNR
+weights (Hang 2023).
 a_t below is `alphas_cumprod[t]`; a step of a sampler goes from t to s, and u is the t before t.
 
     forward      xt  = sqrt(a_t) x0 + sqrt(1 - a_t) eps                                  (1)
@@ -12,6 +13,7 @@ a_t below is `alphas_cumprod[t]`; a step of a sampler goes from t to s, and u is
     DPM-Solver++ xs  = (4) without noise, of x0 + (l_s - l_t) / (l_t - l_u) / 2 (x0 - x0 at u),
                  l_t = log(a_t / (1 - a_t)) / 2                                          (5)
     guidance     f   = f(null) + guidance_scale (f(context) - f(null)), 1.0 = off        (6)
+    rescaled     f  <- f (phi std(f(context)) / std(f) + 1 - phi), phi = guidance_rescale  (6')
     context      c_k = W (token_k - mean_k) / std_k + position_k                         (7)
 
 Instead of (7) the condition may be a prompt that was derived from the image (prompts.py, arXiv
@@ -233,11 +235,14 @@ def dpm_sample(model, x, schedule, steps=15, timesteps=None, order=2):
     return x
 
 
-def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=None):
+def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=None,
+           guidance_rescale=0.0):
     """Equation (6) as a model(x, t): both halves in one pass; 1.0 is the conditional run itself.
 
     context, null_context: (B, K, context_dim). mask, null_mask: (B, K) bool, which context tokens
-    count, for prompts of unequal length; else None.
+    count, for prompts of unequal length; else None. guidance_rescale: phi of equation (6'), Lin
+    2024, equations 15 and 16: guidance makes outputs wider, which shows as too much contrast, and
+    this takes them back to the width of the conditional run, each image's by itself; 0.0 is off.
     """
     def conditional_model(x, t):
         return unet(x, t, context, mask)
@@ -250,8 +255,13 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
 
     # x and t keep B rows: UNet.forward repeats them for the two contexts.
     def guided_model(x, t):
-        null, conditional = unet(x, t, both_contexts, both_masks).chunk(2)
-        return null + guidance_scale * (conditional - null)
+        null, conditional = unet(x, t, both_contexts, both_masks).float().chunk(2)
+        output = null + guidance_scale * (conditional - null)
+        if guidance_rescale:
+            narrower = conditional.flatten(1).std(1) / output.flatten(1).std(1)
+            factor = guidance_rescale * narrower + 1 - guidance_rescale
+            output = output * factor[:, None, None, None]
+        return output
 
     return guided_model
 
@@ -508,7 +518,7 @@ class DinoDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, condition, seeds, steps=50, guidance_scale=1.0, eta=0.0, sampler="ddim",
-               batch=64, start=None, strength=1.0, dtype=torch.float32):
+               batch=64, start=None, strength=1.0, dtype=torch.float32, guidance_rescale=0.0):
         """New images (N, 3, H, W) in [-1, 1], one for each seed, on the model's device.
 
         condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
@@ -545,7 +555,8 @@ class DinoDiffusion(nn.Module):
             model = guided(self.unet, null_context, null_context, 1.0, null_mask, null_mask)
             if condition is not None:
                 context, mask = self.context(condition[rows].to(device), B)
-                model = guided(self.unet, context, null_context, guidance_scale, mask, null_mask)
+                model = guided(self.unet, context, null_context, guidance_scale, mask, null_mask,
+                               guidance_rescale)
 
             # Noise to x0; samplers multiply no matrices, so autocast touches the U-Net alone.
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -191,8 +191,8 @@ def make_images(requests, args, model, read, centers, dtype):
     images = model.sample(
         make_condition(requests, args, model, read, centers),
         seeds=[request.seed for request in requests], steps=args.steps, sampler=args.sampler,
-        guidance_scale=args.guidance, eta=args.eta, batch=args.batch, start=start,
-        strength=args.strength, dtype=dtype).cpu()
+        guidance_scale=args.guidance, guidance_rescale=args.guidance_rescale, eta=args.eta,
+        batch=args.batch, start=start, strength=args.strength, dtype=dtype).cpu()
     if not images.isfinite().all():
         raise UserError(f"images of seeds from {requests[0].seed} on are not finite",
                         "need sound weights, moderate guidance",
@@ -232,9 +232,10 @@ def main(argv=None):
     out = Path(args.out or next_folder(parent / "samples", requests[0].strategy))
     out = all_ranks(out)[0]
     folder = SampleFolder(out, requests, {
-        "guidance": args.guidance, "steps": args.steps, "sampler": args.sampler, "eta": args.eta,
-        "strength": args.strength, "perturb": args.perturb,
-        "dtype": str(dtype).removeprefix("torch."), "checkpoint": str(checkpoint)})
+        "guidance": args.guidance, "guidance_rescale": args.guidance_rescale, "steps": args.steps,
+        "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
+        "perturb": args.perturb, "dtype": str(dtype).removeprefix("torch."),
+        "checkpoint": str(checkpoint)})
 
     # Rounds, of a batch for each rank.
     status = StatusLine(len(requests), "sample")

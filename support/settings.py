@@ -234,6 +234,8 @@ def sample_flags(argv=None):
          help="DPM-Solver++; DDIM; the first one, of Ho 2020")
     flag("--guidance", type=not_negative, default=1.0,
          help="1 = off; above 1 pushes away from the unconditional model")
+    flag("--guidance-rescale", type=fraction, default=0.0,
+         help="takes back the contrast that guidance above 1 adds, e.g. 0.7")
     flag("--eta", type=fraction,
          help="of ddim: 0 deterministic, 1 noisy as ddpm (default: 0.5)")
     flag("--seed", type=not_negative_int, default=0, help="of the first image; the next has +1")

@@ -212,6 +212,26 @@ def test_guidance_one_is_the_conditional_run_and_scales_linearly():
     assert calls == [2, 2, 4, 4]
 
 
+def test_rescaled_guidance_has_the_width_of_the_conditional_run():
+    """Equation (6'): at phi = 1 each image's deviation is the conditional one's, and the direction
+    is that of plain guidance; phi = 0.5 lies half way; 0 changes nothing."""
+    def unet(x, t, context, mask=None):
+        repeated = x.repeat(len(context) // len(x), 1, 1, 1)
+        return repeated * context.mean(dim=(1, 2))[:, None, None, None] + 0.1
+    x, t = torch.randn(2, 4, 3, 3), torch.zeros(2, dtype=torch.long)
+    x[1] *= 5
+    context, null = torch.full((2, 5, 6), 2.0), torch.full((2, 5, 6), 0.5)
+    plain = guided(unet, context, null, 3.0)(x, t)
+    full, half, off = (guided(unet, context, null, 3.0, guidance_rescale=phi)(x, t)
+                       for phi in (1.0, 0.5, 0.0))
+    assert torch.equal(off, plain)
+    wanted = unet(x, t, context).flatten(1).std(1)
+    assert torch.allclose(full.flatten(1).std(1), wanted)
+    assert not torch.allclose(plain.flatten(1).std(1), wanted, rtol=0.1)
+    ratio = (wanted / plain.flatten(1).std(1)).view(2, 1, 1, 1)
+    assert torch.allclose(full, ratio * plain) and torch.allclose(half, (full + plain) / 2)
+
+
 def test_slerp_keeps_angle_and_length():
     """Ends are met, the middle of two unit vectors has length 1 and equal angles; antiparallel
     and equal vectors stay finite."""

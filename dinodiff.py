@@ -258,7 +258,8 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
         null, conditional = unet(x, t, both_contexts, both_masks).float().chunk(2)
         output = null + guidance_scale * (conditional - null)
         if guidance_rescale:
-            narrower = conditional.flatten(1).std(1) / output.flatten(1).std(1)
+            width = output.flatten(1).std(1).clamp(min=1e-6)
+            narrower = conditional.flatten(1).std(1) / width
             factor = guidance_rescale * narrower + 1 - guidance_rescale
             output = output * factor[:, None, None, None]
         return output

@@ -253,7 +253,8 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
     both_contexts = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
     both_masks = None if mask is None else torch.cat([null_mask, mask])
 
-    # x and t keep B rows: UNet.forward repeats them for the two contexts.
+    # x and t keep B rows: UNet.forward repeats them for the two contexts. Float32, for bf16 would
+    # round the difference that guidance multiplies.
     def guided_model(x, t):
         null, conditional = unet(x, t, both_contexts, both_masks).float().chunk(2)
         output = null + guidance_scale * (conditional - null)
@@ -523,6 +524,8 @@ class DinoDiffusion(nn.Module):
         """New images (N, 3, H, W) in [-1, 1], one for each seed, on the model's device.
 
         condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
+        guidance_scale, guidance_rescale: of equations (6) and (6'), see `guided`; without a
+            condition of no account.
         start: images (N, 3, H, W); with strength < 1 the sampler begins from them, with the noise
             of the timestep at that share of all T (img2img).
         dtype: torch.bfloat16 puts the U-Net under autocast; all the rest stays float32.

@@ -233,7 +233,7 @@ def parse(argv=None):
     add("--patches-of", metavar="FOLDER", help="of mosaic: labelled patches, whose table names "
         "patients")
     add("--positive", metavar="LABEL", help="of mosaic: a focus's (default: the later of two)")
-    add("--foci", type=share_above_zero, nargs=2, default=list(FOCI), metavar=("LEAST", "LARGEST"),
+    add("--foci", type=share_above_zero, nargs=2, default=FOCI, metavar=("LEAST", "LARGEST"),
         help="of mosaic: share of the tissue that a focus takes")
     add("--embedder", default="random", help="of images: random, a published DINO, or a file")
     add("--tile", type=positive_int, default=96, help="side in pixels of the tiles of an image")

@@ -26,7 +26,7 @@ SIDE = 48         # cells of a slide's side; half of them or more are tissue
 PATCH = 64        # pixels of a patch's side, as it is embedded
 TESTED = 0.3      # share of the patients whose patches make the test slides
 FIELDS = 5        # patients of a slide's healthy tissue, at most
-FOCI = (0.003, 0.03)  # share of the tissue that a focus takes, from and to
+FOCI = [0.003, 0.03]  # share of the tissue that a focus takes, from and to; as JSON reads it back
 
 
 @dataclass

@@ -61,8 +61,7 @@ def test_side_by_side_is_as_alone():
                 part.p = 0.0
     alone = copy.deepcopy(models)
     rows = [[0], [1]]  # one bag each, so that the order of an epoch is known
-    bags.train_together(models, made, rows, rows, epochs=5, lr=1e-2,
-                        weight_decay=0.005, seed=0)
+    bags.train_together(models, made, rows, rows, epochs=5, lr=1e-2, weight_decay=0.005, seed=0)
     for model, together, (row,) in zip(alone, models, rows):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=0.005)
         x, label = made[row]

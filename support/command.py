@@ -86,6 +86,13 @@ def _number(kind, low, high, need):
         raise argparse.ArgumentTypeError(f"{text!r} is not {need}")
     return parse
 
+def number(kind, low=0, high=float("inf")):
+    """A type for argparse: `kind` (int or float) from low to high."""
+    need = f"a {'whole ' if kind is int else ''}number from {low:g}" + (
+        f" to {high:g}" if high < float("inf") else " up")
+    return _number(kind, low, high, need)
+
+
 positive_int = _number(int, 1, 10**7, "a whole number: pass 1 to 10,000,000")
 batch_int = _number(int, 1, 2**16, "a whole number: pass 1 to 65,536")
 workers_int = _number(int, 0, 256, "a whole number: pass 0 to 256")

@@ -1,10 +1,11 @@
 """Do samples resemble the image they were made from, and as a set the data?
 
-Held-out images are the sources; one sample is made of each and every seed. A sample should
+Held-out images are the sources; one sample is made from each with every seed. A sample should
 correlate with its source more than with other images, and a search over all sources should find the
-source first (chance: 1 / N); as a set, samples should lie as near to the training images as unseen
-real images do (the floor). Distances are of a random network's features, never of those that
-condition. Beside them stand what the autoencoder alone loses, and what a slight blur does.
+source first (chance: 1 / N); as a set, samples should be as near to the training images as unseen
+real images are (the floor). Distances use a random network's features, never those that condition.
+Beside them: reconstructions of the autoencoder, and a slight blur. Sharpness is the variance of the
+Laplacian, relative to real images.
 
 Writes resemble.json and resemble.png into the run's folder.
 """
@@ -13,17 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import (RandomFeatures, brightness, correlations, describe, frechet_distance,
-                      grey_values, moments, off_diagonal_mean, psnr)
+                      grey_values, moments, off_diagonal_mean, psnr, sharpness)
 from experiments.common import add_run_flags, batches_of, open_run
-from support.command import (UserError, fraction, not_negative, positive_int, print_table, seed_int,
-                             user_errors)
+from support.command import UserError, number, print_table, user_errors
 from support.files import write_json
 from support.pictures import save_grid
-
-
-def best_correlations(a, b, chunk=1024):
-    """Highest correlation of each row of a with any row of b: (N,), b in chunks to spare memory."""
-    return torch.stack([correlations(a, part).amax(dim=1) for part in b.split(chunk)]).amax(dim=0)
 
 
 def first_share(similarity):
@@ -32,54 +27,51 @@ def first_share(similarity):
     return (similarity.diagonal() > others).double().mean().item()
 
 
-def set_figures(images, train_features, train_pixels, judge, batch):
-    """How a set of images (N, 3, H, W) lies to the training images: (pixel rows, dict)."""
-    device = next(judge.buffers()).device
-    features, pixels = describe(images.split(batch), judge, device)
-    best = best_correlations(pixels, train_pixels).mean().item()
-    figures = {"Frechet to training": frechet_distance(features, train_features),
-               "best correlation with a training image": best}
-    for name, value in brightness(moments(grey_values(images))).items():
-        figures[f"brightness {name}"] = value
-    return pixels, figures
+def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refine=True, batch=64):
+    """The figures: (dict of references, list of one dict per seed, rows of pictures).
 
-
-def resemblance(model, sources, training, seeds, judge, steps=50, guidance=1.0, eta=0.5, batch=64):
-    """The main job's figures: (reference dict, list of one dict a seed, rows of pictures).
-
-    sources (N, 3, H, W) held out; training: iterator of image batches. One sample a source and
-    seed. Distances are of the judge's features to the training images, N images on each line.
+    sources (N, 3, H, W) held out; training: iterator of image batches. One sample per source and
+    seed. Distances are of the judge's features to the training images.
     """
     device = next(model.buffers()).device
     train_features, train_pixels = describe(training, judge, device)
+    sharpness_of_real = sharpness(sources).mean()
 
     def in_batches(function, images):
         return torch.cat([function(x.to(device)).cpu() for x in images.split(batch)])
 
-    def distance_to_training(images):
-        return set_figures(images, train_features, train_pixels, judge, batch)
+    def describe_set(images):
+        """Pixel rows of a set of images, and how it relates to the training images."""
+        features, pixels = describe(images.split(batch), judge, device)
+        best = correlations(pixels, train_pixels).amax(dim=1).mean().item()
+        figures = {"Frechet to training": frechet_distance(features, train_features),
+                   "sharpness / real": (sharpness(images).mean() / sharpness_of_real).item(),
+                   "best correlation with a training image": best}
+        for name, value in brightness(moments(grey_values(images))).items():
+            figures[f"brightness {name}"] = value
+        return pixels, figures
 
-    # What real images, the autoencoder and a blur come to.
+    # References: real images, the autoencoder, a blur.
     tokens = in_batches(model.embed, sources)
     reconstructed = in_batches(lambda x: model.decode(model.encode(x)), sources)
     blurred = F.avg_pool2d(F.pad(sources, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-    source_pixels, reference = distance_to_training(sources)
+    source_pixels, reference = describe_set(sources)
     floor = reference["Frechet to training"]
     between = correlations(source_pixels, source_pixels)
     reference["correlation with other sources"] = off_diagonal_mean(between)
     reference["VAE PSNR, dB"] = psnr(sources, reconstructed)
     for name, images in (("VAE reconstructions", reconstructed), ("3x3-blurred real", blurred)):
-        reference[f"Frechet of {name}"] = distance_to_training(images)[1]["Frechet to training"]
+        reference[f"Frechet of {name}"] = describe_set(images)[1]["Frechet to training"]
 
-    # What samples come to.
+    # Samples.
     results = []
     pictures = [sources[:8], reconstructed[:8]]
     condition = None if model.config.condition == "none" else tokens
     for seed in seeds:
-        numbers = [seed * 1_000_003 + i for i in range(len(sources))]
-        samples = model.sample(condition, numbers, steps=steps, guidance_scale=guidance, eta=eta,
-                               batch=batch).cpu()
-        pixels, figures = distance_to_training(samples)
+        noise_seeds = [seed * 1_000_003 + i for i in range(len(sources))]
+        samples = model.sample(condition, noise_seeds, guidance_scale=guidance_scale, batch=batch,
+                               refine=refine).cpu()
+        pixels, figures = describe_set(samples)
         by_pixels = correlations(pixels, source_pixels)  # (N, N)
         again = F.normalize(in_batches(model.embed, samples).flatten(1), dim=1)
         by_tokens = again @ F.normalize(tokens.flatten(1), dim=1).T  # (N, N)
@@ -108,10 +100,9 @@ def summarise(results):
 def add_flags(parser):
     add_run_flags(parser, count=256, train_limit=2000)
     add = parser.add_argument
-    add("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], help="of the samples")
-    add("--steps", type=positive_int, default=50, help="DDIM steps")
-    add("--guidance", type=not_negative, default=1.0, help="guidance scale, 1.0 = off")
-    add("--eta", type=fraction, default=0.5, help="DDIM: 0 deterministic, 1 noisy as DDPM")
+    add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="of the samples")
+    add("--guidance-scale", type=number(float, 0), default=1.0, help="1.0 = off")
+    add("--no-refine", action="store_true", help="the decoder alone")
 
 
 def main(args):
@@ -124,12 +115,13 @@ def main(args):
     with user_errors():
         sources = run.images.batch(run.test.tolist())
         training = batches_of(run.images, run.train, args.batch)
-        reference, results, pictures = resemblance(model, sources, training, args.seeds, judge,
-                                                   args.steps, args.guidance, args.eta, args.batch)
+        reference, results, pictures = resemblance(
+            model, sources, training, args.seeds, judge, args.guidance_scale, not args.no_refine,
+            args.batch)
 
-    # A column for real images, one for each seed, and what the seeds have in common.
+    # A column for real images, one for each seed, and their mean and deviation.
     print(f"{len(sources)} held-out sources, one sample each and seed; {len(run.train)} training "
-          f"images; DDIM {args.steps} steps, eta {args.eta:g}, guidance {args.guidance:g}; "
+          f"images; DPM-Solver++ 15 steps, guidance {args.guidance_scale:g}; "
           "features: random network, seed 0")
     seeds = dict(zip(map(str, args.seeds), results))
     summary = summarise(results)
@@ -146,6 +138,6 @@ def main(args):
     save_grid(run.folder / "resemble.png", pictures, captions)
     print(f"wrote {run.folder / 'resemble.png'}")
     write_json(run.folder / "resemble.json", {
-        "sources": len(sources), "training_images": len(run.train), "steps": args.steps,
-        "guidance": args.guidance, "eta": args.eta, "tokens": model.config.tokens,
+        "sources": len(sources), "training_images": len(run.train), "refined": not args.no_refine,
+        "guidance_scale": args.guidance_scale, "tokens": model.config.tokens,
         "data": run.flags["data"], "real": reference, "summary": summary, "seeds": seeds})

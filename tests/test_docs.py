@@ -1,5 +1,5 @@
-"""README and docs: every command has flags that exist, the README's are run, links lead somewhere,
-and the walkthrough's blocks run one after the other as a reader types them."""
+"""README and docs: commands use flags that exist, the README's run, links resolve, pages stay
+short, and the walkthrough's blocks run in sequence, as a reader types them."""
 import argparse
 import importlib
 import os
@@ -8,134 +8,132 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-import evaluate
 import experiments.__main__ as experiments
-import mil
-import sample
 import train
 
-pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WORDS = "Histology image of cancer tissue, morphology type"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "weights" / "README.md", *DOCS]
+SCRIPTS = ("train", "sample", "evaluate", "mil", "prepare")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page, language):
+    """The code of each fenced block in this language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 def commands(page):
-    """The words behind `python` of each line of the page's shell blocks, once each."""
-    found = []
-    for block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.split("  #")[0].replace("...", ""))
-            if "python" in words and words[-1] != "pytest":
-                found.append(words[words.index("python") + 1:])
-    return found
+    """The arguments after `python` (or torchrun's flags) of every command on a page, in fenced
+    blocks and in `inline code`."""
+    text = page.read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    lines = [line for block in blocks(page, "bash")
+             for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", prose)]
+    for line in lines:
+        words = shlex.split(line.split("  #")[0].split(" # ")[0].replace("...", ""))
+        program = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if "-m" in words and "experiments" in words:
+            yield ["experiments", *words[words.index("experiments") + 1:]]
+        elif program is not None:
+            yield [words[program].removesuffix(".py"), *words[program + 1:]]
 
 
 class ParsedAlready(Exception):
-    """Flags were understood: enough."""
+    """The flags were understood, which is enough."""
 
 
-def stop_after_parsing(patch):
-    """From now on a script that has parsed its flags goes no further."""
+@each_page
+def test_every_command_has_flags_that_exist(page, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args, **kwargs):
         raise ParsedAlready(parse(self, *args, **kwargs))
 
-    patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
-def test_flags_of_every_command_exist(page, monkeypatch):
-    """What a reader copies is at least understood by the script that it names."""
-    stop_after_parsing(monkeypatch)
-    scripts = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "mil.py": mil}
-    for script, *rest in commands(page):
-        if script == "-m" and rest[0] == "experiments":
-            run, rest = experiments.main, rest[1:]
-        elif script in scripts:
-            run = scripts[script].main
-        else:
-            assert (ROOT / script).is_file() or script == "-m", script
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for script, *arguments in commands(page):
+        if script == "experiments" and not arguments or script.startswith("tools/"):
+            assert script == "experiments" or (ROOT / f"{script}.py").is_file(), script
             continue
-        if run is experiments.main and not rest:
-            continue
+        assert script in (*SCRIPTS, "experiments"), script
+        main = experiments.main if script == "experiments" else importlib.import_module(script).main
         with pytest.raises(ParsedAlready):
-            run(rest)
+            main(["1" if word in "SG" and len(word) == 1 else word for word in arguments])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
-def test_links_and_pictures_are_there(page):
+@each_page
+def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with runs/cxr at 64 px and runs/histology with prompts, of few steps and images."""
-    folder = tmp_path_factory.mktemp("clone")
-    few = ["--steps", "2", "--count", "48", "--grids", "1", "--batch", "4", "--device", "cpu"]
-    assert train.main(["--data", "phantoms", "--out", str(folder / "runs" / "cxr"), *few]) == 0
-    assert train.main(["--data", "histology", "--size", "32", "--condition", "prompts",
-                       "--clusters", "3", "--out", str(folder / "runs" / "histology"), *few]) == 0
-    return folder
+@each_page
+def test_code_is_fenced(page):
+    """Indented code would escape the tests of commands."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for line in prose.splitlines():
+        assert not line.startswith(("    ", "\t")), line
 
 
-def test_readme_commands_run(runs, tmp_path, monkeypatch):
-    """Every command of the README's blocks does what it says, on small runs and their images."""
-    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+def test_pages_stay_short():
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert len(readme) <= 130
+    assert all(len(line) <= 120 for line in readme if not line.startswith(("|", "![")))
+    assert len(DOCS) <= 9
+    assert sum(len(page.read_text().split()) for page in DOCS) <= 9000
+    assert len((ROOT / "weights" / "README.md").read_text().split()) <= 700
+
+
+def test_readme_counts_lines():
+    """The table "Read it" is within a tenth of the files' lengths."""
+    rows = re.findall(r"^\| \d+ \| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 10
+    for name, lines in rows:
+        length = len((ROOT / name).read_text().splitlines())
+        assert int(lines) == pytest.approx(length, rel=0.1), name
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_readme_commands_run(tmp_path, monkeypatch):
+    """Every sampling command makes images, every training command is accepted, on a small run."""
+    import sample
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
+    few = ["--steps", "2", "--count", "48", "--batch", "4", "--device", "cpu"]
+    assert train.main(["--data", "phantoms", "--out", "runs/cxr", *few]) == 0
     sources = sorted(Path("runs/cxr/held_out").glob("*.png"))
-    for name, source in zip(("A.png", "B.png", "x.png"), sources):
-        shutil.copy(source, name)
-    done = set()
-    for number, (script, *rest) in enumerate(commands(ROOT / "README.md")):
-        rest = [str(sources[0]) if word.startswith("runs/cxr/held_out") else word for word in rest]
-        if script == "sample.py":
-            newest = "histology" if "--prompt" in rest else "cxr"
-            os.utime(f"runs/{newest}/model.pt")
-            rest = [word.replace(f"{WORDS} seventeen", f"{WORDS} two") for word in rest]
-            assert sample.main([*rest, "--steps", "2", "--out", f"out{number}"]) == 0
+    shutil.copy(sources[0], "A.png")
+    shutil.copy(sources[1], "B.png")
+    files = [path.name for path in sources]
+    np.savez("vectors.npz", file=np.array(files), tokens=np.zeros((len(files), 1, 48), "float32"))
+
+    scripts = set()
+    for number, (script, *arguments) in enumerate(commands(ROOT / "README.md")):
+        arguments = [str(sources[0].parent) if word == "/path/to/xrays" else word
+                     for word in arguments]
+        if script == "sample":
+            assert sample.main([*arguments, "--steps", "2", "--out", f"out{number}"]) == 0
             assert list(Path(f"out{number}/images").glob("*.png"))
-        elif script == "train.py":
-            assert train.main([*rest, "--dry-run"]) == 0
-        elif rest == ["experiments"]:
-            experiments.main([])
-        else:
-            assert script in ("mil.py", "-m"), script  # test_mil.py runs it
-        done.add(script)
-    assert {"sample.py", "train.py", "-m", "mil.py"} <= done
+        elif script == "train" and "--resume" not in arguments:
+            assert train.main([*arguments, "--dry-run"]) == 0
+        scripts.add(script)
+    assert scripts == {"sample", "train", "mil", "experiments"}  # test_mil.py runs mil.py
 
 
-def test_walkthrough_runs(runs, tmp_path, monkeypatch):
-    """Its ten blocks, in one session, make the ten pictures; the shapes are those it names."""
-    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+def test_walkthrough_runs(tmp_path, monkeypatch):
+    """Its blocks, in one session, write all pictures; shapes are those in the comments."""
+    for folder in "assets", "weights":
+        os.symlink(ROOT / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "walkthrough.md"
     session = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), session)
         for name, shape in re.findall(r"^(\w+)(?:, \w+)? = .*# \((\d+(?:, \d+)+)\)", block, re.M):
-            if name not in ("tokens", "context", "maps", "path"):  # as wide as the run's embedder
-                assert tuple(session[name].shape) == tuple(map(int, shape.split(", "))), name
+            assert tuple(session[name].shape) == tuple(map(int, shape.split(", "))), name
     pictures = re.findall(r"assets/(walk_\w+\.png)", page.read_text())
-    assert len(pictures) == 10 and all(Path(name).is_file() for name in pictures)
-
-
-def test_every_experiment_stands_in_the_list(capsys):
-    """Each has a question that ends with a mark or a colon's end, flags with help, and a main."""
-    experiments.main([])
-    shown = capsys.readouterr().out
-    for name, question in experiments.find_experiments().items():
-        module = importlib.import_module(f"experiments.{name}")
-        assert name in shown and question in shown
-        parser = argparse.ArgumentParser()
-        module.add_flags(parser)
-        assert all(action.help for action in parser._actions)
+    assert len(pictures) == 11 and all(Path(name).is_file() for name in pictures)

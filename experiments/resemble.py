@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import (RandomFeatures, brightness, correlations, describe, frechet_distance,
-                      grey_values, moments, off_diagonal_mean, psnr)
+                      grey_values, off_diagonal_mean, psnr)
 from experiments.common import add_run_flags, batches_of, open_run
 from support.command import (UserError, fraction, not_negative, positive_int, print_table, seed_int,
                              user_errors)
@@ -39,7 +39,7 @@ def set_figures(images, train_features, train_pixels, judge, batch):
     best = best_correlations(pixels, train_pixels).mean().item()
     figures = {"Frechet to training": frechet_distance(features, train_features),
                "best correlation with a training image": best}
-    for name, value in brightness(moments(grey_values(images))).items():
+    for name, value in brightness(grey_values(images)).items():
         figures[f"brightness {name}"] = value
     return pixels, figures
 

@@ -20,7 +20,7 @@ from support.pictures import line_chart
 
 @torch.no_grad()
 def sdbw(x, centers, assignment):
-    """S_Dbw validity index (float, lower is better) = Scat + Dens_bw of x (N, D) in k >= 2 clusters.
+    """S_Dbw validity index (float, lower is better) = Scat + Dens_bw of x (N, D), k > 1 clusters.
 
     s_i: the variances (a vector) of cluster i about its center v_i; s: those of all points.
     Scat = mean_i |s_i| / |s|: how wide the clusters are.

@@ -19,6 +19,7 @@ compare only with those of the same judge, resize rule and counts. With interval
 Inception or another judge: `python -m experiments fidelity`.
 """
 import argparse
+import warnings
 from functools import partial
 
 import numpy as np
@@ -162,8 +163,11 @@ def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
         except ValueError:
             return np.nan
 
-    result = bootstrap((np.arange(len(arrays[0])),), on_rows, n_resamples=rounds, vectorized=False,
-                       method="percentile", random_state=np.random.default_rng(seed))
+    rows = np.arange(len(arrays[0]))
+    with warnings.catch_warnings():  # SciPy warns of undefined draws
+        warnings.simplefilter("ignore")
+        result = bootstrap((rows,), on_rows, n_resamples=rounds, vectorized=False,
+                           method="percentile", random_state=np.random.default_rng(seed))
     return np.nanquantile(result.bootstrap_distribution, [0.025, 0.975]).tolist()
 
 
@@ -325,6 +329,7 @@ def warn_of_counts(n, m, dimensions):
         print(f"warning: {n} against {m} images, and counts move distances: compare equal ones")
 
 
+@torch.no_grad()
 def fidelity(parts, name, judge, device, batch=64, seed=0):
     """Compare two sets and print all distances -> (results, features of the three parts).
 

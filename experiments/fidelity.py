@@ -58,9 +58,8 @@ def main(args):
     if args.features == "dino" and not args.weights:
         _, model = load_model(resolve_checkpoint(args.checkpoint), args.device)
     name, judge = feature_extractor(args.features, args.weights, device, model)
-    with torch.no_grad():
-        results, features = evaluate.fidelity(open_parts(args), name, judge, device, args.batch,
-                                              args.seed)
+    results, features = evaluate.fidelity(open_parts(args), name, judge, device, args.batch,
+                                          args.seed)
 
     # Intervals of the distances of all images; shares stay in [0, 1].
     half, other, fake = features

@@ -182,7 +182,7 @@ def test_prompts_word_for_word():
 @pytest.mark.parametrize("assignment, labels, template, words", [
     ([0, 1], None, ENRICHED, "<label> has no values.*another template"),
     (None, ["a"], UNLABELLED, "<index> has no values"),
-    ([0, 1], ["a"], ENRICHED, "shorter"),
+    ([0, 1], ["a"], ENRICHED, "longer than"),
     ([0, 1000], None, UNLABELLED, "got number 1000"),
 ])
 def test_build_prompts_refuses(assignment, labels, template, words):
@@ -439,7 +439,7 @@ def test_words_start_where_their_images_lie(encoder):
 
 def test_unknown_words_and_long_prompts_are_refused(encoder):
     """The error names the unknown words and lists all the known ones."""
-    with pytest.raises(ValueError, match="unknown words in the prompt: benign, melanoma;") as caught:
+    with pytest.raises(ValueError, match="in the prompt: benign, melanoma;") as caught:
         encoder.tokenize(["melanoma tissue, benign", "cancer"])
     assert " ".join(encoder.vocabulary) in str(caught.value) and "seventeen" in encoder.vocabulary
     with pytest.raises(ValueError, match="40 words.*at most 12.*shorten"):

@@ -11,26 +11,26 @@
     prdc(real, fake, k=5)                       # precision, recall, density, coverage
 
 Features are (N, D), torch or NumPy; everything computes in float64 on the CPU. Images are
-(B, 3, H, W) in [-1, 1]. Deliberate choices: the trace term of (1) by eigenvalues (always real,
+(B, 3, H, W) in [-1, 1]. Deliberate choices: the trace term of (1) by singular values (always real,
 faster than `sqrtm`); a fixed-seed random network as the default judge, which needs no download and
-favours nobody: never the features that conditioned the model under test; beside every figure the
+is unbiased: never the features that conditioned the model under test; beside every figure the
 floor, which is that of real images against other real ones at equal counts. Frechet distances
 compare only with those of the same judge, resize rule and counts. With intervals, for runs, and by
 Inception or another judge: `python -m experiments fidelity`.
 """
 import argparse
-from contextlib import suppress
+import warnings
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
+from scipy.stats import bootstrap, mannwhitneyu
 from torch import nn
 from torchvision.models import inception
 
-from support.command import (Help, UserError, batch_int, pick_device, positive_int, print_table,
-                             run_script, seed_int, user_errors)
+from support.command import (Help, UserError, number, pick_device, print_table, run_script,
+                             user_errors)
 from support.datasets import open_dataset
 from support.splits import split_holdout
 
@@ -49,40 +49,19 @@ def as_features(*sets, least=2):
     return sets
 
 
-def moments(x):
-    """(N, mean (D,), scatter (D, D) = sum of (x - mean)(x - mean)^T) of features (N, D)."""
-    x, = as_features(x, least=1)
-    mean = x.mean(dim=0)
-    return len(x), mean, (x - mean).T @ (x - mean)
-
-
-def frechet_of_moments(a, b):
-    """Equation (1) of two sets' moments. Source: Heusel et al. 2017, equation 6.
-
-    The last trace sums the roots of the eigenvalues of S1 S2; the symmetric A^T S2 A has the same
-    ones, where S1 = A A^T.
-    """
-    n, mu1, scatter1 = a
-    m, mu2, scatter2 = b
-    s1 = scatter1 / (n - 1)
-    s2 = scatter2 / (m - 1)
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt()  # A
-    cross = torch.linalg.eigvalsh(root.T @ s2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
-
-
 def frechet_distance(a, b):
-    """Equation (1) of two feature sets; with fewer images than dimensions by a smaller matrix.
+    """Equation (1) of two feature sets. Source: Heusel et al. 2017, equation 6.
 
-    S1 = A^T A and S2 = B^T B of centred features A, B: the roots are the singular values of A B^T.
+    S1 = A^T A and S2 = B^T B, so the trace of the root is the sum of the singular values of A B^T.
+    Each of A and B is the centred features, or their triangular QR factor if that is smaller.
     """
     a, b = as_features(a, b)
-    if min(len(a), len(b)) > a.shape[1]:
-        return frechet_of_moments(moments(a), moments(b))
     shift = a.mean(dim=0) - b.mean(dim=0)
-    a = (a - a.mean(dim=0)) / (len(a) - 1) ** 0.5
-    b = (b - b.mean(dim=0)) / (len(b) - 1) ** 0.5
+    factors = []
+    for x in (a, b):
+        x = (x - x.mean(dim=0)) / (len(x) - 1) ** 0.5
+        factors.append(torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x)
+    a, b = factors
     cross = torch.linalg.svdvals(a @ b.T).sum()
     return (shift.square().sum() + a.square().sum() + b.square().sum() - 2 * cross).item()
 
@@ -136,19 +115,19 @@ def compare(real, fake):
                      *prdc(real, fake).values()])
 
 
-# ---------------------------------------------------------------- labels, masks, readers, intervals
+# ---------------------------------------------------------------- labels, masks, readers
 
 def roc_auc(labels, scores):
     """Equation (3) of labels (N,) and scores (N,). Source: Mann & Whitney 1947."""
     labels = np.asarray(labels).astype(bool)
     scores = np.asarray(scores, dtype=np.float64)
-    positives = int(labels.sum())
-    negatives = len(labels) - positives
-    if not (positives and negatives and np.isfinite(scores).all()):
-        raise ValueError(f"got {positives} positive and {negatives} negative labels, or NaN: "
-                         "an AUC needs both classes and numbers: check label, split and model")
-    rank_sum = rankdata(scores)[labels].sum()  # tied scores share their mean rank
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
+    positives = scores[labels]
+    negatives = scores[~labels]
+    if not (len(positives) and len(negatives) and np.isfinite(scores).all()):
+        raise ValueError(f"got {len(positives)} positive and {len(negatives)} negative labels, or "
+                         "NaN: an AUC needs both classes and numbers: check label, split and model")
+    wins = mannwhitneyu(positives, negatives, method="asymptotic").statistic
+    return float(wins / (len(positives) * len(negatives)))
 
 
 def dice(a, b):
@@ -174,21 +153,25 @@ def cohen_kappa(a, b):
 
 
 def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
-    """95 % percentile interval (low, high) of metric(*arrays), rows drawn together (Efron 1979).
+    """95 % percentile interval [low, high] of metric(*arrays), rows drawn together (Efron 1979).
 
-    Draws for which the metric is not defined (ValueError: of one class only) are left out.
+    Draws for which the metric is undefined (ValueError: one class only) are left out.
     """
-    rng = np.random.default_rng(seed)
-    n = len(arrays[0])
-    draws = []
-    for _ in range(rounds):
-        rows = rng.integers(n, size=n)
-        with suppress(ValueError):
-            draws.append(metric(*(x[rows] for x in arrays)))
-    return np.quantile(draws, [0.025, 0.975]).tolist()
+    def on_rows(rows):
+        try:
+            return metric(*(x[rows] for x in arrays))
+        except ValueError:
+            return np.nan
+
+    rows = np.arange(len(arrays[0]))
+    with warnings.catch_warnings():  # SciPy warns of undefined draws
+        warnings.simplefilter("ignore")
+        result = bootstrap((rows,), on_rows, n_resamples=rounds, vectorized=False,
+                           method="percentile", random_state=np.random.default_rng(seed))
+    return np.nanquantile(result.bootstrap_distribution, [0.025, 0.975]).tolist()
 
 
-# ---------------------------------------------------------------- pictures into numbers
+# ---------------------------------------------------------------- images as numbers
 
 def pixel_rows(images):
     """Grey values (N, P) in [0, 1] of images (N, 3, H, W); sides above 64 are averaged to 64."""
@@ -227,9 +210,9 @@ def sharpness(images):
 
 
 def brightness(grey):
-    """Mean grey, its spread between images, means of contrast and colour: grey_values' moments."""
-    n, mean, scatter = grey
-    return {"mean": mean[0].item(), "between": (scatter[0, 0] / (n - 1)).sqrt().item(),
+    """Mean grey, its deviation between images, mean contrast and colour of grey_values (N, 3)."""
+    mean = grey.double().mean(dim=0)
+    return {"mean": mean[0].item(), "between": grey[:, 0].double().std().item(),
             "within": mean[1].item(), "colour": mean[2].item()}
 
 
@@ -239,9 +222,10 @@ class RandomFeatures(nn.Module):
     """Fixed-seed random network: images (B, 3, H, W) in [-1, 1], side >= 32 -> (B, 217) features.
 
     Texture: the log deviation of each of 104 channels of four convolutions, and apart from it their
-    mean, contrast, which would else count 104 times. Layout: 4x4 grids of the picture and the last
+    mean, contrast, otherwise counted 104 times. Layout: 4x4 grids of the picture and the last
     stage. Source: Naeem et al. 2020, section 5: random embeddings for images unlike ImageNet.
     """
+    NAME = "random network, seed 0, no resize"
 
     def __init__(self, seed=0):
         super().__init__()
@@ -273,7 +257,7 @@ class RandomFeatures(nn.Module):
 def with_pool(block, pool):
     """torchvision's Inception block, with another pool before its last branch."""
     class Block(block):
-        def forward(self, x):  # torchvision's own last branch goes unused: a few percent of work
+        def forward(self, x):  # torchvision's own last branch is computed and dropped
             return torch.cat([*self._forward(x)[:-1], self.branch_pool(pool(x))], dim=1)
     return Block
 
@@ -323,7 +307,8 @@ def only_side(sides):
     """The only number of pixels in a set; UserError for several, and for less than 32."""
     if len(sides) > 1 or min(sides) < 32:
         raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed, 32 or "
-                        "more, for resizing changes figures", f"pass --size {max(32, min(sides))}")
+                        "more, because resizing changes figures",
+                        f"pass --size {max(32, min(sides))}")
     return min(sides)
 
 
@@ -336,24 +321,90 @@ def refuse_unlike_modes(real, synthetic):
 
 
 def warn_of_counts(n, m, dimensions):
-    """Say what the counts of real and synthetic images do to the distances."""
+    """Warn about sample-size bias of n real and m synthetic images."""
     if min(n, m) <= dimensions:
         print(f"warning: fewer images than the {dimensions} dimensions: the covariance has no full "
-              "rank, which raises the Frechet distance; read it beside its floor only")
+              "rank, which raises the Frechet distance: compare it with its floor only")
     if n != m:
         print(f"warning: {n} against {m} images, and counts move distances: compare equal ones")
+
+
+@torch.no_grad()
+def fidelity(parts, name, judge, device, batch=64, seed=0):
+    """Compare two sets and print all distances -> (results, features of the three parts).
+
+    parts: (ImageSet, indices) of real, other real and synthetic images; name: the judge's, which
+    maps images (B, 3, H, W) in [-1, 1] to (B, D). Results: a dict for JSON, metric -> {column:
+    value}; columns floor, equal, noise (at equal counts) and all.
+    """
+    # Features, and three grey values, of each image.
+    features = []
+    grey = []
+    sharp = []
+    sides = set()
+    for images, indices in parts:
+        if len(indices) < 6:
+            raise UserError(f"got {len(indices)} images in a part of {images.name}",
+                            "6 are needed, for five neighbours each", "add images")
+        sides.add(only_side({images[i].shape[-1] for i in indices.tolist()}))
+        rows = []
+        for numbers in indices.split(batch):
+            x = images.batch(numbers.tolist())
+            rows.append(torch.cat([grey_values(x), sharpness(x)[:, None],
+                                   judge(x.to(device)).flatten(1).cpu()], dim=1))
+        rows = torch.cat(rows)
+        grey.append(rows[:, :3])
+        sharp.append(rows[:, 3])
+        features.append(rows[:, 4:])
+    side = only_side(sides)
+    half, other, fake = features
+    real = torch.cat([half, other])
+    light = {"real": brightness(torch.cat(grey[:2])), "synthetic": brightness(grey[2])}
+    refuse_unlike_modes(**light)
+
+    # The ceiling: features of uniform grey noise.
+    count = min(map(len, features))
+    generator = torch.Generator().manual_seed(seed)
+    noise = []
+    for rows in torch.arange(count).split(batch):
+        x = 2 * torch.rand(len(rows), 1, side, side, generator=generator) - 1
+        noise.append(judge(x.expand(-1, 3, -1, -1).to(device)).flatten(1).cpu())
+
+    with user_errors("images of finite features are needed", "look at the images"):
+        columns = {"floor": compare(half[:count], other[:count]),
+                   "equal": compare(half[:count], fake[:count]),
+                   "noise": compare(half[:count], torch.cat(noise)),
+                   "all": compare(real, fake)}
+    table = {metric: {column: float(values[i]) for column, values in columns.items()}
+             for i, metric in enumerate(METRICS)}
+    looks = {"brightness difference": light["synthetic"]["mean"] - light["real"]["mean"],
+             "sharpness ratio": (sharp[2].mean() / torch.cat(sharp[:2]).mean()).item()}
+
+    print(f"features: {name}; {side} px; {count} real images against as many real (floor), "
+          f"synthetic (equal) and noise images; all: {len(real)} against {len(fake)}")
+    warn_of_counts(len(real), len(fake), real.shape[1])
+    print_table(table)
+    print_table({f"brightness, {key}": figures for key, figures in light.items()})
+    print_table({"synthetic against real": looks})
+    results = {"features": name, "size": side, "real": len(real), "synthetic": len(fake), **table,
+               "brightness": light, **looks}
+    return results, features
+
+
+def add_flags(parser):
+    add = parser.add_argument
+    add("real", help="folder of real images")
+    add("synthetic", help="folder of others, e.g. of a run's samples")
+    add("--size", type=number(int, 1), help="resize to this side (default: as they are)")
+    add("--seed", type=number(int), default=0, help="of the halves of the real images")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How far are two sets of images apart?",
                                      formatter_class=Help)
-    add = parser.add_argument
-    add("real", help="folder of real images")
-    add("synthetic", help="folder of others, e.g. of a run's samples")
-    add("--size", type=positive_int, help="resize to this side (default: as they are)")
-    add("--seed", type=seed_int, default=0, help="of the halves of the real images")
-    add("--batch", type=batch_int, default=64, help="images at once")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_flags(parser)
+    parser.add_argument("--batch", type=number(int, 1), default=64, help="images at once")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU
 
@@ -362,37 +413,8 @@ def main(argv=None):
     synthetic = open_dataset(args.synthetic, args.size)
     first, second = split_holdout(real, 0.5, args.seed)
     parts = [(real, first), (real, second), (synthetic, torch.arange(len(synthetic)))]
-    side = only_side({images[i].shape[-1] for images, numbers in parts for i in numbers})
-
-    # Of each image three grey values, and features.
     device = pick_device(args.device)
-    judge = RandomFeatures().to(device)
-
-    def look(x):
-        return torch.cat([grey_values(x), judge(x)], dim=1)
-
-    sets = []
-    for images, numbers in parts:
-        batches = (images.batch(rows.tolist()) for rows in numbers.split(args.batch))
-        sets.append(describe(batches, look, device)[0])
-    half, other, fake = sets
-    both = torch.cat([half, other])
-
-    # Every distance at equal counts first, and then of all images.
-    with user_errors():
-        grey = {"real": brightness(moments(both[:, :3])),
-                "synthetic": brightness(moments(fake[:, :3]))}
-        refuse_unlike_modes(**grey)
-        count = min(len(half), len(other), len(fake))
-        columns = {"floor": compare(half[:count, 3:], other[:count, 3:]),
-                   "equal": compare(half[:count, 3:], fake[:count, 3:]),
-                   "all": compare(both[:, 3:], fake[:, 3:])}
-    print(f"features: random network, seed 0, no resize; {side} px; {count} real images against "
-          f"as many real (floor) and synthetic (equal) ones; all: {len(both)} against {len(fake)}")
-    warn_of_counts(len(both), len(fake), both.shape[1] - 3)
-    print_table({metric: {name: column[i] for name, column in columns.items()}
-                 for i, metric in enumerate(METRICS)})
-    print_table({f"brightness, {name}": figures for name, figures in grey.items()})
+    fidelity(parts, RandomFeatures.NAME, RandomFeatures().to(device), device, args.batch, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prompts that come from the images: cluster embeddings, name the clusters, encode the names.
+"""Prompts derived from images: cluster embeddings, name the clusters, encode the names.
 
 "Image-derived annotations for histopathology" (arXiv 2312.09792): K-means on the global tokens of a
 frozen ViT -> `Histology image of cancer tissue, morphology type seventeen` -> context (B, L, C) for
@@ -11,34 +11,37 @@ the U-Net's cross-attention. Everything is deterministic: same seed, same result
 
 How many clusters: `python -m experiments choose_k RUN`.
 
-Sources: Lloyd 1982; greedy k-means++ (Arthur & Vassilvitskii 2007).
-Differences from the paper: a Transformer learned from scratch on the closed vocabulary of the
-prompts replaces CLIP's text encoder, and its words start at the mean of their images; the final
-fit, too, is on standardised features; all global tokens of an image, flattened, are its features.
-Keep TF32 off while clustering: it is too coarse.
+Sources: Lloyd 1982; k-means++ (Arthur & Vassilvitskii 2007).
+Differences from the paper: a Transformer trained from scratch on the closed vocabulary of the
+prompts replaces CLIP's text encoder, and its words start at the mean of their images; clusters are
+found on standardised features, which are all global tokens of an image, flattened.
 """
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.points import check_points
-from support.words import number_word
+from support.command import StatusLine, UserError
+from support.files import write_csv
+from support.pictures import save_grid
 
 # Templates of the paper.
 BASELINE = "Histology image of <label> tissue"
 ENRICHED = "Histology image of <label> tissue, morphology type <index>"
 UNLABELLED = "Chest X-Ray image with morphology type <index>"
 
-# Ids of what is no word, in the rows of prompt ids.
+# Special ids.
 PADDING = 0
 BEGIN = 1
 
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen").split()
+TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 
-# ---------------------------------------------------------------------------- K-means
+
+# ---- K-means -----------------------------------------------------------------------------------
 
 def standardise(x):
     """Columns of x (N, D) to mean 0 and standard deviation 1; a constant column becomes 0."""
@@ -47,196 +50,220 @@ def standardise(x):
     return centred / torch.where(std > 0, std, 1)
 
 
-def squared_distances(x, x_squared, centers):
-    """|c|^2 - 2 c.x + |x|^2 as one matmul, never below 0: (N, D), (N,), (k, D) -> (k, N)."""
-    products = torch.addmm(x_squared, centers, x.T, alpha=-2)
-    return products.add_(centers.square().sum(1, keepdim=True)).clamp_(min=0)
-
-
-def distance_to_center(x, centers, assignment):
-    """Squared distance of each point to the center it belongs to, without cancellation: (N,)."""
-    pairs = zip(x.split(8192), assignment.split(8192))
-    return torch.cat([(points - centers[numbers]).square().sum(1) for points, numbers in pairs])
-
-
 def inertia(x, centers, assignment):
     """Sum (float) of squared distances of x (N, D) to the centers (k, D) they are assigned to."""
-    return distance_to_center(x, centers, assignment).sum(dtype=torch.float64).item()
+    return (x - centers[assignment]).square().sum(dtype=torch.float64).item()
 
 
-def first_centers(x, x_squared, k, generator):
-    """Greedy k-means++: k points of x (N, D) to start from, (k, D), far from each other.
+def first_centers(x, k, generator):
+    """Greedy k-means++: k points of x (N, D) that are far apart, (k, D).
 
-    The first is any point. Each further one is the best of a few that are drawn with a probability
+    The first is any point. Each further one is the best of four that are drawn with a probability
     proportional to their squared distance from the nearest center so far.
     """
-    candidates = 2 + int(math.log(k))
-    chosen = torch.randint(len(x), (1,), generator=generator).to(x.device)
-    closest = squared_distances(x, x_squared, x[chosen])[0]
+    chosen = torch.randint(len(x), (1,), generator=generator)
+    closest = (x - x[chosen]).square().sum(1)
     for _ in range(k - 1):
-        # Draw: a uniform number falls into the step of the running sum that a point makes.
-        cumulative = closest.cpu().double().cumsum(0)  # on the CPU: a GPU's sums vary with order
-        draws = torch.rand(candidates, generator=generator, dtype=torch.float64) * cumulative[-1]
-        picks = torch.searchsorted(cumulative, draws, right=True).clamp_(max=len(x) - 1)
-        picks = picks.to(x.device)
-
-        # Keep the candidate that leaves the smallest inertia.
-        closer = torch.minimum(closest, squared_distances(x, x_squared, x[picks]))
-        best = closer.sum(1, dtype=torch.float64).argmin()
-        chosen = torch.cat([chosen, picks[best, None]])
+        draws = torch.multinomial(closest, 4, replacement=True, generator=generator)
+        closer = torch.stack([closest.minimum((x - x[i]).square().sum(1)) for i in draws])
+        best = closer.sum(1).argmin()
+        chosen = torch.cat([chosen, draws[best, None]])
         closest = closer[best]
     return x[chosen]
 
 
-def fill_empty(x, centers, assignment, sums, counts):
-    """Give each empty cluster the farthest point; edits the last three arguments in place."""
-    distance = distance_to_center(x, centers, assignment)
-    for empty in (counts == 0).nonzero()[:, 0]:
-        # Never the only member of another cluster: that one would be empty then.
-        far = torch.where(counts[assignment] > 1, distance, -1).argmax()
-
-        # The point leaves its cluster and is the empty one's only member.
-        sums[assignment[far]] -= x[far]
-        counts[assignment[far]] -= 1
-        sums[empty] = x[far].double()
-        counts[empty] = 1
-        assignment[far] = empty
-
-        # The next empty cluster must not take a twin of this point.
-        distance_to_it = distance_to_center(x, x[far, None], torch.zeros_like(assignment))
-        distance = distance.minimum(distance_to_it)
-
-
-def lloyd(x, x_squared, centers, max_iter, tol, chunk):
-    """Lloyd's steps from given centers: each point to its nearest center, each center to the mean
-    of its points, until nothing moves -> (centers (k, D), assignment (N,)).
-
-    A point can change clusters only once the centers have moved by more than its slack: how much
-    farther its second nearest center is than its nearest. The others are skipped, and sums change
-    by the points that moved: the result is that of plain Lloyd, at about half the work.
-    """
-    k = len(centers)
-    assignment = torch.full((len(x),), k, device=x.device)  # k: in no cluster yet
-    slack = x.new_zeros(len(x))
-    sums = torch.zeros_like(centers, dtype=torch.float64)  # of the points of each cluster
-    counts = sums.new_zeros(k)
-    for _ in range(max_iter):
-        anything_moved = False
-        for rows in (slack <= 0).nonzero()[:, 0].split(chunk):
-            # The nearest center of each point, and how much farther the next one is.
-            points = x.index_select(0, rows)  # four times faster than x[rows]
-            distance = squared_distances(points, x_squared[rows], centers)
-            first, nearest = distance.min(0)
-            second = distance.scatter_(0, nearest[None], math.inf).amin(0)
-            slack[rows] = second.sqrt() - first.sqrt()
-
-            # Take the points that moved out of one sum and into another.
-            moved = (nearest != assignment[rows]).nonzero()[:, 0]
-            if len(moved):
-                anything_moved = True
-                joined = F.one_hot(nearest[moved], k + 1)
-                left = F.one_hot(assignment[rows[moved]], k + 1)
-                change = (joined - left)[:, :k]  # (moved, k)
-                sums += change.T.to(x.dtype) @ points[moved]  # index_add would vary on a GPU
-                counts += change.sum(0)
-                assignment[rows] = nearest
-
-        # An empty cluster gets a point; no bound holds after that.
-        has_empty = bool((counts == 0).any())
-        if has_empty:
-            fill_empty(x, centers, assignment, sums, counts)
-
-        # Centers move to the means, and every point's slack shrinks by what that can have changed.
-        new_centers = (sums / counts[:, None]).to(x.dtype)
-        shift = (new_centers - centers).norm(dim=1)
-        centers = new_centers
-        slack = torch.zeros_like(slack) if has_empty else slack - shift[assignment] - shift.max()
-        if not anything_moved or shift.square().sum() <= tol:
+def lloyd(x, centers, max_steps=300):
+    """Lloyd's steps until no point changes its cluster -> centers (k, D), assignment (N,)."""
+    assignment = None
+    for _ in range(max_steps):
+        # Each point joins its nearest center, 4,096 at a time to bound the memory.
+        nearest = torch.cat([torch.cdist(rows, centers).argmin(1) for rows in x.split(4096)])
+        if assignment is not None and torch.equal(nearest, assignment):
             break
+        assignment = nearest
 
-    # The last move of the centers may have changed who is nearest.
-    nearest = [squared_distances(points, squared, centers).min(0).indices
-               for points, squared in zip(x.split(chunk), x_squared.split(chunk))]
-    return centers, torch.cat(nearest)
+        # Each center moves to the mean of its points.
+        distance = (x - centers[assignment]).square().sum(1)
+        counts = assignment.bincount(minlength=len(centers))
+        sums = torch.zeros_like(centers, dtype=torch.float64)
+        sums.index_add_(0, assignment, x.double())
+        centers = (sums / counts.clamp(min=1)[:, None]).float()
+
+        # An empty cluster restarts at the point that is farthest from any center.
+        for empty in (counts == 0).nonzero()[:, 0]:
+            farthest = distance.argmax()
+            centers[empty] = x[farthest]
+            distance = distance.minimum((x - x[farthest]).square().sum(1))
+    return centers, assignment
 
 
 @torch.no_grad()
-def kmeans(x, k, seed=0, n_init=10, max_iter=300, chunk=None):
-    """K-means of x (N, D) on x's device -> centers (k, D), assignment (N,) int64 in 0..k-1.
+def kmeans(x, k, seed=0, starts=10):
+    """K-means of x (N, D) -> centers (k, D), assignment (N,) int64, on x's device.
 
-    Best of `n_init` greedy k-means++ starts by inertia. A start ends when no point moves, or when
-    the squared moves of the centers sum to 1e-4 of the mean variance (scikit-learn's rule).
-    Memory: x, one copy, some numbers a point, and the distances of `chunk` points at a time.
-    Sums are float64, which MPS lacks: its points are clustered on the CPU.
-    Raises: ValueError for a rank other than 2, NaN or infinity, k or n_init < 1, k above the
-        distinct points.
-    Source: Lloyd 1982; Arthur & Vassilvitskii 2007; points skipped by a bound after Hamerly 2010.
+    The best by inertia of several k-means++ starts. Computed on the CPU, because the clusters name
+    the prompts, and GPUs round differently.
+    Raises: ValueError for NaN or infinity, and for k outside 1 to the number of distinct points.
     """
-    if x.device.type == "mps":
-        fit = kmeans(x.cpu(), k, seed, n_init, max_iter, chunk)
-        return fit[0].to(x.device), fit[1].to(x.device)
-    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    check_points(x, k, n_init)
+    points = x.detach().cpu().float()
+    if not points.isfinite().all():
+        raise ValueError("some points are NaN or infinite, K-means needs finite numbers: check "
+                         "the images and the embedder's weights")
+    distinct = len(points.unique(dim=0))
+    if not 1 <= k <= distinct:
+        raise ValueError(f"{k} clusters for {distinct} distinct points, K-means needs from 1 to as "
+                         "many as points: choose fewer clusters or add images")
 
-    # Small numbers: less cancellation in squared_distances.
-    mean = x.mean(0)
-    x = x - mean
-    x_squared = x.square().sum(1)
-    tol = 1e-4 * x_squared.mean() / x.shape[1]
-    if chunk is None:  # few enough numbers for a CPU's cache (twice as fast), or 0.3 GB on a GPU
-        numbers = 2 ** 19 if x.device.type == "cpu" else 2 ** 26
-        chunk = max(1, numbers // (x.shape[1] + k))
-
-    def one_start(start_seed):
-        generator = torch.Generator().manual_seed(start_seed)
-        start = first_centers(x, x_squared, k, generator)
-        centers, assignment = lloyd(x, x_squared, start, max_iter, tol, chunk)
-        return inertia(x, centers, assignment), centers, assignment
-
-    # Starts side by side, one thread each: faster than all threads on the small steps of one.
-    seeds = torch.randint(2**62, (n_init,), generator=torch.Generator().manual_seed(seed)).tolist()
-    threads = torch.get_num_threads()
-    workers = min(n_init, threads) if x.device.type == "cpu" else 1
-    torch.set_num_threads(threads // workers)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            _, centers, assignment = min(pool.map(one_start, seeds), key=lambda fit: fit[0])
-    finally:
-        torch.set_num_threads(threads)
-    return centers + mean, assignment
+    # Centred points lose fewer digits in distances.
+    mean = points.mean(0)
+    points = points - mean
+    generator = torch.Generator().manual_seed(seed)
+    fits = [lloyd(points, first_centers(points, k, generator)) for _ in range(starts)]
+    centers, assignment = min(fits, key=lambda fit: inertia(points, *fit))
+    return (centers + mean).to(x.device), assignment.to(x.device)
 
 
-# ---------------------------------------------------------------------------- words
+# ---- words -------------------------------------------------------------------------------------
+
+def number_word(n):
+    """English words of an integer: 17 -> "seventeen", 342 -> "three hundred and forty-two".
+
+    Raises: ValueError outside 0 to 999.
+    """
+    if not 0 <= n <= 999:
+        raise ValueError(f"got number {n}, prompts count from 0 to 999: use fewer clusters")
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
+    return f"{ONES[n // 100]} hundred" + (f" and {number_word(n % 100)}" if n % 100 else "")
+
+
+def words_of(text):
+    """Lower-case words and signs: "HER2+ tissue, type thirty-two" -> her2 + tissue type thirty-two.
+
+    Signs are words because labels may differ by them alone (HER2+ and HER2-, <5 mm and >5 mm);
+    commas, full stops, colons, semicolons and quotation marks only separate.
+    """
+    return re.findall(r"\w+(?:-\w+)*|[^\w\s,.:;'\"]", text.lower())
+
+
+def vocabulary_of(prompts):
+    """Sorted list of the distinct words of all prompts."""
+    return sorted({word for prompt in set(prompts) for word in words_of(prompt)})
+
+
+def find_prompt(text, prompts):
+    """Number of the prompt with the words of this text, in any capitals; None if there is none."""
+    words = words_of(text)
+    return next((i for i, prompt in enumerate(prompts) if words_of(prompt) == words), None)
+
 
 def build_prompts(assignment, labels, template):
     """Fill a template for each of N images -> list of N str.
 
-    assignment: N cluster indices (tensor or list), or None for a template without <index>.
+    assignment: N cluster indices, or None for a template without <index>.
     labels: N str (put in lower case), or None for a template without <label>.
-    Raises: ValueError for a value that the template needs and lacks, and for unequal lengths.
+    Raises: ValueError for a value that the template needs but that is missing.
     """
-    # The words for each placeholder.
-    indices = None if assignment is None else [number_word(int(i)) for i in assignment]
-    labels = None if labels is None else [label.strip().lower() for label in labels]
-    for placeholder, values in (("<label>", labels), ("<index>", indices)):
-        if placeholder in template and (values is None or "" in values):
-            missing = "all" if values is None else f"image {values.index('')}"
-            raise ValueError(f'{placeholder} is missing ({missing}), "{template}" needs one for '
-                             "each image: pass it or take another template")
-    columns = [values for values in (indices, labels) if values is not None]
-    if len({len(values) for values in columns}) != 1:
-        raise ValueError(f"got {[len(values) for values in columns]} indices and labels, each "
-                         "image needs one of each: pass lists of one length")
-
-    blank = [""] * len(columns[0])
+    for placeholder, values in (("<label>", labels), ("<index>", assignment)):
+        if placeholder in template and values is None:
+            raise ValueError(f"{placeholder} has no values, {template!r} needs one for each image: "
+                             "pass them or another template")
+    count = len(labels if assignment is None else assignment)
+    indices = [""] * count if assignment is None else [number_word(int(i)) for i in assignment]
+    labels = [""] * count if labels is None else [label.strip().lower() for label in labels]
     return [template.replace("<label>", label).replace("<index>", index)
-            for label, index in zip(labels or blank, indices or blank)]
+            for label, index in zip(labels, indices, strict=True)]
+
+
+# ---- the prompts of a run ----------------------------------------------------------------------
+
+def labels_for_prompts(columns, column, condition, rows, name):
+    """The label of each image in lower case, or None if prompts use no labels.
+
+    columns: name -> list of str. column: the user's choice, "none", or None for "label" if there
+    is one. rows: indices of the images in use. name: of the data set, for errors.
+    Raises UserError for a missing column, empty cells, one value, and labels with equal words.
+    """
+    if column is None:
+        column = "label" if "label" in columns or condition == "labels" else "none"
+    if condition not in ("prompts", "labels") or (column == "none" and condition == "prompts"):
+        return None
+    if column not in columns:
+        raise UserError(f"there is no label column {column!r}",
+                        f"{name} has {', '.join(columns) or 'no table'}",
+                        "pass another --label-column, or --condition prompts --label-column none")
+
+    labels = [cell.strip().lower() for cell in columns[column]]
+    used = [labels[i] for i in rows]
+    if "" in used:
+        raise UserError(f"column {column!r} is empty for {used.count(''):,} images",
+                        "each image needs a label", "fill the cells, or pass --label-column none")
+    if len(set(used)) < 2:
+        raise UserError(f"column {column!r} holds only {used[0]!r}", "two labels are needed",
+                        "pass another --label-column, or --label-column none")
+
+    # Labels whose words are equal would silently become one condition.
+    by_words = {}
+    for label in sorted(set(used)):
+        other = by_words.setdefault(tuple(words_of(label)), label)
+        if other != label or not words_of(label):
+            raise UserError(f"the labels {other!r} and {label!r} of column {column!r} read alike",
+                            "labels must differ in letters, digits or signs other than . , : ;",
+                            "rename one of them")
+    return labels
+
+
+def plan_prompts(labels, n_images, condition, clusters=None, template=None):
+    """(template, sorted label values, number of clusters) of a run's prompts.
+
+    labels: list of str of the run's images, or None. clusters, template: the user's, or None for
+    the paper's. Raises UserError for more clusters than images, and a template that does not fit.
+    """
+    if condition not in ("prompts", "labels"):
+        return "", (), 0
+    values = tuple(sorted(set(labels or ())))
+    clusters = (clusters or (33 if values else 10)) if condition == "prompts" else 0
+    if clusters > min(n_images, 1000):
+        raise UserError(f"{clusters} clusters for {n_images} training images",
+                        "no more clusters than images are possible, and at most 1,000",
+                        "pass e.g. --set clusters=10")
+
+    # The user's template must use exactly what there is.
+    default = (ENRICHED if clusters else BASELINE) if values else UNLABELLED
+    template = template or default
+    for word, values_of_word in (("<label>", values), ("<index>", clusters)):
+        if bool(values_of_word) != (word in template):
+            fault = "lacks" if values_of_word else "holds"
+            raise UserError(f"the template {template!r} {fault} {word}",
+                            f"this run has {'such' if values_of_word else 'no such'} values",
+                            f"{'add it' if values_of_word else 'remove it'}, or leave the template "
+                            "out")
+    return template, values, clusters
+
+
+def all_prompts(labels, clusters, template):
+    """Every prompt, a tuple of str, in the order of its number `label * clusters + cluster`.
+
+    Without labels, or without clusters (0), that part is 0 and `clusters` counts as 1.
+    """
+    pairs = [(label, k) for label in labels or [None] for k in range(clusters or 1)]
+    return tuple(build_prompts([k for _, k in pairs] if clusters else None,
+                               [label for label, _ in pairs] if labels else None, template))
+
+
+def prompt_numbers(values, labels, clusters, assignment):
+    """Number in `all_prompts` of images with these labels (list of N) and clusters (N,) int64."""
+    if not values:
+        return assignment
+    return torch.tensor([values.index(label) for label in labels]) * (clusters or 1) + assignment
 
 
 def balance(prompts, n, seed=0):
     """Order of n image indices (int64) in which every distinct prompt comes equally often.
 
-    Each round has every prompt once, in random order; a prompt's images take turns, shuffled.
+    Each round has every prompt once, in random order; a prompt's images are cycled, shuffled.
     """
     generator = torch.Generator().manual_seed(seed)
     images = {}
@@ -255,22 +282,94 @@ def balance(prompts, n, seed=0):
     return torch.stack(queues, 1).gather(1, turns).flatten()[:n]  # (rounds, prompts) -> (n,)
 
 
-def words_of(prompt):
-    """Lower-case words of a prompt; "thirty-two" is one, other punctuation is dropped."""
-    return re.findall(r"\w+(?:-\w+)*", prompt.lower())
+def write_prompts(path, files, labels, clusters, prompts):
+    """CSV of the label, cluster and prompt of each training image; labels, clusters may be None."""
+    blank = [""] * len(files)
+    rows = zip(files, labels or blank, blank if clusters is None else clusters, prompts)
+    write_csv(path, [["file", "label", "cluster", "prompt"], *map(list, rows)])
 
 
-def vocabulary_of(prompts):
-    """Sorted list of the distinct words of all prompts."""
-    return sorted({word for prompt in set(prompts) for word in words_of(prompt)})
+def draw_clusters(path, images, indices, assignment, seed):
+    """A grid of ten images of each cluster; indices, assignment: (N,) int64 of the ImageSet."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    captions = []
+    for k in range(int(assignment.max()) + 1):
+        members = indices[assignment == k]
+        order = torch.randperm(len(members), generator=generator)
+        rows.append(images.batch(members[order[:10]].tolist()))
+        captions.append(f"{k}: {len(members)} images")
+    save_grid(path, rows, captions)
 
 
-# ---------------------------------------------------------------------------- the encoder
+# ---- outliers ----------------------------------------------------------------------------------
+
+def find_outliers(images):
+    """Of histology patches (B, 3, H, W) in [-1, 1] those that show nothing: a str each, or "".
+
+    Measured at 64 pixels a side. "black": mean brightness (HSV value) below 0.2. "out of focus":
+    variance of the Laplacian, of grey in 0..255, below 150. "blank": brighter than 0.9, mean
+    saturation below 0.05 and few edges (600), because fat is bright and pale as well.
+    Source: the idea of arXiv 2312.09792; the limits are ours.
+    """
+    x = F.adaptive_avg_pool2d((images + 1) / 2, 64)                        # (B, 3, 64, 64)
+    value = x.amax(1)
+    brightness = value.mean((1, 2))
+    saturation = (1 - x.amin(1) / value.clamp(min=1e-3)).mean((1, 2))
+    kernel = x.new_tensor([[[[0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
+    edges = F.conv2d(x.mean(1, keepdim=True) * 255, kernel).flatten(1).var(1)
+
+    reasons = []
+    for b, s, e in zip(brightness.tolist(), saturation.tolist(), edges.tolist()):
+        if b < 0.2:
+            reasons.append("black")
+        elif b > 0.9 and s < 0.05 and e < 600:
+            reasons.append("blank")
+        else:
+            reasons.append("out of focus" if e < 150 else "")
+    return reasons
+
+
+def is_coloured(images):
+    """Whether most of an ImageSet's images are coloured in most of their pixels (64 are looked at).
+
+    By medians, so that a coloured mark on a grey X-ray does not count.
+    """
+    sample = torch.linspace(0, len(images) - 1, min(64, len(images))).long()
+    colours = []
+    for i in sample.tolist():
+        image = images[i]
+        colours.append((image.amax(0) - image.amin(0)).median())
+    return bool(torch.stack(colours).median() > 0.1)
+
+
+def drop_outliers(images, condition):
+    """(index, reason) of the patches that a run with prompts leaves out of an ImageSet.
+
+    Only colour images are examined. If more than half would go, they are not histology: none does.
+    """
+    if condition not in ("prompts", "labels") or not is_coloured(images):
+        return []
+    outliers = []
+    status = StatusLine(len(images), "outliers")
+    for rows in torch.arange(len(images)).split(64):
+        reasons = find_outliers(images.batch(rows.tolist()))
+        outliers += [(i, reason) for i, reason in zip(rows.tolist(), reasons) if reason]
+        status.update(int(rows[-1]) + 1, images=len(rows))
+    status.close()
+    if 2 * len(outliers) > len(images):
+        print(f"note: {len(outliers)} of {len(images)} images look empty or out of focus, too many "
+              "to be outliers: all are used")
+        return []
+    return outliers
+
+
+# ---- the encoder -------------------------------------------------------------------------------
 
 class PromptEncoder(nn.Module):
     """Word-level text encoder: ids (B, L) int64 -> context (B, L, C) float, mask (B, L) bool.
 
-    vocabulary: list of the known words, to be saved with the weights whose rows it names.
+    vocabulary: list of the known words, in the order of the embedding's rows.
     Ids come from `tokenize`: a begin token, the words of the prompt, padding. The mask is False,
     and the context 0, at padding. The empty prompt is the null condition: its begin token alone.
     """
@@ -284,7 +383,7 @@ class PromptEncoder(nn.Module):
         self.max_words = max_words
         self.index = {word: i for i, word in enumerate(self.vocabulary, start=BEGIN + 1)}
         self.word_embed = nn.Embedding(BEGIN + 1 + len(self.vocabulary), context_dim)
-        # Half the deviation of words (1): their order counts from the first step on.
+        # Half the deviation of words (1), so that order matters from the start.
         self.pos_embed = nn.Parameter(0.5 * torch.randn(1 + max_words, context_dim))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(context_dim, num_heads, 4 * context_dim, dropout=0.0,
@@ -294,23 +393,23 @@ class PromptEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from_images(self, prompts, features, generator=None):
-        """Starts each word at the mean of the images whose prompts have it, drawn at random into
-        the width of a word; words of all prompts stay where they are.
+        """Starts each word at the mean of the images whose prompts contain it, through a random
+        projection; words common to all prompts keep their init.
 
         Types that look alike then start alike, and are learned sooner: after 300 U-Net steps on
-        real patches wrong prompts raised the error at the last timestep by 0.25, from random words
-        by 0.12. Ours; the paper's encoder knows its words from texts.
+        real patches wrong prompts raised the error at the last timestep by 0.25, with random words
+        by 0.12. Ours; the paper's encoder knows its words from text.
 
-        prompts: list of N str; features: (N, D) of their images, mean 0 and deviation 1
+        prompts: list of N str; features: (N, D) of their images, standardised
         """
         has_word = torch.tensor([[word in words for word in self.vocabulary]
                                  for words in map(words_of, prompts)]).to(features)  # (N, words)
         counts = has_word.sum(0)
-        telling = (counts > 0) & (counts < len(prompts))
+        informative = (counts > 0) & (counts < len(prompts))
         width = self.word_embed.embedding_dim
         directions = torch.randn(features.shape[1], width, generator=generator)
-        means = (has_word.T @ features / counts[:, None])[telling] @ directions.to(features)
-        rows = torch.arange(BEGIN + 1, BEGIN + 1 + len(self.vocabulary))[telling.cpu()]
+        means = (has_word.T @ features / counts[:, None])[informative] @ directions.to(features)
+        rows = torch.arange(BEGIN + 1, BEGIN + 1 + len(self.vocabulary))[informative.cpu()]
         self.word_embed.weight[rows] = means / means.square().mean().sqrt()  # deviation 1 as before
 
     def tokenize(self, prompts):
@@ -321,8 +420,8 @@ class PromptEncoder(nn.Module):
         split = [words_of(prompt) for prompt in prompts]
         unknown = sorted({word for words in split for word in words} - self.index.keys())
         if unknown:
-            raise ValueError(f"unknown in the prompt: {', '.join(unknown)}; this model needs words "
-                             f"of its training: use {' '.join(self.vocabulary)}")
+            raise ValueError(f"unknown words in the prompt: {', '.join(unknown)}; the model knows "
+                             f"those of its training: use {' '.join(self.vocabulary)}")
         longest = max(map(len, split))
         if longest > self.max_words:
             raise ValueError(f"prompt of {longest} words, the encoder needs at most "
@@ -340,7 +439,11 @@ class PromptEncoder(nn.Module):
         ids[:, 0] = BEGIN
         return ids
 
-    def forward(self, ids):
+    def forward(self, ids, drop=None):
+        """ids (B, L) -> (context (B, L, C), mask (B, L)); drop (B,) bool: images that see the null
+        condition instead."""
+        if drop is not None:
+            ids = torch.where(drop[:, None], self.null(len(ids)), ids)
         mask = ids != PADDING
         x = self.word_embed(ids) + self.pos_embed[:ids.shape[1]]  # (B, L) -> (B, L, C)
         for block in self.blocks:

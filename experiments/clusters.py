@@ -1,7 +1,7 @@
-"""Do K-means clusters of the training tokens find what a column of the labels knows?
+"""Do K-means clusters of the training tokens agree with a column of the labels?
 
-Prompts number such clusters as morphologies. Here they meet a column that was kept apart: how
-homogeneous are they, and do raw pixels serve as well?
+Prompts number such clusters as morphologies. Here they are compared with a column that training did
+not see: how homogeneous are they, and do raw pixels serve as well?
 
 Writes clusters.json into the run's folder.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from experiments.common import add_run_flags, batches_of, open_run
 from experiments.statistics import cluster_agreement
 from prompts import kmeans, standardise
-from support.command import UserError, positive_int, print_table, seed_int, user_errors
+from support.command import UserError, number, print_table, user_errors
 from support.files import write_json
 from support.splits import read_split
 
@@ -21,9 +21,9 @@ def add_flags(parser):
     add_run_flags(parser)
     add = parser.add_argument
     add("--label-column", default="morphology", help="of labels.csv: the true classes")
-    add("--clusters", type=positive_int, nargs="+",
+    add("--clusters", type=number(int, 1), nargs="+",
         help="K (default: the true number, and the run's)")
-    add("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], help="of K-means")
+    add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="of K-means")
 
 
 def main(args):
@@ -40,17 +40,17 @@ def main(args):
     tokens = torch.from_numpy(np.load(run.folder / "cache" / "tokens.npy", allow_pickle=False))
     pixels = [F.adaptive_avg_pool2d(x, 16).flatten(1)
               for x in batches_of(images, train, args.batch)]
-    kind = f"{run.model.config.tokens} tokens ({run.flags['embedder']})"
-    features = {kind: tokens.flatten(1), "16x16 RGB pixels": torch.cat(pixels)}
+    features = {f"tokens ({run.flags['embedder']})": tokens.flatten(1),
+                "16x16 RGB pixels": torch.cat(pixels)}
 
     table = {}
     counts = args.clusters or sorted({len(set(truth)), run.model.config.clusters or 33})
-    for what, x in features.items():
+    for kind, x in features.items():
         for k in counts:
             with user_errors():
                 fits = [cluster_agreement(truth, kmeans(standardise(x), k, seed)[1].numpy())
                         for seed in args.seeds]
-            table[f"{what}, K = {k}"] = {score: float(np.mean([fit[score] for fit in fits]))
+            table[f"{kind}, K = {k}"] = {score: float(np.mean([fit[score] for fit in fits]))
                                          for score in fits[0]}
 
     print(f"{len(train)} training images, {len(set(truth))} values of {name}; K-means on "

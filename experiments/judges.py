@@ -1,21 +1,20 @@
-"""Whose features tell sets of images apart: --features and --weights, in one place.
+"""Which features judge images: --features and --weights.
 
     name, extract = feature_extractor("inception", None, device)
     features, _ = describe(batches, extract, device)    # (N, D)
 
-The name tells weights, by their hash, and resize rule: figures of two names do not compare.
+The name identifies weights, by their hash, and resize rule: only figures of one name compare.
 """
 import hashlib
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from dino import conditioning_tokens, load_dino
 from evaluate import FIDInception, RandomFeatures
 from support.command import UserError, user_errors
 
-JUDGES = ("random", "inception", "dino", "xrv")
+JUDGES = ("random", "inception", "dino")
 FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
@@ -36,18 +35,6 @@ def load_judge(net, source):
     return net
 
 
-def load_xrv(weights):
-    """TorchXRayVision's DenseNet, of a file or else of the package's own download."""
-    try:  # without a file the package unpickles its download, which can run code
-        from torchxrayvision.models import DenseNet
-        net = DenseNet(weights=None if weights else "densenet121-res224-all")
-    except (ImportError, OSError) as error:
-        raise UserError(f"--features xrv cannot start ({error})", "torchxrayvision and its "
-                        "weights are needed", "pip install torchxrayvision; without network "
-                        "pass --weights FILE, a state dict of its DenseNet") from error
-    return load_judge(net, weights) if weights else net
-
-
 def feature_extractor(kind, weights, device, model=None):
     """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of a judge.
 
@@ -55,7 +42,7 @@ def feature_extractor(kind, weights, device, model=None):
     the embedder of `model`, a DinoDiffusion.
     """
     if kind == "random":
-        return "random network, seed 0, no resize", RandomFeatures().to(device)
+        return RandomFeatures.NAME, RandomFeatures().to(device)
 
     if kind == "inception":
         net = load_judge(FIDInception(), weights or FID_WEIGHTS)
@@ -63,15 +50,6 @@ def feature_extractor(kind, weights, device, model=None):
 
         def extract(x):
             return net((x + 1) / 2)
-
-    elif kind == "xrv":
-        net = load_xrv(weights)
-        rule = "antialiased bilinear to 224 px"
-
-        def extract(x):
-            grey = x.mean(dim=1, keepdim=True)
-            grey = F.interpolate(grey, (224, 224), mode="bilinear", antialias=True)
-            return net.features2(1024 * grey)  # the range it was trained with
 
     elif weights:
         with user_errors():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import (RandomFeatures, brightness, correlations, describe, frechet_distance,
-                      grey_values, moments, off_diagonal_mean, psnr, sharpness)
+                      grey_values, off_diagonal_mean, psnr, sharpness)
 from experiments.common import add_run_flags, batches_of, open_run
 from support.command import UserError, number, print_table, user_errors
 from support.files import write_json
@@ -47,7 +47,7 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
         figures = {"Frechet to training": frechet_distance(features, train_features),
                    "sharpness / real": (sharpness(images).mean() / sharpness_of_real).item(),
                    "best correlation with a training image": best}
-        for name, value in brightness(moments(grey_values(images))).items():
+        for name, value in brightness(grey_values(images)).items():
             figures[f"brightness {name}"] = value
         return pixels, figures
 

@@ -297,7 +297,7 @@ def masks_by_kmeans(model, args, unlabelled, known, known_y, shown):
     side = shown.shape[-1]
     found = {}
     for k in args.clusters:
-        centers, _ = kmeans(points(features), k, args.seed, n_init=3, max_iter=100)
+        centers, _ = kmeans(points(features), k, args.seed, starts=3)
         labels = nearest_clusters(shown_features, centers, side)
         lungs = under_seeds(nearest_clusters(features, centers, side), k)
         if lungs.any():

@@ -1,7 +1,6 @@
 """experiments/: the front door and what they share; then each against stand-ins with known answers.
 """
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +13,8 @@ from dino import ViTConfig
 from dinodiff import DinoDiffusion, DinoDiffusionConfig
 from evaluate import RandomFeatures
 from experiments import __main__ as front_door
-from experiments import common, judges, privacy
+from experiments import common, privacy
 from experiments.common import OpenedRun, binary_labels
-from experiments.judges import feature_extractor
 from experiments.privacy import nearest, read_samples, share_below, token_distances
 from experiments.resemble import best_correlations, first_share, resemblance
 from support.command import UserError
@@ -60,45 +58,6 @@ def test_every_experiment_has_its_own_help(name, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert f"python -m experiments {name}" in out and front_door.find_experiments()[name] in out
     assert len(out.splitlines()) <= 100
-
-
-def test_judges(tmp_path, monkeypatch):
-    """Each gets the range and side it wants; names tell weights apart; what is missing is said."""
-    images = torch.linspace(-1, 1, 32).expand(2, 3, 32, 32)
-    weights = str(tmp_path / "w.pth")
-    seen = []
-
-    class DenseNet(nn.Linear):
-        def __init__(self, weights):
-            super().__init__(1, 1)
-
-        def features2(self, x):
-            seen.append(x)
-            return x.mean(dim=(1, 2, 3))[:, None]
-
-    def load_inception(net, source):
-        net.forward = lambda x: seen.append(x) or x
-        return net
-
-    monkeypatch.setitem(sys.modules, "torchxrayvision", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torchxrayvision.models", SimpleNamespace(DenseNet=DenseNet))
-    names = []
-    for value in (0.0, 1.0):
-        torch.save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)}, weights)
-        name, extract = feature_extractor("xrv", weights, "cpu")
-        names.append(name)
-    extract(images)
-    assert names[0] != names[1] and "224 px" in name
-    assert seen[-1].shape == (2, 1, 224, 224)
-    assert seen[-1].min() == -1024 and seen[-1].max() == 1024
-    with pytest.raises(UserError, match="cannot load .*FIDInception is needed.*--weights"):
-        feature_extractor("inception", weights, "cpu")
-    monkeypatch.setattr(judges, "load_judge", load_inception)
-    feature_extractor("inception", weights, "cpu")[1](images)
-    assert seen[-1].min() == 0 and seen[-1].max() == 1
-    monkeypatch.setitem(sys.modules, "torchxrayvision.models", None)
-    with pytest.raises(UserError, match="pip install torchxrayvision"):
-        feature_extractor("xrv", weights, "cpu")
 
 
 def test_labels_for_the_probe():
@@ -256,78 +215,6 @@ def test_resemblance_tells_a_copy_from_noise(chests):
     assert noise["Frechet, times the real floor"] > 10 > 1 > reference["brightness between"] > 0
     assert 30 < reference["VAE PSNR, dB"] < 60  # 0.99 x is 46 dB below the values' own size
     assert reference["Frechet of VAE reconstructions"] < reference["Frechet of 3x3-blurred real"]
-
-
-def test_fidelity_command(chests, tmp_path, capsys):
-    """Two folders give a table with a floor and a JSON file; darker copies are called darker."""
-    for i, image in enumerate(chests[:40]):
-        save_png(tmp_path / "real" / f"{i}.png", image)
-        if i < 20:
-            save_png(tmp_path / "dark" / f"{i}.png", image - 0.4)
-    front_door.main(["fidelity", str(tmp_path / "real"), str(tmp_path / "dark"), "--device", "cpu"])
-    out = capsys.readouterr().out
-    assert "warning: fewer images than the 217 dimensions" in out
-    result = json.loads((tmp_path / "dark" / "fidelity.json").read_text())
-    assert result["real"] == 40 and result["synthetic"] == 20
-    assert result["frechet"]["equal"] > 2 * result["frechet"]["floor"]
-    assert result["brightness"]["synthetic"]["mean"] < result["brightness"]["real"]["mean"] - 0.1
-    assert result["frechet"]["noise"] > 5 * result["frechet"]["floor"]
-    assert result["brightness difference"] == pytest.approx(-0.18, abs=0.05)
-    assert result["sharpness ratio"] == pytest.approx(1, abs=0.2)
-    assert result["frechet"]["streamed"] == pytest.approx(result["frechet"]["all"], rel=1e-6)
-    save_png(tmp_path / "dark" / "large.png", torch.zeros(3, 96, 96))
-    with pytest.raises(UserError, match=r"\[64, 96\] pixels a side.*--size 64"):
-        front_door.main(["fidelity", str(tmp_path / "real"), str(tmp_path / "dark")])
-
-
-def fidelity(folder, *arguments):
-    """The JSON that `fidelity` writes."""
-    front_door.main(["fidelity", *map(str, arguments), "--device", "cpu", "--out",
-                   str(folder / "out.json")])
-    return json.loads((folder / "out.json").read_text())
-
-
-def test_statistics_instead_of_images(chests, tmp_path):
-    """A file of statistics gives its images' distance; foreign and damaged ones are refused."""
-    for i, image in enumerate(chests[:40]):
-        save_png(tmp_path / "ab"[i % 2] / f"{i}.png", image)
-    a, b, stats = tmp_path / "a", tmp_path / "b", tmp_path / "stats.npz"
-    whole = fidelity(tmp_path, a, b, "--save-stats", stats)
-    capped = fidelity(tmp_path, a, b, "--max-features", 12, "--batch", 7)
-    stored = fidelity(tmp_path, stats, b)
-    assert stored["real"] == 20 and set(stored["frechet"]) == {"streamed"}
-    for other in (capped, stored):  # float32 features of other batches differ in the last digits
-        assert other["frechet"]["streamed"] == pytest.approx(whole["frechet"]["streamed"], rel=1e-4)
-        assert other["brightness"]["real"] == pytest.approx(whole["brightness"]["real"], rel=1e-6)
-    assert capped["frechet"]["all"] != whole["frechet"]["all"]
-    with np.load(stats) as file:
-        content = dict(file)
-    for change, words in (({"extractor": "inception 0"}, "holds features of inception 0"),
-                          ({"side": 96}, r"\[64, 96\] pixels a side"),
-                          ({"mean": content["mean"][:5]}, "damaged"),
-                          ({"mean": np.array([{}])}, "damaged"),
-                          ({"scatter": content["scatter"] * np.nan}, "damaged")):
-        np.savez(stats, **{**content, **change})
-        with pytest.raises(UserError, match=words):
-            fidelity(tmp_path, stats, b)
-    np.savez(stats, mu=content["mean"], sigma=content["scatter"])  # pytorch-fid's names
-    with pytest.raises(UserError, match="without its extractor's name"):
-        fidelity(tmp_path, stats, b)
-    np.savez(stats, train_images=np.zeros((5, 64, 64), np.uint8), train_labels=np.zeros((5, 1)))
-    with pytest.raises(UserError, match="got 5 images .*12 are needed"):
-        fidelity(tmp_path, a, stats)
-
-
-def test_colour_against_grey_is_refused(chests, tmp_path):
-    """A set in colour and a grey one do not compare; a slight tint does, and is reported."""
-    for name, tint in (("grey", 0.0), ("tinted", 0.01), ("colour", 0.4)):
-        for i, image in enumerate(chests[:24]):
-            red = image + torch.tensor([tint, 0, 0]).view(3, 1, 1)
-            save_png(tmp_path / name / f"{i}.png", red)
-    result = fidelity(tmp_path, tmp_path / "grey", tmp_path / "tinted")
-    assert result["brightness"]["synthetic"]["colour"] == pytest.approx(0.005, abs=0.003)
-    with pytest.raises(UserError, match="one set is grey, the other in colour"):
-        fidelity(tmp_path, tmp_path / "grey", tmp_path / "colour")
 
 
 def write_samples(folder, images, rows):

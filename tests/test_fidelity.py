@@ -1,0 +1,105 @@
+"""evaluate.py and experiments fidelity: two folders; the judges."""
+import json
+
+import pytest
+import torch
+
+import evaluate
+from evaluate import FIDInception
+from experiments import __main__ as experiments
+from experiments import judges
+from experiments.judges import feature_extractor
+from support.command import UserError
+from support.phantoms import chest_phantoms
+from support.pictures import save_png
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Forty chests, and twenty of them darker, tinted and red."""
+    folder = tmp_path_factory.mktemp("sets")
+    chests = chest_phantoms(40, size=64, seed=0)[0].expand(-1, 3, -1, -1)
+    changes = {"dark": (-0.4, -0.4, -0.4), "tinted": (0.01, 0, 0), "red": (0.4, 0, 0)}
+    for i, image in enumerate(chests):
+        save_png(folder / "real" / f"{i}.png", image)
+        for name, change in changes.items():
+            if i < 20:
+                save_png(folder / name / f"{i}.png", image + torch.tensor(change).view(3, 1, 1))
+    return folder
+
+
+def fidelity(folders, name, *flags):
+    """The JSON that the experiment writes."""
+    out = folders / f"{name}.json"
+    experiments.main(["fidelity", str(folders / "real"), str(folders / name), "--device", "cpu",
+                      "--rounds", "3", "--out", str(out), *flags])
+    return json.loads(out.read_text())
+
+
+def test_two_folders(folders, capsys):
+    """evaluate.py prints the experiment's figures: floor, equal, ceiling, all; warnings."""
+    evaluate.main([str(folders / "real"), str(folders / "dark"), "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "warning: fewer images than the 217 dimensions" in out
+    assert "warning: 40 against 20 images" in out and "all: 40 against 20" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert set(evaluate.METRICS) < set(rows)
+
+    result = fidelity(folders, "dark")
+    assert result["real"] == 40 and result["synthetic"] == 20
+    frechet = result["frechet"]
+    # The experiment draws the images of equal counts in another order.
+    assert list(map(float, rows["frechet"])) == pytest.approx(
+        [frechet[name] for name in ("floor", "equal", "noise", "all")], rel=0.3)
+    assert float(rows["frechet"][3]) == pytest.approx(frechet["all"], rel=1e-3)
+    assert frechet["equal"] > 2 * frechet["floor"] and frechet["noise"] > 5 * frechet["floor"]
+    assert frechet["interval"][0] < frechet["interval"][1]
+    assert 0 <= result["recall"]["interval"][0] <= result["recall"]["interval"][1] <= 1
+    assert result["brightness difference"] == pytest.approx(-0.18, abs=0.05)
+    assert result["sharpness ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_colour_against_grey_is_refused(folders):
+    """A set in colour and a grey one do not compare; a slight tint does, and is reported."""
+    result = fidelity(folders, "tinted")
+    assert result["brightness"]["synthetic"]["colour"] == pytest.approx(0.005, abs=0.003)
+    with pytest.raises(UserError, match="one set is grey, the other in colour"):
+        fidelity(folders, "red")
+
+
+def test_sets_that_do_not_compare(folders, tmp_path):
+    """Few images, several sizes, a run in place of its samples."""
+    for i in range(4):
+        save_png(tmp_path / "few" / f"{i}.png", torch.rand(3, 64, 64))
+    with pytest.raises(UserError, match="got 4 images .*6 are needed"):
+        evaluate.main([str(folders / "real"), str(tmp_path / "few"), "--device", "cpu"])
+    for i in range(4):
+        save_png(tmp_path / "few" / f"large{i}.png", torch.rand(3, 96, 96))
+    with pytest.raises(UserError, match=r"\[64, 96\] pixels a side.*--size 64"):
+        evaluate.main([str(folders / "real"), str(tmp_path / "few"), "--device", "cpu"])
+    (tmp_path / "few" / "model.pt").touch()
+    with pytest.raises(UserError, match="is a run: its samples are needed"):
+        experiments.main(["fidelity", str(folders / "real"), str(tmp_path / "few")])
+
+
+def test_judges(tmp_path, monkeypatch):
+    """Names identify weights; Inception sees [0, 1]; a foreign file is refused."""
+    images = torch.linspace(-1, 1, 32).expand(2, 3, 32, 32)
+    weights = tmp_path / "w.pth"
+    torch.save({"weight": torch.zeros(1)}, weights)
+    with pytest.raises(UserError, match="cannot load .*FIDInception is needed.*--weights"):
+        feature_extractor("inception", str(weights), "cpu")
+
+    seen = []
+    names = []
+    for value in (0.0, 1.0):
+        def fill(net, source, value=value):
+            torch.nn.init.constant_(net.fc.bias, value)
+            return net
+        monkeypatch.setattr(judges, "load_judge", fill)
+        monkeypatch.setattr(FIDInception, "forward", lambda self, x: seen.append(x) or x)
+        name, extract = feature_extractor("inception", str(weights), "cpu")
+        names.append(name)
+    extract(images)
+    assert names[0] != names[1] and "299 px" in name
+    assert seen[-1].min() == 0 and seen[-1].max() == 1

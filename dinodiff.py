@@ -253,10 +253,10 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
     both_contexts = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
     both_masks = None if mask is None else torch.cat([null_mask, mask])
 
-    # x and t keep B rows: UNet.forward repeats them for the two contexts. Float32, for bf16 would
-    # round the difference that guidance multiplies.
+    # Float32, because bf16 would round the difference that guidance multiplies.
     def guided_model(x, t):
-        null, conditional = unet(x, t, both_contexts, both_masks).float().chunk(2)
+        output = unet(torch.cat([x, x]), torch.cat([t, t]), both_contexts, both_masks)
+        null, conditional = output.float().chunk(2)
         output = null + guidance_scale * (conditional - null)
         if guidance_rescale:
             width = output.flatten(1).std(1).clamp(min=1e-6)

@@ -127,8 +127,8 @@ def load_weights(name_or_path, kind):
         read_settings = {"vae": vae_settings, "unet": unet_settings, "vit": vit_settings}[kind]
         return state, read_settings(state, read_config(path, kind), path)
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} is not {NEEDED[kind]} ({one_line(error)} is missing): its weights "
-                         "are needed: pass that file") from error
+        raise ValueError(f"{path} is not {NEEDED[kind]} ({one_line(error)} is missing): such "
+                         "weights are needed: pass another file") from error
 
 
 def find_weights(name_or_path, kind):
@@ -145,11 +145,11 @@ def find_weights(name_or_path, kind):
                 if (folder / f"{stem}{ending}").is_file():
                     return folder / f"{stem}{ending}"
         if list(folder.glob("*.index*.json")):
-            raise ValueError(f"{folder} has weights in several files: one file is needed: save them "
-                             'again with save_pretrained(FOLDER, max_shard_size="100GB")')
+            raise ValueError(f"{folder} has weights in several files: one file is needed: save it "
+                             'with save_pretrained(FOLDER, max_shard_size="100GB")')
     raise FileNotFoundError(
-        f"no weights at {path}: a .safetensors, .bin, .pt or .pth file, or a folder of diffusers or "
-        f"transformers, is needed: pass another path or one of {', '.join(PUBLISHED[kind])}, or "
+        f"no weights at {path}: a .safetensors, .bin, .pt or .pth file, or a folder of diffusers "
+        f"or transformers, is needed: pass one of {', '.join(PUBLISHED[kind])} or another path, or "
         "train your own with: python train.py")
 
 

@@ -274,7 +274,7 @@ def parse(argv=None):
 
 
 def random_vit():
-    """The tiny ViT with random weights, always the same."""
+    """The tiny ViT with random weights, equal in every run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return VisionTransformer(ViTConfig())

@@ -220,7 +220,7 @@ def read_config(path, kind):
         try:
             if (path.parent / file).is_file():
                 content = json.loads((path.parent / file).read_text(encoding="utf-8"))
-                config.update(content if key is None else {"pixel_mean": content.get(key)})
+                config |= {"pixel_mean": content.get(key)} if key else dict(content.items())
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.parent / file} cannot be read ({error!r}): the one that came "
                              "with the weights is needed: download it again") from error
@@ -284,7 +284,10 @@ def vit_settings(state, config, path):
     """Fields of ViTConfig."""
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    heads = config.get("num_attention_heads", dim // 64)  # 64 channels each in published ones
+    heads = config.get("num_attention_heads", dim / 64)  # 64 channels each in published ones
+    if heads not in range(1, dim + 1) or dim % heads:
+        raise ValueError(f"{path} has {dim} channels and {heads} heads: 64 channels a head, or the "
+                         "num_attention_heads of a config.json beside it, are needed: correct that")
     mean = config.get("pixel_mean")
     is_rad_dino = "rad-dino" in str(path) if mean is None else abs(mean[0] - 0.5307) < 1e-3
     if mean is not None and not is_rad_dino and abs(mean[0] - 0.485) > 1e-3:
@@ -294,7 +297,7 @@ def vit_settings(state, config, path):
         "patch_size": patch,
         "embed_dim": dim,
         "depth": count_indices(state, "blocks."),
-        "num_heads": heads,
+        "num_heads": int(heads),
         "image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
         "registers": registers,
         "layer_scale": "mask_token" in state,

@@ -167,12 +167,3 @@ def test_checkpointing_keeps_the_gradients(autocast):
     recomputed, kept_recomputed = gradients_and_memory()
     assert all(map(torch.equal, plain, recomputed))
     assert kept_recomputed < 0.3 * kept_plain
-
-
-def test_from_pretrained(tmp_path):
-    """A file of a state dict gives the net back, its config read off the shapes."""
-    weights = tiny(4).state_dict()
-    torch.save(weights, tmp_path / "w.bin")
-    loaded = UNet.from_pretrained(tmp_path / "w.bin")
-    assert loaded.config == TINY
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())

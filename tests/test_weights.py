@@ -230,7 +230,8 @@ def test_config_is_honoured(states, tmp_path, capsys):
     ("vae", "{", "config.json cannot be read.*download it again"),
     ("vae", "[]", "config.json cannot be read"),
     ("vit", {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
-    ("vit", {"num_attention_heads": "many"}, "does not fit")])
+    ("vit", {"num_attention_heads": 5}, "64 channels and 5 heads"),
+    ("vit", {"num_attention_heads": "many"}, "and many heads")])
 def test_config_is_refused(kind, config, match, states, tmp_path):
     """Options that are not implemented here are refused when the folder is read."""
     if isinstance(config, dict):

@@ -1,6 +1,5 @@
 """Tests of support/fast.py: attention is the fused one; compiled networks are one graph a block."""
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from support.fast import attention, compile_blocks
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
-UNET = UNetConfig(4, 4, 8, (1, 2), 1, (False, True), 12, 2)
+UNET = UNetConfig(4, 4, 8, (1,), 1, (True,), 12, 2)  # one level: tracing takes long
 
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03)))
@@ -50,8 +49,7 @@ def steps(unet, count, batch=2):
 
 def test_whole_unet_is_one_graph(counter):
     """No graph break, no recompilation from step to step, one more graph for other batches."""
-    config = replace(UNET, attention_levels=(False, False))  # the middle has attention
-    unet = torch.compile(UNet(config), backend=counter, fullgraph=True)
+    unet = torch.compile(UNet(UNET), backend=counter, fullgraph=True)
     steps(unet, 3)
     assert counter.frame_count == 1
     steps(unet, 1, batch=3)

@@ -6,22 +6,22 @@ Papers: ViT (Dosovitskiy 2021, arXiv 2010.11929); DINO (Caron 2021, arXiv 2104.1
 
 Images are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels. The ViT cuts them into
 N patches; its tokens are CLS, R registers and the patches, (B, 1 + R + N, D). The first 1 + R
-are global: they stand for the whole image. conditioning_tokens says which tokens condition.
+are global: they describe the whole image. conditioning_tokens picks those that condition.
 
     vit = load_dino("dinov2_vits14")                  # frozen; or a file of weights
     tokens = conditioning_tokens(vit, x, "global")    # (B, G, D)
 
 Self-distillation, with student s, teacher t and temperatures T_s = 0.1, T_t = 0.05:
 
-    targets   q = Sinkhorn(t(global crops) / T_t)     each image sums to 1, all prototypes equal
+    targets   q = Sinkhorn(t(global crops) / T_t)     each row sums to 1, prototypes used equally
     loss      - sum_k q_k log softmax_k(s(other crops) / T_s)           DINO eq. 3
     teacher   t <- m t + (1 - m) s, m along a cosine from 0.98 to 1     DINO section 3.1
 
-Deliberate differences from the published code: no stochastic depth; fresh networks start from
-sin-cos positions; all crops are cut at once on the device, without flips (the heart would change
-sides); prototypes are normalised where they are used and learn from the first step on; weight decay
-and, by default, the teacher's temperature are constant; Sinkhorn balances over the images of one
-process. No masked patches and no KoLeo loss, which DINOv2 adds.
+Deliberate differences from the published code: no stochastic depth; new networks start from sin-cos
+positions; all crops are cut at once on the device, without flips (the heart would change sides);
+prototypes are normalised on use and are trained from step 0; weight decay and the teacher's
+temperature are constant; Sinkhorn balances the images of one process. DINOv2's masked patches and
+KoLeo loss are left out.
 """
 
 import copy
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.fast import Linear, attention
+from support.fast import attention
 from support.weights import load_model
 
 TOKEN_KINDS = ("global", "cls", "cls4+mean", "patch2", "patch")
@@ -47,20 +47,30 @@ class ViTConfig:                      # the defaults are "tiny", the network tra
     image_size: int = 64              # side in pixels that pos_embed belongs to
     registers: int = 0                # extra tokens between CLS and patches
     layer_scale: bool = False         # DINOv2: a gain after each branch (and an unused mask token)
-    interpolate_offset: float = 0.0   # added to the grid when positions are resized; 0 = exact size
-    antialias: bool = True            # when positions are resized
-    normalise: str = "per_image"      # (x - mean) / (sd + 0.1) of each image, or a name of PIXELS
+    interpolate_offset: float = 0.0   # how positions are resized: see the three RESIZE rules
+    antialias: bool = True
+    normalise: str = "per_image"      # (x - mean) / (sd + 0.1) of each image, or a key of PIXELS
     mlp_ratio: int = 4                # hidden width of the MLP / D
     norm_eps: float = 1e-6            # of LayerNorms; transformers' DINO v1 has 1e-12
+    global_tokens: str = "cls4+mean"  # what "global" means in conditioning_tokens
+    input_side: int = 0               # images are resized to this side; 0 = image_size
+
 
 PIXELS = {  # mean and deviation of red, green and blue in [0, 1], as the networks were trained
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "rad_dino": ((0.5307,) * 3, (0.2583,) * 3),
 }
 
-V1 = {"image_size": 224, "interpolate_offset": 0.1, "antialias": False, "normalise": "imagenet"}
+# Position embeddings are resized bicubically to the grid of patches, in one of three ways.
+RESIZE_META = {"interpolate_offset": 0.1, "antialias": False}      # DINO and DINOv2, Meta's code
+RESIZE_REGISTERS = {"interpolate_offset": 0.0, "antialias": True}  # Meta's models with registers
+RESIZE_TRANSFORMERS = {"interpolate_offset": 0.0, "antialias": False}  # Hugging Face's code
+
+# Networks trained on ImageNet see 224 px whatever their positions belong to.
+PUBLISHED_TOKENS = {"normalise": "imagenet", "input_side": 224, "global_tokens": "cls+registers"}
+V1 = {"image_size": 224, **RESIZE_META, **PUBLISHED_TOKENS}
 V2 = {**V1, "image_size": 518, "layer_scale": True}
-V2_REG = {**V2, "registers": 4, "interpolate_offset": 0.0, "antialias": True}
+V2_REG = {**V2, "registers": 4, **RESIZE_REGISTERS}
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
 VISION_TRANSFORMERS = {
     **{f"dino_vit{s}{p}": ViTConfig(p, *SIZES[s], **V1) for s in "sb" for p in (16, 8)},
@@ -90,7 +100,7 @@ def resize(x, side):
 
 
 def sincos_positions(grid, dim):
-    """Fixed 2-D positions (grid*grid, dim): half of the channels tell the row, half the column."""
+    """Fixed 2-D positions (grid*grid, dim): half the channels encode the row, half the column."""
     quarter = dim // 4
     angles = torch.arange(grid)[:, None] / 10000 ** (torch.arange(quarter) / quarter)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)             # (grid, dim/2)
@@ -112,8 +122,8 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def split(self, x):
         """Queries, keys and values, each (B, heads, N, d)."""
@@ -146,7 +156,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.attn = Attention(dim, config.num_heads)
-        self.mlp = nn.ModuleDict({"fc1": Linear(dim, hidden), "fc2": Linear(hidden, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
         self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
@@ -159,14 +169,14 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Vision Transformer with a CLS token and, in some models, registers."""
 
+    repeated_blocks = (Block,)  # see support.fast.compile_blocks
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         dim = config.embed_dim
         patch = config.patch_size
-        self.input_side = config.image_size   # the best side of images, in pixels
-        if config.normalise == "imagenet":
-            self.input_side = 224
+        self.input_side = config.input_side or config.image_size  # native resolution in pixels
         self.native_grid = config.image_size // patch
 
         # From pixels to tokens. Row 0 of the positions belongs to CLS.
@@ -190,8 +200,8 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         patches = self.pos_embed[:, 1:].unflatten(1, (native, native)).permute(0, 3, 1, 2)
 
-        # The published code of v1 and v2 asks for factors with 0.1 of a patch added, not for a
-        # size: that shifts the points where positions are read.
+        # Meta's first code passes scale factors offset by 0.1 patch instead of a size, which
+        # shifts the points where positions are sampled.
         offset = self.config.interpolate_offset
         size = (rows, columns)
         factors = None
@@ -203,7 +213,10 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def embed(self, x):
-        """Images (B, 3, H, W) in [-1, 1] -> tokens before the first block (B, G + N, D)."""
+        """Images (B, 3, H, W) in [-1, 1] -> tokens before the first block (B, G + N, D).
+
+        Raises: ValueError if a side is not a multiple of the patch.
+        """
         B, _, H, W = x.shape
         p = self.config.patch_size
         if H % p or W % p:
@@ -213,7 +226,7 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)                              # (B, D, h, w) -> (B, N, D)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)   # (B, 1 + N, D)
         x = x + self.positions(H // p, W // p)
-        if self.config.registers:  # they have no position
+        if self.config.registers:  # without positions
             registers = self.register_tokens.expand(B, -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)     # (B, G + N, D)
         return x
@@ -237,16 +250,17 @@ class VisionTransformer(nn.Module):
 def conditioning_tokens(vit, x, kind="global"):
     """Tokens (B, G, D) that condition the diffusion model, from images (B, 3, H, W) of any side.
 
-    "global"           published weights: CLS and registers; trained here or random: "cls4+mean"
+    "global"           as ViTConfig.global_tokens says: "cls+registers", G = 1 + registers, in
+                       published networks; "cls4+mean" in those trained here
     "cls"              CLS alone, G = 1
     "cls4+mean"        CLS of the last four blocks and the mean patch token, G = 5
     "patch2", "patch"  CLS and the patch tokens pooled to 2x2 or 4x4, G = 5 or 17. For the ablation
                        only: patch tokens keep the layout and let the model copy its source.
     """
     cls, tokens, patches = vit.features(resize(x, vit.input_side), last=4)
-    if kind == "global" and vit.config.normalise == "per_image":
-        kind = "cls4+mean"
     if kind == "global":
+        kind = vit.config.global_tokens
+    if kind == "cls+registers":
         return tokens
     if kind == "cls":
         return tokens[:, :1]
@@ -263,24 +277,25 @@ def conditioning_tokens(vit, x, kind="global"):
 
 # ---- Self-distillation with no labels -----------------------------------------------------------
 
+# Paper values in parentheses.
+LOCAL_CROPS = 2              # of half the side, besides two global ones (8)
+GLOBAL_AREA = (0.5, 1.0)     # share of the image in a global crop (0.4 to 1)
+LOCAL_AREA = (0.1, 0.5)      # and in a local one (0.05 to 0.4)
+JITTER = 0.12                # of brightness, contrast and gamma, relative
+STUDENT_TEMP = 0.1           # (0.1)
+TEACHER_TEMP = 0.05          # (0.04 rising to 0.07)
+MOMENTUM = (0.98, 1.0)       # of the teacher, along a cosine (0.996 to 1)
+
+
 @dataclass(frozen=True)
-class DINOConfig:                       # in brackets: the papers
-    head_dim: int = 512                 # hidden width of the head (2048, no batch norm)
-    bottleneck: int = 128               # (256)
-    prototypes: int = 256               # K (65536)
-    local_crops: int = 2                # of half the side, besides two global ones (8)
-    global_area: tuple = (0.5, 1.0)     # share of the image in a global crop (0.4 to 1)
-    local_area: tuple = (0.1, 0.5)      # and in a local one (0.05 to 0.4)
-    jitter: float = 0.12                # of brightness, contrast and gamma, relative
-    student_temp: float = 0.1           # (0.1)
-    teacher_temp: tuple = (0.05, 0.05)  # start and end of a linear warm-up (0.04 to 0.07)
-    warm_up: float = 0.1                # share of training that it takes (30 epochs)
-    momentum: tuple = (0.98, 1.0)       # of the teacher, along a cosine (0.996 to 1)
-    rounds: int = 3                     # of Sinkhorn-Knopp (3)
+class DINOConfig:
+    head_dim: int = 512      # hidden width of the head (2048, no batch norm)
+    bottleneck: int = 128    # (256)
+    prototypes: int = 256    # K (65536)
 
 
 def float32_on(device):
-    """A block of code in float32 even under autocast: bf16 is too coarse to divide by 0.05."""
+    """Context manager: autocast off, because bf16 is too coarse to divide by 0.05."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -293,7 +308,7 @@ def random_crops(images, count, side, area, jitter, generator):
     """
     x = images.float().repeat(count, 1, 1, 1)
     n = len(x)
-    u = torch.rand(9, n, generator=generator, device=x.device)  # a row each for what follows
+    u = torch.rand(9, n, generator=generator, device=x.device)  # one row for each draw below
 
     # A box of random size, shape and place, as an affine map from [-1, 1] to [-1, 1].
     size = (area[0] + (area[1] - area[0]) * u[0]).sqrt()
@@ -326,7 +341,7 @@ def sinkhorn(logits, temperature, rounds=3):
 
     logits: (N, K), N views and K prototypes. exp(logits / temperature) is scaled in turn so that
     each prototype gets an equal share of all views, and so that each view sums to 1; in logarithms,
-    so that no exponential overflows. One prototype for all views, the collapse, is no answer.
+    so that no exponential overflows. Collapse, one prototype for all views, is excluded.
     Returns: (N, K).
     Source: Sinkhorn and Knopp 1967; Caron et al. 2020, section 3.1; Oquab et al. 2023, section 4.
     """
@@ -362,7 +377,7 @@ class DINOHead(nn.Module):
     def __init__(self, dim, config):
         super().__init__()
         hidden = config.head_dim
-        # Batch norm by the batch's own statistics: in training and teaching alike.
+        # Batch norm by the batch's own statistics, for student and teacher.
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden),
             nn.BatchNorm1d(hidden, track_running_stats=False),
@@ -381,9 +396,8 @@ class DINOHead(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student and teacher. A step is `loss`, backward, optimizer; then each of the teacher's
-    parameters moves towards the student's, to m * its own + (1 - m) * the student's, with
-    m = momentum(progress).
+    """Student and teacher. A step is `loss`, backward, optimizer; then the teacher becomes the EMA
+    of the student with momentum m = momentum(progress).
 
     Only `student` has gradients. Collapse shows in the logs as a teacher_entropy of log K, when all
     images look alike to the teacher; batch_entropy is near log K anyway, by Sinkhorn.
@@ -393,24 +407,21 @@ class DINO(nn.Module):
     def __init__(self, vit_config, config=DINOConfig()):
         super().__init__()
         self.vit_config = vit_config
-        self.config = config
         self.student = nn.ModuleDict({"backbone": VisionTransformer(vit_config),
                                       "head": DINOHead(vit_config.embed_dim, config)})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
     def momentum(self, progress):
-        """The share of itself that the teacher keeps in a step; progress in [0, 1]: half a cosine.
-        """
-        start, end = self.config.momentum
+        """m along half a cosine; progress in [0, 1]."""
+        start, end = MOMENTUM
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
     def teacher_vit(self):
-        """The teacher's ViT, frozen: in the paper it is better than the student throughout."""
+        """The teacher's ViT, frozen: it beats the student throughout training, says the paper."""
         return self.teacher["backbone"].eval()
 
-    def loss(self, images, progress, generator):
-        """Loss and values to log (scalars); images (B, 3, H, W) in [-1, 1], progress in [0, 1]."""
-        config = self.config
+    def loss(self, images, generator):
+        """Loss and values to log (scalars); images (B, 3, H, W) in [-1, 1]."""
         B = len(images)
         side = self.vit_config.image_size
         half = side // 2 - side // 2 % self.vit_config.patch_size
@@ -418,9 +429,8 @@ class DINO(nn.Module):
         # Views of the images: two large ones, and a few small ones of half the side.
         with float32_on(images.device):
             images = resize(images, side)
-            large = random_crops(images, 2, side, config.global_area, config.jitter, generator)
-            small = random_crops(images, config.local_crops, half, config.local_area,
-                                 config.jitter, generator)
+            large = random_crops(images, 2, side, GLOBAL_AREA, JITTER, generator)
+            small = random_crops(images, LOCAL_CROPS, half, LOCAL_AREA, JITTER, generator)
 
         # The teacher sees the large views alone, the student all.
         with torch.no_grad():
@@ -429,34 +439,19 @@ class DINO(nn.Module):
         cls = torch.cat([self.student["backbone"](crops)[:, 0] for crops in (large, small)])
         student = self.student["head"](cls)                           # (S*B, K)
 
-        start, end = config.teacher_temp
-        temperature = start + (end - start) * min(progress / config.warm_up, 1)
         with float32_on(images.device):
-            targets = sinkhorn(teacher, temperature, config.rounds)
+            targets = sinkhorn(teacher, TEACHER_TEMP)
             return dino_loss(student.unflatten(0, (-1, B)), targets.unflatten(0, (2, B)),
-                             config.student_temp)
+                             STUDENT_TEMP)
 
 
 # ---- Weights ------------------------------------------------------------------------------------
 
-def build_vit(name, seed=0):
-    """Architecture `name` with random weights drawn from `seed`; "random" is the tiny one.
-
-    Raises: ValueError for an unknown name.
-    """
-    config = VISION_TRANSFORMERS.get("tiny" if name == "random" else name)
-    if config is None:
-        raise ValueError(f"embedder {name!r} is unknown: need one of random, "
-                         f"{', '.join(VISION_TRANSFORMERS)}: pass one of these")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTransformer(config)
-
-
 def load_dino(name_or_path):
     """Frozen ViT in eval mode: published weights by name, or a file of weights by path.
 
-    Raises: FileNotFoundError without file or network; ValueError if the weights do not fit.
+    Raises: FileNotFoundError if there is no such file and no network; ValueError if the weights do
+        not fit.
     """
     vit = load_model(VisionTransformer, ViTConfig, name_or_path, "vit")
     return vit.requires_grad_(False).eval()

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dino import build_vit, conditioning_tokens, load_dino
+from dino import ViTConfig, VisionTransformer, conditioning_tokens, load_dino
 from evaluate import bootstrap_interval, roc_auc
 from regional import MILConfig, RegionalMIL, draw_regions, predict
 from support.cache import fingerprint
@@ -273,10 +273,17 @@ def parse(argv=None):
     return args
 
 
+def random_vit():
+    """The tiny ViT with random weights, equal in every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VisionTransformer(ViTConfig())
+
+
 def load_embedder(args, device):
     """The Tiling that --embedder, --tile, --level and --mpp ask for: a frozen ViT's tokens."""
     with user_errors():
-        vit = build_vit("random") if args.embedder == "random" else load_dino(args.embedder)
+        vit = random_vit() if args.embedder == "random" else load_dino(args.embedder)
     vit = vit.to(device).eval()
 
     @torch.no_grad()

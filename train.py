@@ -360,7 +360,7 @@ def train_embedder(preset, run, model, pictures, seed, dtype, from_init):
         dino = share_batch_norm(dino.to(device))
 
         def loss_fn(batch, step, generator):
-            return dino.loss(*batch, step / steps, generator)
+            return dino.loss(*batch, generator)
 
         def momentum(step):
             return dino.momentum((step + 1) / steps)

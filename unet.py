@@ -9,22 +9,21 @@ Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202: GEGLU).
     prediction = unet(xt, t, context)    # (B, 4, h, w), (B,), (B, K, context_dim) -> (B, 4, h, w)
 
 xt is a noisy latent of about unit variance, t a step in 0..999 (int64 or float), context the
-condition tokens. What is predicted (noise or v) is the schedule's business, not the net's. With
-K = 1 the softmax over one token is always 1: query and key then learn nothing, so use several.
+condition tokens. What is predicted (noise or v) is up to the schedule. With K = 1 the softmax over
+one token is always 1: query and key then learn nothing, so use several.
 
     xt -- conv_in -- down_blocks (ResNet blocks, transformers, halving) -- mid_block --+
-                        | what each layer makes is handed across, last first           |
+                        | skip connections: each layer's output, last first            |
     prediction -- conv_out -- up_blocks (ResNet blocks, transformers, doubling) -------+
 
 Deliberate differences from the reference (diffusers, whose parameter names are kept, so that
 `load_state_dict(strict=True)` loads Stable Diffusion 1.5 into the default config):
-- GroupNorm has gcd(32, channels) groups, so that narrow nets can be built.
+- GroupNorm has gcd(32, channels) groups, so that narrow networks are possible.
 - Branches start at zero (see UNet.zero_branches).
 - Sides that are not multiples of 2^(levels - 1) are refused, not padded.
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support.fast import Linear, attention, attention_weights, double
+from support.fast import attention
 from support.weights import load_model
 
 
@@ -42,8 +41,8 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
     out_channels: int = 4                   # of the prediction
     base_channels: int = 320                # width of the first level
     channel_multipliers: tuple = (1, 2, 4, 4)  # width of each level / base_channels
-    layers_per_block: int = 2               # ResNet blocks a level going down; going up one more
-    attention_levels: tuple = (True, True, True, False)  # levels with transformers; the middle has
+    layers_per_block: int = 2               # ResNet blocks a level; up levels have one more
+    attention_levels: tuple = (True, True, True, False)  # levels with transformers
     context_dim: int = 768                  # width of a condition token
     num_heads: int = 8                      # attention heads, or a tuple with one for each level
     norm_groups: int = 0                    # of every GroupNorm; 0 = gcd(32, channels)
@@ -88,27 +87,6 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-@contextmanager
-def keep_attention(unet, only=""):
-    """While active, forward passes leave their softmax maps in the dict that this yields.
-
-    only: keep the modules whose name contains this: "attn1" (self), "attn2" (cross), "up_blocks".
-    Yields: dict, module name -> (B, heads, N, M) weights of the last forward, over N = h*w
-        positions and M = N (self) or K (cross) keys; rows sum to 1. Only kept modules leave the
-        fused attention, so use `only` at large sides: N*M is 16.8 million at 64 x 64.
-    """
-    maps = {}
-    kept = [(name, module) for name, module in unet.named_modules()
-            if isinstance(module, Attention) and only in name]
-    try:
-        for name, module in kept:
-            module.keep = (maps, name)
-        yield maps
-    finally:
-        for _, module in kept:
-            module.keep = None
-
-
 # ---- blocks ------------------------------------------------------------------------------------
 
 def group_norm(channels, eps, config):
@@ -118,7 +96,7 @@ def group_norm(channels, eps, config):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions, the time added between them, and a shortcut."""
+    """Two 3x3 convolutions, the time embedding added between them, and a shortcut."""
 
     def __init__(self, c_in, c_out, config):
         super().__init__()
@@ -139,15 +117,13 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention from x (B, N, dim) to source (B, M, source_dim)."""
 
-    keep = None  # set by keep_attention: (dict, name)
-
     def __init__(self, dim, source_dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = Linear(dim, dim, bias=False)
-        self.to_k = Linear(source_dim, dim, bias=False)
-        self.to_v = Linear(source_dim, dim, bias=False)
-        self.to_out = nn.Sequential(Linear(dim, dim))
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(source_dim, dim, bias=False)
+        self.to_v = nn.Linear(source_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def split_heads(self, h):
         return h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # -> (B, heads, N, d)
@@ -156,13 +132,7 @@ class Attention(nn.Module):
         q = self.split_heads(self.to_q(x))
         k = self.split_heads(self.to_k(source))
         v = self.split_heads(self.to_v(source))
-        if self.keep is None:
-            h = attention(q, k, v, mask)
-        else:  # the same, step by step
-            maps, name = self.keep
-            weights = attention_weights(q, k, mask)  # (B, heads, N, M)
-            maps[name] = weights.detach()
-            h = weights.to(v.dtype) @ v
+        h = attention(q, k, v, mask)
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, dim)
 
 
@@ -171,7 +141,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim, hidden):
         super().__init__()
-        self.proj = Linear(dim, 2 * hidden)
+        self.proj = nn.Linear(dim, 2 * hidden)
 
     def forward(self, x):
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -184,7 +154,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
         # The reference has a dropout of probability 0 in the middle; Identity keeps the numbering.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
         return self.net(x)
@@ -227,16 +197,26 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(h)
 
 
-class Resample(nn.Module):
-    """Halves both sides by a stride of 2; with up=True doubles them."""
+class Downsample(nn.Module):
+    """Halves both sides: (B, C, H, W) -> (B, C, H/2, W/2)."""
 
-    def __init__(self, channels, up=False):
+    def __init__(self, channels):
         super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x):
-        return double(x, self.conv) if self.up else self.conv(x)
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Doubles both sides: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
 class Level(nn.Module):
@@ -258,16 +238,16 @@ class Level(nn.Module):
 
 
 class DownBlock(Level):
-    """A level on the way down: its layers, then all levels but the last halve the sides."""
+    """A level on the way down: its layers, then a halving in all levels but the last."""
 
     def __init__(self, c_ins, index, config):
         super().__init__(c_ins, index, config)
         self.downsamplers = nn.ModuleList()  # one or none
         if index < len(config.widths) - 1:
-            self.downsamplers.append(Resample(config.widths[index]))
+            self.downsamplers.append(Downsample(config.widths[index]))
 
     def forward(self, x, time, context, mask):
-        """Returns x, and a list of what each layer made, for the way up."""
+        """Returns x, and the outputs of all layers, the skip connections, in a list."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, context, mask)
@@ -294,16 +274,16 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(Level):
-    """A level on the way up: each layer also hears a skip; all levels but the first then double."""
+    """A level on the way up: each layer concatenates a skip; all levels but the first double."""
 
     def __init__(self, c_ins, index, config):
         super().__init__(c_ins, index, config)
         self.upsamplers = nn.ModuleList()  # one or none
         if index > 0:
-            self.upsamplers.append(Resample(config.widths[index], up=True))
+            self.upsamplers.append(Upsample(config.widths[index]))
 
     def forward(self, x, skips, time, context, mask):
-        """skips: one for each layer, in the order in which they were made; taken from the end."""
+        """skips: one for each layer, in the order of the way down."""
         for i, skip in enumerate(reversed(skips)):
             x = torch.cat([x, skip], dim=1)  # (B, C + C_skip, h, w)
             x = self.layer(i, x, time, context, mask)
@@ -315,11 +295,12 @@ class UpBlock(Level):
 class UNet(nn.Module):
     """The denoising network; parameter names are those of diffusers' UNet2DConditionModel.
 
-    checkpointing: set it to True to train in less memory and a third more time: a level then keeps
-        only what goes in and out, and computes its inside anew for the gradients, which stay equal.
+    checkpointing: set it to True to train in less memory and a third more time: each level then
+        keeps its inputs only and recomputes activations in backward. Gradients stay equal.
     """
 
     checkpointing = False
+    repeated_blocks = (ResnetBlock, TransformerBlock)  # see support.fast.compile_blocks
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
@@ -332,7 +313,7 @@ class UNet(nn.Module):
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(base, 4 * base),
                                              "linear_2": nn.Linear(4 * base, 4 * base)})
 
-        # Down. skips: widths of the tensors handed across, in the order forward() makes them.
+        # Down. skips: channels of the skip connections, in the order of forward().
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
         for i in range(levels):
@@ -344,7 +325,7 @@ class UNet(nn.Module):
 
         self.mid_block = MidBlock(config)
 
-        # Up. A level's first layer hears the level below; each layer hears one skip more.
+        # Up. A level's first layer takes the level below; each layer concatenates a skip.
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
         for i in reversed(range(levels)):
@@ -355,7 +336,7 @@ class UNet(nn.Module):
         self.conv_norm_out = group_norm(widths[0], 1e-5, config)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.zero_branches()
-        self.to(memory_format=torch.channels_last)  # so image <-> tokens needs no copy
+        self.to(memory_format=torch.channels_last)  # image <-> tokens without a copy
 
     def zero_branches(self):
         """Zero the last layer of every residual branch, so that each block starts as its shortcut
@@ -374,13 +355,15 @@ class UNet(nn.Module):
 
         xt: (B, in_channels, h, w) noisy latents; sides are multiples of config.factor
         t: (B,) int64 or float, steps
-        context: (B, K, context_dim) condition tokens; or (R*B, K, context_dim), R contexts for each
-            latent, block after block: what precedes the first attention is then done once
-        context_mask: as context without the last axis, bool, True = attend, at least one a row
-        Returns: (B or R*B, out_channels, h, w), dtype of xt.
-        Raises: ValueError if a side or the width of the context does not fit.
+        context: (B, K, context_dim) condition tokens
+        context_mask: (B, K) bool, True = attend, at least one a row; None attends to all
+        Returns: (B, out_channels, h, w), dtype of xt.
         """
-        self.check(xt, context)
+        sides = xt.shape[-2:]
+        assert not any(side % self.config.factor for side in sides), (
+            f"latent of {sides[0]} x {sides[1]}: sides must be multiples of {self.config.factor}")
+        assert context.shape[-1] == self.config.context_dim, (
+            f"context tokens have {context.shape[-1]} entries instead of {self.config.context_dim}")
         mask = None if context_mask is None else context_mask[:, None, None, :]
 
         # Time: every ResNet block starts with the same SiLU, so it is done once.
@@ -388,47 +371,28 @@ class UNet(nn.Module):
         time = F.silu(self.time_embedding["linear_1"](time))
         time = F.silu(self.time_embedding["linear_2"](time))         # (B, 4 * base_channels)
 
-        # Down: what each layer makes is kept for the way up.
+        # Down: keep the outputs of all layers for the way up.
         x = self.conv_in(xt)
         skips = [x]
         for level in self.down_blocks:
-            is_last = level is self.down_blocks[-1]
-            if len(x) < len(context) and (level.attentions or is_last):
-                copies = len(context) // len(x)  # from here on each context goes its own way
-                x = torch.cat([x] * copies)
-                time = torch.cat([time] * copies)
-                skips = [torch.cat([skip] * copies) for skip in skips]
-            x, made = self.run(level, x, time, context, mask)
-            skips += made
+            x, outputs = self.apply_level(level, x, time, context, mask)
+            skips += outputs
 
-        x = self.run(self.mid_block, x, time, context, mask)
+        x = self.apply_level(self.mid_block, x, time, context, mask)
 
         # Up: each layer takes the last skip that is left.
         for level in self.up_blocks:
             layers = len(level.resnets)
-            x = self.run(level, x, skips[-layers:], time, context, mask)
+            x = self.apply_level(level, x, skips[-layers:], time, context, mask)
             skips = skips[:-layers]
 
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
 
-    def run(self, block, *inputs):
-        """block(*inputs); with checkpointing its inside is not kept for the gradients."""
+    def apply_level(self, level, *inputs):
+        """level(*inputs); with checkpointing, activations are recomputed in backward."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
-
-    def check(self, xt, context):
-        """Raises ValueError if a side of xt or the width of the context does not fit."""
-        height, width = xt.shape[-2:]
-        factor = self.config.factor
-        if height % factor or width % factor:
-            raise ValueError(
-                f"latent is {width} x {height}, but both sides must be multiples of {factor} "
-                f"({len(self.down_blocks)} U-Net levels): use "
-                f"{max(width // factor, 1) * factor} x {max(height // factor, 1) * factor}")
-        if context.shape[-1] != self.config.context_dim:
-            raise ValueError(f"context tokens have {context.shape[-1]} entries, but this U-Net was "
-                             f"built for {self.config.context_dim}: set context_dim or project")
+            return checkpoint(level, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return level(*inputs)
 
     @classmethod
     def from_pretrained(cls, name_or_path):

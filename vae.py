@@ -19,7 +19,7 @@ What is trained (vae_loss), with mean m and deviation s of the encoder, noise e 
 Deliberate differences from the reference (diffusers, whose parameter names are kept):
 - Levels narrower than 32 channels are allowed (see group_norm).
 - The second convolution of every ResNet block starts at zero (see AutoencoderKL).
-- The stem, which diffusers has not; 1, the default, is none.
+- The stem, which diffusers lacks; the default, 1, is none.
 - No discriminator and no LPIPS: the loss is L1 + KL and, if asked for, a distance in the feature
   space of a frozen network that the caller passes in.
 """
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.fast import attention, double
+from support.fast import attention
 from support.weights import load_model
 
 
@@ -57,7 +57,7 @@ class VAEConfig:                            # the defaults are Stable Diffusion'
 
 
 class LatentGaussian:
-    """The encoder's answer: a diagonal Gaussian over latents, mean and logvar (B, C, h, w)."""
+    """Encoder output: a diagonal Gaussian over latents, mean and logvar (B, C, h, w)."""
 
     def __init__(self, mean, logvar):
         self.mean = mean
@@ -113,34 +113,26 @@ def latent_statistics(batches):
     batches: iterable of (mean, std) pairs, each (B, C, h, w); read once, summed in float64.
     A sample's variance is the variance of the means plus the mean of the variances.
     Returns: shift and scale, float32, for x0 = (z - shift) * scale and z = x0 / scale + shift.
-    Raises: ValueError if there is no batch.
     """
     count = 0
-    total = 0.0
-    squares = 0.0
+    moments = 0.0
     for mean, std in batches:
-        mean = mean.double()
-        std = std.double()
-        count += mean.numel() // mean.shape[1]
-        total = total + mean.sum((0, 2, 3))
-        squares = squares + (mean**2 + std**2).sum((0, 2, 3))
-    if count == 0:
-        raise ValueError("got no latents to measure: need at least one batch of (mean, std), "
-                         "pass the encoded training set")
+        mean, std = mean.double(), std.double()
+        moments = moments + torch.stack([mean, mean**2 + std**2]).sum((1, 3, 4))  # (2, C)
+        count += mean[:, 0].numel()
 
-    shift = total / count
-    variance = (squares / count - shift**2).clamp(min=1e-12)
+    shift, square = moments / count
+    variance = (square - shift**2).clamp(min=1e-12)
     return shift.float(), variance.rsqrt().float()
 
 
 # ---- blocks -------------------------------------------------------------------------------------
 
 def group_norm(channels, groups=0):
-    """GroupNorm with so many groups; with 0 there are 32 as in Stable Diffusion.
+    """GroupNorm with `groups` groups; 0 means 32, as in Stable Diffusion, or what fits the width.
 
-    Levels below 32 channels then get groups of four: groups of one channel would wash out each
-    image's brightness, for the output stands right behind a norm. (At 32 they are of one channel
-    too: equality with the reference comes first.)
+    Levels below 32 channels get groups of four: groups of one channel would erase brightness,
+    because the output layer follows a norm.
     """
     if groups == 0:
         groups = math.gcd(32, channels) if channels >= 32 else max(1, channels // 4)
@@ -194,7 +186,7 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         # One zero row at the bottom, one zero column at the right: the published weights were
-        # trained so. Padding all around has the same output shape but shifts the image.
+        # trained this way. Padding all around has the same output shape but shifts the image.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -206,7 +198,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return double(x, self.conv)
+        return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
 class Level(nn.Module):
@@ -220,11 +212,16 @@ class Level(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
+        self.has_downsampler = downsample
+        self.has_upsampler = upsample
 
     def forward(self, x):
-        for blocks in self.children():  # in the order in which __init__ names them
-            for block in blocks:
-                x = block(x)
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.has_downsampler:
+            x = self.downsamplers[0](x)
+        if self.has_upsampler:
+            x = self.upsamplers[0](x)
         return x
 
 
@@ -237,7 +234,8 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
     def forward(self, x):
-        x = self.attentions[0](self.resnets[0](x))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
         return self.resnets[1](x)
 
 
@@ -269,7 +267,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, latent_channels, h, w) -> images (B, in_channels, H, W): the encoder's mirror."""
+    """Latents (B, latent_channels, h, w) -> images (B, in_channels, H, W); mirrors the encoder."""
 
     def __init__(self, config):
         super().__init__()
@@ -296,6 +294,8 @@ class Decoder(nn.Module):
 
 class AutoencoderKL(nn.Module):
     """Encoder and decoder; parameter names are those of diffusers' AutoencoderKL."""
+
+    repeated_blocks = (ResnetBlock, Attention)  # see support.fast.compile_blocks
 
     def __init__(self, config=VAEConfig()):
         super().__init__()

@@ -1,11 +1,11 @@
-"""Where does the embedder look? Attention of CLS to the patches of an image, one panel a head.
+"""Where does the embedder look? Attention of CLS to the patches of an image, one panel per head.
 
     python -m experiments attention --image chest.png
     python -m experiments attention --image chest.png --embedder dinov2_vits14_reg
 
-The picture shows the image and a heat map for each head of the last block, black over red and
-yellow to white at its maximum. The number is how narrowly a head looks: exp(entropy) of its
-attention over patches, from 1 (one patch) to N (all alike).
+The picture shows the image and a heat map for each head of the last block, from black through red
+and yellow to white at its maximum. The number is exp(entropy) of a head's attention over patches,
+from 1 (one patch) to N (all equal).
 """
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ PANEL = 224  # pixels
 def attention_maps(vit, x):
     """Attention of CLS to each patch in the last block, (B, heads, H/patch, W/patch).
 
-    Images x (B, 3, H, W) in [-1, 1]. A head's map sums to what CLS and registers leave of 1.
+    Images x (B, 3, H, W) in [-1, 1]. Maps sum to 1 minus the attention to CLS and registers.
     """
     tokens = vit.embed(x)
     for block in vit.blocks[:-1]:
@@ -37,8 +37,7 @@ def attention_maps(vit, x):
 
 
 def heat(maps):
-    """Maps (N, h, w), not negative -> colours (N, 3, h, w) in [-1, 1]: black, red, yellow, white.
-    """
+    """Maps (N, h, w) >= 0 -> colours (N, 3, h, w) in [-1, 1]: black, red, yellow, white."""
     level = 3 * maps / maps.amax(dim=(1, 2), keepdim=True)
     colours = torch.stack([(level - channel).clamp(0, 1) for channel in range(3)], dim=1)
     return 2 * colours - 1
@@ -60,7 +59,7 @@ def add_flags(parser):
 @torch.no_grad()
 def main(args):
     if not args.out.lower().endswith(".png"):
-        raise UserError(f"{args.out} is no place for a picture", "a .png is needed", "change --out")
+        raise UserError(f"{args.out} is not a .png file", "a .png is needed", "change --out")
     weights = args.embedder or resolve_checkpoint()
     with user_errors():
         vit = load_dino(weights)

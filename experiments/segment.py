@@ -34,10 +34,11 @@ from experiments.common import add_run_flags, open_run
 from prompts import kmeans
 from support.command import (UserError, not_negative, not_negative_int, positive_int, print_table,
                              seed_int, user_errors)
+from support.fast import attention_weights
 from support.files import write_json
 from support.images import otsu_level
 from support.pictures import save_grid
-from unet import UNet, keep_attention
+from unet import UNet
 
 SEEDS = ((-0.4, -0.15), (0.4, -0.15))  # x, y in [-1, 1]: the middle of either lung, in most chests
 
@@ -62,9 +63,21 @@ def denoise_once(model, images, t, seed=0):
 
 def attention_maps(model, images, t=300, seed=0):
     """Self-attention of all resolutions: list of (B, heads, N, N), N = h*w of its block."""
-    with keep_attention(model.unet, only="attn1") as maps:
+    maps = []
+
+    def keep(attn, inputs, output):
+        x, source = inputs[:2]
+        maps.append(attention_weights(attn.split_heads(attn.to_q(x)),
+                                      attn.split_heads(attn.to_k(source))))
+
+    hooks = [module.register_forward_hook(keep) for name, module in model.unet.named_modules()
+             if name.endswith(".attn1")]
+    try:
         denoise_once(model, images, t, seed)
-    return list(maps.values())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps
 
 
 def decoder_outputs(model, images, t, seed):

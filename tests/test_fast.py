@@ -1,41 +1,22 @@
-"""Tests of support/fast.py: the faster forms are the plain ones."""
-
+"""Tests of support/fast.py: attention is the fused one; compiled networks are one graph a block."""
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
-from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
-from make_diffusers import fill_parameters, inputs
-from support.fast import Linear, attention, double
+from dino import ViTConfig, VisionTransformer
+from make_diffusers import inputs
+from support.fast import attention, compile_blocks
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
 
-
-def plain_linear(layer, x):
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def plain_double(conv, x):
-    return conv(F.interpolate(x, scale_factor=2.0))
-
-
-@pytest.mark.parametrize("layer, fast, plain, shape", (
-    (Linear(6, 10), lambda layer, x: layer(x), plain_linear, (16, 20, 6)),
-    (Linear(6, 10), lambda layer, x: layer(x), plain_linear, (2, 20, 6)),
-    (Linear(6, 10, bias=False), lambda layer, x: layer(x), plain_linear, (2, 5, 6)),
-    (nn.Conv2d(6, 6, 3, padding=1), lambda conv, x: double(x, conv), plain_double, (2, 6, 3, 5))))
-def test_faster_forms_are_the_plain_ones(layer, fast, plain, shape):
-    """Linear as a convolution and doubling as a transposed one: equal values and gradients."""
-    fill_parameters(layer, 0)
-    x, = inputs(1, shape)
-    wanted = [x.requires_grad_(), *layer.parameters()]
-    results = [(y, *torch.autograd.grad(y.square().sum(), wanted))
-               for y in (fast(layer, x), plain(layer, x))]
-    for ours, expected in zip(*results):  # sums in another order
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+UNET = UNetConfig(4, 4, 8, (1,), 1, (True,), 12, 2)  # one level: tracing takes long
 
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03)))
@@ -52,10 +33,55 @@ def test_attention_is_the_fused_one(dtype, tolerance):
         torch.testing.assert_close(ours.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_linear_in_bf16_is_the_plain_one():
-    """Under autocast nothing is convolved: bit-equal to nn.Linear."""
-    layer = Linear(6, 10)
-    fill_parameters(layer, 0)
-    x, = inputs(1, (16, 20, 6))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), plain_linear(layer, x))
+@pytest.fixture
+def counter():
+    """Counts the graphs that are compiled, and runs them as they are."""
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+def steps(unet, count, batch=2):
+    for _ in range(count):
+        xt, context = inputs(1, (batch, 4, 4, 4), (batch, 3, 12))
+        unet(xt, torch.arange(batch), context).square().mean().backward()
+
+
+def test_whole_unet_is_one_graph(counter):
+    """No graph break, no recompilation from step to step, one more graph for other batches."""
+    unet = torch.compile(UNet(UNET), backend=counter, fullgraph=True)
+    steps(unet, 3)
+    assert counter.frame_count == 1
+    steps(unet, 1, batch=3)
+    assert counter.frame_count == 2
+
+
+def test_compiled_blocks_keep_their_graphs(counter):
+    """Blocks compile without a break; steps add no graph, other batches at most one a block."""
+    unet = UNet(UNET)
+    compile_blocks(unet, backend=counter, fullgraph=True)
+    steps(unet, 1)
+    first = counter.frame_count
+    blocks = sum(isinstance(module, UNet.repeated_blocks) for module in unet.modules())
+    assert 0 < first <= blocks
+    steps(unet, 2)
+    assert counter.frame_count == first
+    steps(unet, 1, batch=3)
+    assert counter.frame_count <= 2 * first
+
+
+@torch.no_grad()
+def test_vae_and_vit_compile_by_the_block(counter):
+    """Their equal blocks share a graph, and a second call adds none."""
+    vae = AutoencoderKL(VAEConfig(3, 4, 8, (1, 1), 1))
+    vit = VisionTransformer(ViTConfig(8, 24, 3, 2, 16))
+    x, = inputs(1, (2, 3, 16, 16))
+    for network in (vae, vit):
+        before = counter.frame_count
+        compile_blocks(network, backend=counter, fullgraph=True)
+        network(x)
+        first = counter.frame_count
+        assert first > before
+        network(x)
+        assert counter.frame_count == first
+    assert first - before == 1  # three equal blocks of the ViT

@@ -315,7 +315,7 @@ def test_run_on_generated_slides_and_explain(drawn_once, tmp_path, monkeypatch, 
     vit = VisionTransformer(ViTConfig(16, 12, 4, 3, image_size=64)).eval()
     monkeypatch.setattr(support_slides, "BANK", 260)
     monkeypatch.setattr(phantoms, "_histology", drawn_once["_histology"])
-    monkeypatch.setattr(mil, "build_vit", lambda name: vit)
+    monkeypatch.setattr(mil, "random_vit", lambda: vit)
     monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))
     flags = ["--count", "30", "--steps", "2", "--batch", "2", "--models", "mean", "abmil", "2x2"]
     for out in ("a", "b"):

@@ -1,4 +1,4 @@
-"""Tests of unet.py: parity with diffusers on equal weights, masks, maps, checkpointing."""
+"""Tests of unet.py: parity with diffusers on equal weights, masks, checkpointing."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))
 
 from make_diffusers import UNET_CASES, fill_parameters, inputs, layout
-from unet import Attention, UNet, UNetConfig, keep_attention, timestep_embedding
+from unet import Attention, UNet, UNetConfig, timestep_embedding
 
 TINY = UNetConfig(base_channels=64, channel_multipliers=(1, 2), layers_per_block=1,
                   attention_levels=(False, True), context_dim=12, num_heads=8)
@@ -104,20 +104,8 @@ def test_training_lowers_the_loss():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("levels", ((False, True), (True, True), (False, False)))
-def test_several_contexts_for_each_latent(levels):
-    """Two contexts a latent equal two calls, wherever the first attention stands."""
-    unet = fill_parameters(UNet(UNetConfig(4, 4, 64, (1, 2), 1, levels, 12, 8)), 0)
-    xt, first, second = inputs(1, (2, 4, 4, 6), (2, 5, 12), (2, 5, 12))
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5, [1, 0, 0, 0, 0], [1] * 5]).bool()
-    apart = torch.cat([unet(xt, T, first, mask[:2]), unet(xt, T, second, mask[2:])])
-    together = unet(xt, T, torch.cat([first, second]), mask)
-    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)  # sums in another order
-
-
-@torch.no_grad()
 def test_context_mask_equals_a_shorter_context():
-    """Masked tokens have no influence, whatever they hold, with kept maps as without."""
+    """Masked tokens have no influence, whatever they hold."""
     unet = tiny()
     xt, context = inputs(1, (2, 4, 4, 6), (2, 5, 12))
     mask = torch.tensor([True, True, True, False, False]).expand(2, 5)
@@ -125,41 +113,14 @@ def test_context_mask_equals_a_shorter_context():
     context[:, 3:] = 100.0
     # 1e-5: exact in theory, sums in another order
     torch.testing.assert_close(unet(xt, T, context, mask), short, rtol=0, atol=1e-5)
-    with keep_attention(unet, "attn2") as maps:
-        torch.testing.assert_close(unet(xt, T, context, mask), short, rtol=0, atol=1e-5)
-    assert all(m[..., 3:].count_nonzero() == 0 for m in maps.values())
-
-
-@torch.no_grad()
-def test_keep_attention():
-    """Kept maps are softmax rows of the right shapes, the output stays, and the end is clean."""
-    unet = tiny()
-    xt, context = inputs(1, (2, 4, 4, 6), (2, 5, 12))
-    plain = unet(xt, T, context)
-    with keep_attention(unet) as maps:
-        # 1e-5: fused and plain attention round differently
-        torch.testing.assert_close(unet(xt, T, context), plain, rtol=0, atol=1e-5)
-    names = [name for name, module in unet.named_modules() if isinstance(module, Attention)]
-    assert sorted(maps) == sorted(names) and len(names) == 2 * (1 + 1 + 2)
-    for name, weights in maps.items():
-        assert weights.shape == (2, 8, 6, 6 if name.endswith("attn1") else 5)  # 2 x 3 positions
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 8, 6))
-    before = {name: weights.clone() for name, weights in maps.items()}
-    unet(2 * xt, T, context)
-    assert all(torch.equal(maps[name], before[name]) for name in names)
-    with pytest.raises(KeyError), keep_attention(unet, only="attn2") as cross:
-        unet(xt, T, context)
-        raise KeyError
-    assert len(cross) == 4 and all(name.endswith("attn2") for name in cross)
-    assert all(m.keep is None for m in unet.modules() if isinstance(m, Attention))
 
 
 def test_refuses_what_does_not_fit():
-    """Sides, context width, widths and level lists that do not fit are named with a way out."""
+    """Sides, context width, widths and level lists that do not fit are refused."""
     unet = tiny()
-    with pytest.raises(ValueError, match="6 x 5.*multiples of 2.*use 6 x 4"):
+    with pytest.raises(AssertionError, match="5 x 6: sides must be multiples of 2"):
         unet(torch.zeros(1, 4, 5, 6), T[:1], torch.zeros(1, 2, 12))
-    with pytest.raises(ValueError, match="7 entries.*built for 12"):
+    with pytest.raises(AssertionError, match="7 entries instead of 12"):
         unet(torch.zeros(1, 4, 4, 4), T[:1], torch.zeros(1, 2, 7))
     with pytest.raises(ValueError, match="64 channels.*num_heads 3"):
         UNetConfig(base_channels=64, num_heads=3)
@@ -184,10 +145,10 @@ def test_other_groups_and_heads():
 
 @pytest.mark.parametrize("autocast", (False, True))
 def test_checkpointing_keeps_the_gradients(autocast):
-    """Levels computed anew for the gradients give the same ones, to the bit, and keep less."""
+    """Recomputed levels give the same gradients, to the bit, and keep less memory."""
     unet = tiny()
-    xt, target = inputs(1, (2, 4, 8, 8), (4, 4, 8, 8))
-    context, = inputs(2, (4, 3, 12))  # two contexts for each latent
+    xt, target = inputs(1, (2, 4, 8, 8), (2, 4, 8, 8))
+    context, = inputs(2, (2, 3, 12))
 
     def gradients_and_memory():
         """Gradients, and how many numbers the forward pass keeps for them."""
@@ -203,15 +164,6 @@ def test_checkpointing_keeps_the_gradients(autocast):
 
     plain, kept_plain = gradients_and_memory()
     unet.checkpointing = True
-    anew, kept_anew = gradients_and_memory()
-    assert all(map(torch.equal, plain, anew))
-    assert kept_anew < 0.3 * kept_plain
-
-
-def test_from_pretrained(tmp_path):
-    """A file of a state dict gives the net back, its config read off the shapes."""
-    weights = tiny(4).state_dict()
-    torch.save(weights, tmp_path / "w.bin")
-    loaded = UNet.from_pretrained(tmp_path / "w.bin")
-    assert loaded.config == TINY
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    recomputed, kept_recomputed = gradients_and_memory()
+    assert all(map(torch.equal, plain, recomputed))
+    assert kept_recomputed < 0.3 * kept_plain

@@ -35,7 +35,6 @@ from support.sample_folder import (Request, SampleFolder, find_sources,
                                    read_training_tokens)
 from support.seeds import step_seed
 from support.settings import check_sample_flags, sample_flags
-from support.tables import labels_of
 
 
 def load_model(path, device):
@@ -56,7 +55,7 @@ def requests_from_images(args, sources):
     strategy = "img2img" if args.strength < 1 else "perturb" if args.perturb else "reconstruct"
     requests = []
     for line, source in enumerate(sources):
-        labels = labels_of(source)
+        labels = {}
         rule = "of the source" if labels else ""
         requests += [Request(strategy, line, args.seed + line * args.count + i, (source,),
                              labels=labels, label_rule=rule) for i in range(args.count)]
@@ -68,7 +67,7 @@ def requests_between(args, sources):
     if len(sources) != 2:
         raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
                         "pass two files")
-    labels = [labels_of(source) for source in sources]
+    labels = [{} for _ in sources]
     rule = "of the nearer source" if any(labels) else ""
     requests = []
     for strip in range(args.count):

@@ -47,8 +47,7 @@ from support.ranks import (all_ranks, average_gradients, join_ranks, rank, rows_
 from support.run import Run, Stopped, print_end, print_start
 from support.seeds import batch_rows, step_seed
 from support.settings import reading_processes, train_settings
-from support.training_set import (draw_clusters, labels_for_prompts, open_training_set,
-                                  plan_prompts, write_choice, write_examples, write_prompts)
+from support.training_set import open_training_set, write_choice, write_examples
 from support.weights import PUBLISHED
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
@@ -619,7 +618,8 @@ def main(argv=None):
     # Images and model: what can be refused is refused before a file is written.
     began = time.time()
     device = pick_device(args.device)
-    found = open_training_set(args)
+    found = open_training_set(args.out, args.resume, args.size, args.data, args.holdout, args.seed,
+                              group_column=args.group_column or "patient", count=args.count)
     labels = labels_for_prompts(args, found)
     with user_errors():
         model = build_model(args, labels, torch.cat([found.train, found.test]).tolist()).to(device)
@@ -628,7 +628,7 @@ def main(argv=None):
     run = Run(args.out, config | {"depth": found.images.depth}, args.resume)
     try:
         with run.signals_caught():
-            write_choice(run, found, args.group_column)
+            write_choice(run, found)
             print_start(args, run, model, found, device)
             train_stages(args, run, model, found, labels)
     except Stopped as stopped:

@@ -102,6 +102,8 @@ def padchest(folder):
 def kermany(folder):
     for path in list_images(folder):
         *_, part, label, name = path.parts
+        if part not in ("train", "val", "test") or label not in ("NORMAL", "PNEUMONIA"):
+            raise ValueError(path)
         patient = re.match(r"person\d+|(?:NORMAL2-)?IM-\d+", name)
         # Numbers start again in each part, and the two classes have patients of their own.
         yield (path.relative_to(folder).as_posix(), f"{part}-{patient[0] if patient else name}",

@@ -416,18 +416,20 @@ def find_masks(images, folder, root):
 def mask_problem(path, image_path):
     """Why a file cannot be the mask of an image, or "".
 
-    Up to 16 different values are a label map, of which no half can be guessed; more are the soft
-    edges of a resized or JPEG mask.
+    A value well between the least and the largest that covers 0.5 % of the pixels is one of a label
+    map, of which no half can be guessed; rarer ones are the soft edges of a resized or JPEG mask.
     """
     try:
         height, width, _ = inspect_image(path)
         image_height, image_width, _ = inspect_image(image_path)
-        values = load_image(path, None)[0].unique()
+        values, counts = load_image(path, None)[0].unique(return_counts=True)
     except UserError:
         return "which cannot be read"
     if not 0.95 < height * image_width / (width * image_height) < 1.05:
         return "of other proportions than their images"
-    return "which have several values (two are needed)" if 2 < len(values) <= 16 else ""
+    place = (values - values[0]) / (values[-1] - values[0]).clamp_min(1e-6)  # in [0, 1]
+    is_label = (place > 0.1) & (place < 0.9) & (counts > 0.005 * counts.sum())
+    return "which have several values (two are needed)" if is_label.any() else ""
 
 
 # ---- labels ------------------------------------------------------------------------------------

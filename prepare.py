@@ -27,11 +27,12 @@ from support.pictures import save_png
 UNCERTAIN = {"ignore": "", "zeros": "0", "ones": "1"}
 
 
-def tables(folder, pattern):
-    """The rows of all tables of that name below the folder; UserError if there is none."""
+def tables(folder, pattern, needed=True):
+    """The rows of all tables of that name below the folder; UserError if one is needed but missing.
+    """
     paths = [path for path in sorted(folder.rglob(pattern))
              if path.name.endswith((".csv", ".csv.gz"))]
-    if not paths:
+    if needed and not paths:
         raise UserError(f"{folder} has no {pattern}", "the set as its owners ship it is needed",
                         "unpack its tables there, or name another SET")
     return [row for path in paths for row in read_csv(path)]
@@ -61,8 +62,8 @@ def nih(folder):
 
 def chexpert(folder):
     has_test = any(folder.rglob("test.csv"))
-    for part in ("train", "valid", "test") if has_test else ("train", "valid"):
-        for row in tables(folder, f"{part}.csv"):
+    for part in ("train", "valid", "test"):
+        for row in tables(folder, f"{part}.csv", needed=part == "train"):
             _, _, path = row["Path"].partition("/")  # behind CheXpert-v1.0-small/
             patient = re.search(r"patient\d+", path)[0]
             split = "test" if part == "test" or (part == "valid" and not has_test) else "train"
@@ -70,14 +71,12 @@ def chexpert(folder):
 
 
 def mimic(folder):
-    splits = {row["dicom_id"]: row["split"] for row in tables(folder, "*-split.csv*")}
-    answers = {row["study_id"]: row for row in tables(folder, "*-chexpert.csv*")}
+    splits = {row["dicom_id"]: row["split"] for row in tables(folder, "*-split.csv*", False)}
+    answers = {row["study_id"]: row for row in tables(folder, "*-chexpert.csv*", False)}
     for row in tables(folder, "*-metadata.csv*"):
-        study = answers.get(row["study_id"])
-        split = "test" if splits[row["dicom_id"]] == "test" else "train"
-        found = {name: answer for name, answer in findings(study, "study_id").items()
-                 if name != "study_id"} if study else None
-        yield row["dicom_id"], row["subject_id"], split, found
+        study = answers.get(row["study_id"])  # subject_id, study_id, then the findings
+        found = findings(study, [*study][2]) if study else None
+        yield row["dicom_id"], row["subject_id"], splits.get(row["dicom_id"], ""), found
 
 
 def rsna(folder):
@@ -88,8 +87,8 @@ def rsna(folder):
 def vindr(folder):
     for part in ("train", "test"):
         for row in tables(folder, f"image_labels_{part}.csv"):
-            found = {name: cell for name, cell in row.items() if name not in ("image_id", "rad_id",
-                                                                              "rad_ID")}
+            found = {name: cell for name, cell in row.items()
+                     if name.lower() not in ("image_id", "rad_id")}
             yield row["image_id"], "", part, found
 
 
@@ -127,7 +126,8 @@ def pcam(folder):
                 yield name, "", "test" if part == "test" else "train", {"tumour": str(label)}
 
 
-SETS = {make.__name__: make for make in (nih, chexpert, mimic, rsna, vindr, padchest, kermany, pcam)}
+MAKERS = (nih, chexpert, mimic, rsna, vindr, padchest, kermany, pcam)
+SETS = {make.__name__: make for make in MAKERS}
 
 
 def merge(rows, uncertain):

@@ -35,6 +35,7 @@ from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phanto
                               histology_phantoms)
 
 CACHE_BYTES = 1 << 30  # of decoded images, per data set and process
+OTHERS = {".jp2", ".heic", ".heif", ".avif", ".nii", ".nrrd", ".mha", ".pgm", ".h5"}
 FEW_GROUPS = 10        # with fewer, no share of images can be held out by group
 NO_PATIENTS = "patients are unknown: images are split one by one; a patient may be on both sides"
 
@@ -130,6 +131,8 @@ def open_dataset(data, size, *, table=None, file_column="file", group_column="pa
     files = [image.relative_to(root).as_posix() for image in paths]
     images = ImageSet(path.resolve().name, "", size, files, sources=paths)
     check_files(images)
+    add_names(images.problems, "passed over, in formats that are not read; save them as PNG",
+              [other.name for other in sorted(root.rglob("*.*")) if other.suffix.lower() in OTHERS])
     images.depth = depth or choose_depth(images.sources)
     about = read_table(images, path, root, table, file_column, group_column)
     find_patients(images, group_column, patient_from)
@@ -185,7 +188,7 @@ def open_npz(path, size):
             for split in splits:
                 pixels, cells = (np.load(archive.extract(f"{split}_{kind}.npy", folder), "r")
                                  for kind in ("images", "labels"))
-                if pixels.dtype != np.uint8 or pixels.shape[3:] not in ((), (3,)) or len(
+                if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[3:] not in ((), (3,)) or len(
                         pixels) != len(cells):
                     raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape}")
                 sources += [*pixels]
@@ -194,11 +197,12 @@ def open_npz(path, size):
         if not files:
             raise ValueError("it has no train_images")
     except Exception as error:  # a damaged file makes NumPy raise anything
-        raise UserError(f"{path} cannot be read ({one_line(error)[:120]})", "2-D MedMNIST is needed:"
-                        " train_images (N, H, W[, 3]) of uint8, train_labels (N, L)",
+        raise UserError(f"{path} cannot be read ({one_line(error)[:120]})", "MedMNIST in 2-D is "
+                        "needed: train_images (N, H, W[, 3]) of uint8, train_labels (N, L)",
                         "take a 2-D set, or download it again") from error
 
-    columns = {f"label_{j}": [str(cell) for cell in column] for j, column in enumerate(zip(*labels))}
+    columns = {f"label_{j}": [str(cell) for cell in column]
+               for j, column in enumerate(zip(*labels))}
     note = f"{len(files):,} images from {path}, labels {', '.join(columns)}"
     return ImageSet(path.stem, note, size, files, columns, sources=tuple(sources),
                     official=official_sides([file.split("_")[0] for file in files]),
@@ -399,9 +403,12 @@ def find_masks(images, folder, root):
         names.setdefault("masks", []).extend(path.relative_to(root) for path in beside)
 
     for kind, paths in candidates.items():
-        stems = [name.with_name(name.stem.removesuffix("_mask")).as_posix() for name in names[kind]]
-        indices, lost, ambiguous = match_names(stems, images.files)
-        add_names(images.problems, f"{kind} without an image of their name", lost + ambiguous)
+        stems = [name.with_name(name.stem).as_posix() for name in names[kind]]
+        same, _, _ = match_names(stems, images.files)
+        bare, _, _ = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
+        indices = [i if i is not None else j for i, j in zip(same, bare)]
+        add_names(images.problems, f"{kind} without an image of their name",
+                  [path.name for i, path in zip(indices, paths) if i is None])
         pairs = [(i, path) for i, path in zip(indices, paths) if i is not None]
         with ThreadPool(8) as pool:
             reasons = pool.starmap(mask_problem, [(path, images.sources[i]) for i, path in pairs])

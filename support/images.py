@@ -5,7 +5,7 @@
 
 A file of more than 8 bits ("deep grey") does not say what is white: "16 bits" often carry 8, 10, 12
 or 14. So the data set has one white for all its files, the least of these levels that holds the
-values of a sample. A file far above or below it has another depth, and is scaled by its own maximum.
+values of a sample. A file far above or below it has another depth: its own maximum decides.
 """
 import math
 import os
@@ -74,7 +74,8 @@ def choose_depth(paths):
     def deep_maximum(path):
         try:
             with open_image(path) as image:
-                return (image.mode == "F", np.asarray(image).max()) if image.mode[0] in "IF" else None
+                is_deep = image.mode[0] in "IF"
+                return (image.mode == "F", np.asarray(image).max()) if is_deep else None
         except Exception:  # Pillow raises anything for a damaged file; it is reported elsewhere
             return None
 

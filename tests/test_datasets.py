@@ -57,7 +57,7 @@ def test_an_image_copied_into_another_folder(tmp_path):
 
 
 def test_a_table_of_another_set_names_nothing(tmp_path):
-    """Rows with other folders do not fit by their bare names, even where the user names the table."""
+    """Rows with other folders do not fit by their bare names, even in a table that is named."""
     with_table(tmp_path, ["A/0.png", "B/pngs/0.png"], "file,label", "A/0.png,ill")
     assert opened(tmp_path / "B").columns == {}
     with pytest.raises(UserError, match="names none of the images"):
@@ -68,8 +68,8 @@ def test_a_table_of_another_set_names_nothing(tmp_path):
 def test_a_folder_with_images_and_a_table(tmp_path):
     """images/ is the set; file, patient and split are no labels; what does not match is named."""
     folder = with_table(tmp_path, ["images/a.jpg", "images/sub/b.jpg", "images/c.png", "other.png"],
-                        "file,patient,split,finding", "a.png,p1,train,x", "images/sub/b.jpg,p2,test,y",
-                        "gone.png,p3,test,z")
+                        "file,patient,split,finding", "a.png,p1,train,x",
+                        "images/sub/b.jpg,p2,test,y", "gone.png,p3,test,z")
     images = opened(folder)
     assert images.files == ["a.jpg", "c.png", "sub/b.jpg"]
     assert images.columns == {"finding": ["x", "", "y"]}
@@ -109,7 +109,7 @@ def test_unknown_patients_are_said(tmp_path):
 
 
 def test_patients_from_paths(tmp_path):
-    """The first group of the expression; bad expressions and those that match nothing are errors."""
+    """The first group of the expression; bad ones and those that match nothing are errors."""
     folder_of(tmp_path, ["patient01/a.png", "patient01/b.png", "patient02/a.png", "x.png"])
     images = opened(tmp_path, patient_from=r"(patient\d+)/")
     assert images.groups == ["patient01", "patient01", "patient02", "x.png"]
@@ -148,7 +148,7 @@ def test_folders_as_labels(tmp_path, names, labels):
 @pytest.mark.parametrize("name, scale", [("x.png", 1), ("x.png", 255), ("x.jpg", 255),
                                          ("x_mask.png", 255), ("x.png", 0)])
 def test_masks_of_zero_and_one_or_255(tmp_path, name, scale):
-    """Masks stored as 0/1, 0/255 or JPEG are alike, cropped as the image is; empty ones are empty."""
+    """Masks stored as 0/1, 0/255 or JPEG are alike, cropped as the image is; empty is empty."""
     shape = np.zeros((16, 24), np.uint8)
     shape[4:12, 8:16] = 1
     write(tmp_path / "x.bmp", shape)
@@ -166,7 +166,7 @@ def test_masks_by_kind_and_name(tmp_path):
     assert images.files == ["a.jpg", "c.png", "sub/b.jpg"]
     assert [images.mask(i) is None for i in range(3)] == [False, False, True]
     assert [images.mask(i, "masks_manual") is None for i in range(3)] == [True, True, False]
-    assert any("masks without an image of their name: 1 (lost)" in line for line in images.problems)
+    assert any("masks without an image of their name: 1 (lost.png)" in line for line in images.problems)
 
 
 @pytest.mark.parametrize("mask, says", [

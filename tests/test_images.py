@@ -154,8 +154,8 @@ def test_five_encodings_in_one_folder(tmp_path):
 
 @pytest.mark.parametrize("high", [800, 4000, 4110, 6000])
 def test_the_set_decides_and_no_file(tmp_path, high):
-    """A dark or overexposed file of a 12-bit set keeps its values; a file alone that exceeds 12 bits
-    by half a percent is still one of 12 bits."""
+    """A dark or overexposed file of a 12-bit set keeps its values; alone, a file that exceeds 12
+    bits by half a percent is still one of 12 bits."""
     for i, most in enumerate((3000, 4095, high)):
         write(tmp_path / f"{i}.png", np.uint16(chest() / 255 * most))
     depth = choose_depth(list_images(tmp_path)[:2])

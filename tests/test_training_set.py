@@ -35,7 +35,7 @@ def written(folder, training_set):
 
 
 def test_a_new_run_splits_what_can_be_decoded(folder, capsys):
-    """Twelve images on two sides, in memory; one that is cut in the middle is left out and named."""
+    """Twelve images on two sides, in memory; one that is cut is left out and named."""
     training_set = opened(folder)
     images = training_set.images
     indices = torch.cat([training_set.train, training_set.test])

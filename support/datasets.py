@@ -188,8 +188,8 @@ def open_npz(path, size):
             for split in splits:
                 pixels, cells = (np.load(archive.extract(f"{split}_{kind}.npy", folder), "r")
                                  for kind in ("images", "labels"))
-                if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[3:] not in ((), (3,)) or len(
-                        pixels) != len(cells):
+                is_flat = pixels.ndim == 3 or pixels.shape[3:] == (3,)
+                if pixels.dtype != np.uint8 or not is_flat or len(pixels) != len(cells):
                     raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape}")
                 sources += [*pixels]
                 labels += np.array(cells).reshape(len(cells), -1).tolist()

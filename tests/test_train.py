@@ -237,7 +237,7 @@ def test_other_settings_train_and_sample(tmp_path, flags):
 def test_a_folder_of_images_trains(tmp_path):
     """A user's folder with labels and patients: no patient on both sides of the split."""
     rng = np.random.RandomState(0)
-    rows = ["file,patientid"]
+    rows = ["file,patient"]
     (tmp_path / "mine" / "images").mkdir(parents=True)
     for i in range(24):
         Image.fromarray(rng.randint(0, 255, (40, 36), dtype=np.uint8)).save(

@@ -136,7 +136,6 @@ def open_dataset(data, size, *, table=None, file_column="file", group_column="pa
     images.depth = depth or choose_depth(images.sources)
     about = read_table(images, path, root, table, file_column, group_column)
     find_patients(images, group_column, patient_from)
-    find_official_problems(images)
     find_masks(images, path, root)
     counts = [f"{len(images):,} images from {root}", about]
     counts += [f"{sum(map(bool, masks)):,} {kind}" for kind, masks in images.masks.items()]
@@ -346,7 +345,10 @@ def official_sides(words):
 
 
 def find_patients(images, group_column, patient_from):
-    """Set the groups: by patient_from, else the table's column, else DICOM's PatientID."""
+    """Set the groups: by patient_from, else the table's column, else DICOM's PatientID.
+
+    What is doubtful about them goes into the problems.
+    """
     if patient_from:
         try:
             matches = [re.search(patient_from, file) for file in images.files]
@@ -378,16 +380,11 @@ def find_patients(images, group_column, patient_from):
         if count == len(set(cells)) == len(set(zip(images.groups, cells))) < len(images):
             images.problems.append(f"the patients are the same as the label {name}")
     images.groups = [group or file for group, file in zip(images.groups, images.files)]
-
-
-def find_official_problems(images):
-    """Name the patients on both sides of the official split."""
-    if images.official and images.groups:
-        sides = defaultdict(set)
-        for group, side in zip(images.groups, images.official):
-            sides[group].add("test" if side == "test" else "train")
+    if images.official:
+        sides = {side: {group for group, other in zip(images.groups, images.official)
+                        if (other == "test") == (side == "test")} for side in ("train", "test")}
         add_names(images.problems, "patients on both sides of the official split, held out whole",
-                  sorted(group for group, both in sides.items() if len(both) == 2))
+                  sorted(sides["train"] & sides["test"]))
 
 
 def find_masks(images, folder, root):

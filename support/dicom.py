@@ -26,13 +26,13 @@ def decode_dicom(path):
 
     values = pydicom.pixels.apply_modality_lut(raw, dicom)
     low, high = np.percentile(values[raw != dicom.get("PixelPaddingValue")], (0.5, 99.5))
-    if "VOILUTSequence" in dicom or "WindowWidth" in dicom:
-        # The ends of the file's output range, whatever its bits and slope.
-        ends = np.array([-1e6, 1e6]) if "VOILUTSequence" not in dicom else values
+    if dicom.get("VOILUTSequence"):
+        values = pydicom.pixels.apply_voi_lut(values, dicom)
+        low, high = 0, 2.0 ** int(dicom.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    elif dicom.get("WindowWidth") is not None:
         with np.errstate(over="ignore"):
-            ends = pydicom.pixels.apply_voi_lut(ends, dicom)
             values = pydicom.pixels.apply_voi_lut(values, dicom)
-        low, high = ends.min(), ends.max()
+            low, high = pydicom.pixels.apply_voi_lut(np.array([-1e6, 1e6]), dicom)  # its ends
     grey = ((values - low) / max(high - low, 1e-6)).clip(0, 1)
     if dicom.PhotometricInterpretation == "MONOCHROME1":  # zero is white
         grey = 1 - grey

@@ -9,6 +9,7 @@ values of a sample. A file far above or below it has another depth: its own maxi
 """
 import math
 import os
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def is_dicom(path):
         return file.read(132)[128:] == b"DICM"
 
 
+@contextmanager
+def reading(path):
+    """Turn any exception into a UserError that names the file."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{path} is a DICOM file", "the package pydicom is needed",
+                        "pip install pydicom") from error
+    except Exception as error:  # a damaged file makes both readers raise anything
+        raise UserError(f"{path} cannot be read ({one_line(error)[:120].strip()})",
+                        "a whole image file is needed", "replace or remove it") from error
+
+
 def open_image(path):
     """The Pillow image, its pixels not yet read; ValueError if it is too large for the memory."""
     image = Image.open(path, formats=IMAGE_FORMATS)
@@ -49,7 +63,7 @@ def open_image(path):
 
 def inspect_image(path):
     """(height, width, pages) from the header of a file; raises UserError if that is damaged."""
-    with _named_errors(path):
+    with reading(path):
         if is_dicom(path):
             header = read_header(path)
             return int(header.Rows), int(header.Columns), int(header.get("NumberOfFrames") or 1)
@@ -124,7 +138,7 @@ def load_image(source, size, depth=None):
     if isinstance(source, np.ndarray):
         pixels = np.float32(source) / 255
     else:
-        with _named_errors(source):
+        with reading(source):
             decoded = decode_dicom(source) if is_dicom(source) else decode_picture(source, depth)
             pixels = np.float32(decoded)
     x = torch.from_numpy(pixels)
@@ -137,24 +151,6 @@ def load_image(source, size, depth=None):
     if size not in (None, side):
         x = F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
     return (x * 2 - 1).expand(3, -1, -1).clone()
-
-
-class _named_errors:
-    """Context manager: any exception becomes a UserError that names the file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, ImportError):
-            raise UserError(f"{self.path} is a DICOM file", "the package pydicom is needed",
-                            "pip install pydicom") from error
-        if isinstance(error, Exception):  # a damaged file makes both readers raise anything
-            raise UserError(f"{self.path} cannot be read ({one_line(error)[:120].strip()})",
-                            "a whole image file is needed", "replace or remove it") from error
 
 
 # ---- folders -----------------------------------------------------------------------------------

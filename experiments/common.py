@@ -14,9 +14,8 @@ import torch
 
 from dinodiff import DinoDiffusion
 from support.command import UserError, batch_int, pick_device, positive_int, user_errors
-from support.datasets import ImageSet, open_dataset
+from support.datasets import ImageSet, label_matrix, open_dataset
 from support.files import load_checkpoint, resolve_checkpoint
-from support.labels import answers_of, label_matrix
 from support.phantoms import CHEST_LABELS
 from support.splits import read_split
 
@@ -81,9 +80,8 @@ def open_run(args, checkpoint=None):
                         "the flags of its training are needed", "pass another --checkpoint"
                         ) from error
 
-    images = open_dataset(args.data or source, model.config.image_size, seed, count,
-                          depth=flags.get("depth"),
-                          uncertain=flags.get("uncertain", "ignore"))
+    images = open_dataset(args.data or source, model.config.image_size, seed=seed, count=count,
+                          depth=flags.get("depth"))
     train, test = read_split(path.parent / "split.csv", images)
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
@@ -104,11 +102,10 @@ def with_known_labels(images, names, train, test):
 
     Unknown are uncertain answers, images without a row, and text that is empty or "unlabelled".
     """
-    _, values = label_matrix(images.columns, names, images.labelled)
+    _, values = label_matrix(images.columns, names)
     known = ~np.isnan(values).any(axis=1)
     for name in names:
-        if answers_of(images.columns[name]) is None:
-            known &= [cell not in ("", "unlabelled") for cell in images.columns[name]]
+        known &= [cell != "unlabelled" for cell in images.columns[name]]
 
     kept_train = train[known[train]]
     kept_test = test[known[test]]

@@ -379,7 +379,7 @@ def labelled_data(run, args):
     train, test = with_known_labels(images, columns, run.train, run.test)
     names, train_y, test_y = binary_labels(images.columns, columns, train, test, args.least)
     with user_errors():
-        groups = image_groups(images, args.group_column)
+        groups = image_groups(images)
     return LabelledData(images, groups, names, train, test, train_y, test_y)
 
 

@@ -168,8 +168,8 @@ def feature_map(run, config, source, count):
         raise ValueError("no samples yet: make some with python sample.py --random --count 64")
 
     # Features of the three sets.
-    images = open_dataset(source or config["data"], size, config["seed"], config["count"],
-                          depth=config.get("depth"))
+    images = open_dataset(source or config["data"], size, seed=config["seed"],
+                          count=config["count"], depth=config.get("depth"))
     train, test = read_split(run / "split.csv", images)
     sets = {}
     for name, numbers in (("training", train), ("held out", test)):

@@ -29,7 +29,7 @@ def open_sets(args):
         run = open_run(args, args.real)
         real = run.images
         numbers = run.test
-        patients = image_groups(real, run.flags.get("group_column"))
+        patients = image_groups(real)
     else:
         real = open_dataset(args.real, args.size)
         numbers = choose(range(len(real)), args.count)

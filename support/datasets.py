@@ -1,13 +1,24 @@
-"""Data sets as people have them: folders with tables and masks, .npz, .h5, and phantoms.
+"""A data set: a folder of images with a table, a MedMNIST .npz, or generated phantoms.
 
-    images = open_dataset("xrays", 64)      # or "cxr", "histology", "phantoms", x.npz, x_x.h5
-    images[i]                               # (3, 64, 64) float32 in [-1, 1], read when asked for
-    images.files[i], images.columns["finding"][i], images.mask(i)
-    print(images.note, *images.problems)    # what was found, and what was left out
+    images = open_dataset("xrays", 64)        # or x.npz, or "cxr", "histology", "phantoms"
+    images[i]                                 # (3, 64, 64) float32 in [-1, 1], decoded when needed
+    images.files[i], images.groups[i], images.columns["effusion"][i], images.mask(i)
+    print(images.note, *images.problems)      # what it is, and what is missing or doubtful
 
-Public sets are read as they ship, with their own tables and names: NIH, CheXpert, MIMIC-CXR-JPG,
-VinDr, RSNA, PadChest, Kermany; MedMNIST (.npz); PatchCamelyon (.h5, or Kaggle's folder).
+A folder holds images at any depth, or in images/, and beside them, if you like, labels.csv:
+
+    file,patient,split,effusion,finding
+    a/001.png,p1,train,1,mass|nodule          # a path below the folder, or a name that is unique
+
+`patient` is never split, `split` (train, val, test) is the official one, all other columns are
+labels. Without a table, folders as in train/NORMAL/x.png give the split and a column `label`.
+masks/x.png is the mask of x.png. prepare.py writes labels.csv for public sets.
 """
+import re
+import tempfile
+import unicodedata
+import zipfile
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -15,37 +26,36 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.arrays import H5Rows, JoinedRows, check_archive, open_member
-from support.command import StatusLine, UserError, one_line, user_errors
-from support.dicom import is_dicom, patient_of
-from support.images import (EIGHT_BITS, choose_depth, count_pages, describe_depth, list_images,
-                            load_image, path_below, scan_folder, why_unreadable)
-from support.masks import find_masks
-from support.names import note_names
+from support.command import UserError, one_line, user_errors
+from support.dicom import read_header
+from support.files import read_csv
+from support.images import (EIGHT_BITS, IMAGE_SUFFIXES, choose_depth, inspect_image, is_dicom,
+                            list_images, load_image, scan_folder)
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
                               histology_phantoms)
-from support.splits import describe_groups, find_group_column
-from support.tables import TUMOUR, read_tables
 
 CACHE_BYTES = 1 << 30  # of decoded images, per data set and process
+OTHERS = {".jp2", ".heic", ".heif", ".avif", ".nii", ".nrrd", ".mha", ".pgm", ".h5"}
+FEW_GROUPS = 10        # with fewer, no share of images can be held out by group
+NO_PATIENTS = "patients are unknown: images are split one by one; a patient may be on both sides"
 
 
 @dataclass(eq=False)
 class ImageSet:
-    """Images by number: `images[i]` is (3, size, size) float32 in [-1, 1], read when asked for."""
+    """Images by index: `images[i]` is (3, size, size) float32 in [-1, 1]."""
     name: str
-    note: str  # one line, what and from where
+    note: str  # one line: what it is and where it lies
     size: int | None
-    files: list  # unique names
-    columns: dict  # column of the labels -> list of str, one cell per file
-    sources: object = ()  # what load_image takes, one per file
-    masks: dict = field(default_factory=dict)  # kind -> for each file a list of masks, a mask, None
-    problems: list = field(default_factory=list)  # lines about what was left out
-    unreadable: list = field(default_factory=list)  # (path, why) of images that were left out
-    official_test: list = field(default_factory=list)  # numbers that MedMNIST keeps for testing
-    labelled: list = None  # for each file whether a table has a row for it; None: all
-    depth: dict = field(default_factory=lambda: dict(EIGHT_BITS))  # what is white, see images.py
-    cache: dict = field(default_factory=dict)  # number -> image
+    files: list  # unique names: paths below the folder
+    columns: dict = field(default_factory=dict)  # label -> list of str, one cell per file
+    groups: list | None = None    # the patient of each file; None: unknown
+    official: list | None = None  # "train", "test" or "" (not said) per file; None: no such split
+    sources: object = ()  # what load_image takes, one per file; () if all are in the cache
+    masks: dict = field(default_factory=dict)  # kind -> per file a path, a mask (1, H, W), or None
+    depth: dict = field(default_factory=lambda: dict(EIGHT_BITS))  # of deep grey, see images.py
+    problems: list = field(default_factory=list)    # lines for the user
+    unreadable: list = field(default_factory=list)  # (file, why) of images that were left out
+    cache: dict = field(default_factory=dict)  # index -> image
 
     def __len__(self):
         return len(self.files)
@@ -59,59 +69,95 @@ class ImageSet:
         return image.clone()
 
     def batch(self, indices):
-        """(B, 3, size, size) of the images with these numbers."""
+        """(B, 3, size, size) of the images with these indices."""
         return torch.stack([self[i] for i in indices])
 
     def mask(self, i, kind="masks"):
-        """(1, size, size) bool, or None; True: at least half of the brightest, so 0/1 works."""
+        """(1, size, size) bool, or None: at least half of the largest value, so 0/1 works too."""
         source = self.masks[kind][int(i)]
-        if not isinstance(source, list):
+        if not isinstance(source, Path):
             return source
-        joined = None
-        for path in source:  # such as the left and the right lung
-            x = load_image(path, self.size).amax(0, keepdim=True) + 1
-            mask = x >= max(x.max().item() / 2, 1e-6)
-            joined = mask if joined is None else joined | mask
-        return joined
+        x = load_image(source, self.size).amax(0, keepdim=True) + 1
+        return x >= max(x.max().item() / 2, 1e-6)
+
+    def leave_out(self, reasons):
+        """Drop images, {index: why}; UserError if that makes more than a tenth unreadable."""
+        if not reasons:
+            return
+        self.unreadable += [(self.files[i], reasons[i]) for i in reasons]
+        add_names(self.problems, f"left out as unreadable (the first: {self.unreadable[0][1]})",
+                  [file for file, _ in self.unreadable])
+        if len(self.unreadable) > 0.1 * (len(self) - len(reasons) + len(self.unreadable)):
+            raise UserError(self.problems[-1], "at least 90 % of the images must be readable",
+                            "replace or remove these files")
+
+        rows = [i for i in range(len(self)) if i not in reasons]
+        self.cache = {new: self.cache[i] for new, i in enumerate(rows) if i in self.cache}
+
+        def remaining(cells):
+            return [cells[i] for i in rows] if cells else cells
+
+        self.files = remaining(self.files)
+        self.groups = remaining(self.groups)
+        self.official = remaining(self.official)
+        self.sources = remaining(self.sources)
+        self.columns = {name: remaining(cells) for name, cells in self.columns.items()}
+        self.masks = {kind: remaining(masks) for kind, masks in self.masks.items()}
 
 
-def open_dataset(name_or_path, size, seed=0, count=2400, whole=False, depth=None,
-                 uncertain="ignore"):
-    """Open a folder of images, a MedMNIST .npz, PatchCamelyon's .h5 pair, "cxr" or "histology"
-    (data/NAME/ if it is there, else `count` phantoms) or "phantoms" (chests).
+def open_dataset(data, size, *, table=None, file_column="file", group_column="patient",
+                 patient_from=None, seed=0, count=2400, depth=None):
+    """Open a folder, a MedMNIST .npz, "cxr" or "histology" (data/NAME/ if it exists, else `count`
+    phantoms), or "phantoms" (chests).
 
-    size: pixels of a side; None keeps the side of each file.
-    whole: read all of each file, not its head alone: PNGs by their checksums, 0.4 ms a megapixel,
-    others by decoding, 5 to 20 ms. What cannot be read is left out and listed.
-    depth: the rule for deep grey, as a run wrote it down; None finds it (see images.py).
-    uncertain: "ignore" leaves -1 in columns of answers, "zeros" and "ones" put 0 or 1 there.
+    size: pixels of a side; None keeps the side of each file. table: a CSV in place of labels.csv.
+    patient_from: a regular expression whose first group is the patient in a file's path.
+    depth: of deep grey, as a run recorded it; None chooses it. Raises UserError.
     """
-    name = str(name_or_path)
+    name = str(data)
     path = Path(name)
     if name in ("cxr", "histology") and Path("data", name).is_dir():
         path = Path("data", name)
     elif name in ("cxr", "histology", "phantoms"):
-        return _open_phantoms(name, size or 64, seed, count)
-
-    if name and path.is_dir():
-        return _open_folder(path, size, whole, depth, uncertain)
+        return open_phantoms(name, size or 64, seed, count)
     if path.suffix == ".npz" and path.is_file():
-        return _open_npz(path, size, whole)
-    if path.suffix == ".h5" and path.is_file():
-        return _open_h5(path, size)
-    raise UserError(f"there is no data set {name}", "a folder of images, a MedMNIST .npz or "
-                    "PatchCamelyon's .h5 is needed", "pass --data cxr, histology, phantoms or PATH")
+        return open_npz(path, size)
+    if not name or not path.is_dir():
+        raise UserError(f"there is no data set {name}", "a folder of images or a MedMNIST .npz is "
+                        "needed", "pass --data cxr, histology, phantoms or PATH")
+
+    root = path / "images" if (path / "images").is_dir() else path
+    paths = list_images(path)
+    files = [image.relative_to(root).as_posix() for image in paths]
+    images = ImageSet(path.resolve().name, "", size, files, sources=paths)
+    check_files(images)
+    add_names(images.problems, "passed over, in formats that are not read; save them as PNG",
+              [other.name for other in sorted(root.rglob("*.*")) if other.suffix.lower() in OTHERS])
+    images.depth = depth or choose_depth(images.sources)
+    about = read_table(images, path, root, table, file_column, group_column)
+    find_patients(images, group_column, patient_from)
+    find_masks(images, path, root)
+    counts = [f"{len(images):,} images from {root}", about]
+    counts += [f"{sum(map(bool, masks)):,} {kind}" for kind, masks in images.masks.items()]
+    if images.groups:
+        counts.append(f"{len(set(images.groups)):,} patients")
+    if images.official:
+        counts.append(f"the official test part has {images.official.count('test'):,}")
+    if images.depth["white"] != EIGHT_BITS["white"]:
+        counts.append(f"deep grey, {images.depth['white']:g} is white")
+    images.note = one_line(", ".join(counts))
+    return images
 
 
 # ---- phantoms and arrays -----------------------------------------------------------------------
 
-def _open_phantoms(name, size, seed, count):
-    """Generated chests, each of their exact labels a column of "0" and "1", or histology patches
-    with a label (healthy, cancer) and their true morphology."""
+def open_phantoms(name, size, seed, count):
+    """Generated chests, with a column "0" or "1" per exact label, or histology patches with a label
+    (healthy, cancer) and their true morphology."""
     with user_errors():
         if name == "histology":
             images, masks, labels, kinds = histology_phantoms(count, size, seed)
-            columns = {"label": [TUMOUR[str(label)] for label in labels.tolist()],
+            columns = {"label": [("healthy", "cancer")[label] for label in labels.tolist()],
                        "morphology": [HISTOLOGY_MORPHOLOGIES[kind] for kind in kinds.tolist()]}
         else:
             images, masks, labels = chest_phantoms(count, size, seed)
@@ -121,145 +167,300 @@ def _open_phantoms(name, size, seed, count):
     note = f"{count:,} generated phantoms, not real images ({size} px, seed {seed})"
     if name != "phantoms":
         note = f"no folder data/{name}/, so {note}"
-    return ImageSet(name, note, size, [f"phantom_{i:06d}" for i in range(count)], columns,
-                    masks={"masks": masks}, cache=dict(enumerate(images.expand(-1, 3, -1, -1))))
+    files = [f"phantom_{i:06d}" for i in range(count)]
+    return ImageSet(name, note, size, files, columns, groups=list(files), masks={"masks": masks},
+                    cache=dict(enumerate(images.expand(-1, 3, -1, -1))))
 
 
-def _open_npz(path, size, whole):
-    """A MedMNIST file: SPLIT_images (N, H, W) or (N, H, W, 3) uint8, SPLIT_labels (N, L)."""
+def open_npz(path, size):
+    """A MedMNIST file: SPLIT_images (N, H, W) or (N, H, W, 3) uint8, SPLIT_labels (N, L).
+
+    The images are unpacked into a temporary folder and mapped from there, not held in memory.
+    """
+    sources = []
+    labels = []
+    files = []
     try:
-        if whole:
-            check_archive(path)
-        with np.load(path, allow_pickle=False) as archive:
-            splits = [s for s in ("train", "val", "test") if f"{s}_images" in archive]
-            labels = np.concatenate([archive[f"{split}_labels"] for split in splits])
-        arrays = [open_member(path, f"{split}_images") for split in splits]
-        for array in arrays:
-            is_grey = len(array.shape) == 3
-            is_colour = len(array.shape) == 4 and array.shape[3] == 3
-            if array.dtype != np.uint8 or not (is_grey or is_colour):
-                raise ValueError(f"images of {array.dtype} and shape {array.shape}")
-        count = sum(array.shape[0] for array in arrays)
-        labels = labels.reshape(count, -1).T.tolist()  # (N, L) -> L lists
-        images = JoinedRows(arrays)
-        images[count - 1]  # raises if the pixels are not there
-    except Exception as error:  # a damaged file makes NumPy raise nearly any type
-        raise UserError(f"{path} cannot be read ({str(error)[:120]})", "MedMNIST's train_images "
-                        "(N, H, W) or (N, H, W, 3) of uint8 and train_labels are needed",
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            splits = [split for split in ("train", "val", "test")
+                      if f"{split}_images.npy" in archive.namelist()]
+            for split in splits:
+                pixels, cells = (np.load(archive.extract(f"{split}_{kind}.npy", folder), "r")
+                                 for kind in ("images", "labels"))
+                is_flat = pixels.ndim == 3 or pixels.shape[3:] == (3,)
+                if pixels.dtype != np.uint8 or not is_flat or len(pixels) != len(cells):
+                    raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape}")
+                sources += [*pixels]
+                labels += np.array(cells).reshape(len(cells), -1).tolist()
+                files += [f"{split}_{i:06d}" for i in range(len(cells))]
+        if not files:
+            raise ValueError("it has no train_images")
+    except Exception as error:  # a damaged file makes NumPy raise anything
+        raise UserError(f"{path} cannot be read ({one_line(error)[:120]})", "MedMNIST in 2-D is "
+                        "needed: train_images (N, H, W[, 3]) of uint8, train_labels (N, L)",
                         "take a 2-D set, or download it again") from error
 
-    files = [f"{split}_{i:06d}" for split, array in zip(splits, arrays)
-             for i in range(array.shape[0])]
-    columns = {f"label_{j}": [str(cell) for cell in row] for j, row in enumerate(labels)}
-    test = [i for i, file in enumerate(files) if file.startswith("test")]
-    note = f"{count:,} images from {path}, labels {', '.join(columns)}"
-    return ImageSet(path.stem, note, size, files, columns, images, official_test=test)
-
-
-def _open_h5(path, size):
-    """PatchCamelyon as published: NAME_x.h5 with x (N, H, W, 3) uint8, NAME_y.h5 with y (N, ...) of
-    0 and 1. h5py is asked for only here."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(f"{path} is an .h5 file", "the package h5py is needed to read it",
-                        "pip install h5py") from error
-    stem = path.stem.removesuffix("_x").removesuffix("_y")
-    x_path = path.with_name(f"{stem}_x.h5")
-    y_path = path.with_name(f"{stem}_y.h5")
-    try:
-        with h5py.File(x_path, "r") as x, h5py.File(y_path, "r") as y:
-            shape = x["x"].shape
-            kind = x["x"].dtype
-            labels = np.asarray(y["y"]).reshape(-1)
-    except Exception as error:  # h5py raises nearly any type for a damaged file
-        raise UserError(f"{x_path} and {y_path} cannot be read ({str(error)[:120]})", "a pair "
-                        "NAME_x.h5, NAME_y.h5 is needed", "unpack both into one folder") from error
-
-    if len(labels) != shape[0] or len(shape) != 4 or shape[3] != 3 or kind != np.uint8:
-        raise UserError(f"{x_path} holds {kind} of shape {tuple(shape)}, {y_path} {len(labels)} "
-                        "labels", "RGB images of uint8 and as many labels are needed",
-                        "download the pair again")
-    cells = [str(int(label)) for label in labels]
-    files = [f"{stem}_{i:06d}" for i in range(len(labels))]
-    columns = {"label": [TUMOUR.get(cell, cell) for cell in cells]}
-    return ImageSet(stem, f"{len(labels):,} images from {x_path}", size, files, columns,
-                    H5Rows(x_path, len(labels)))
+    columns = {f"label_{j}": [str(cell) for cell in column]
+               for j, column in enumerate(zip(*labels))}
+    note = f"{len(files):,} images from {path}, labels {', '.join(columns)}"
+    return ImageSet(path.stem, note, size, files, columns, sources=tuple(sources),
+                    official=official_sides([file.split("_")[0] for file in files]),
+                    problems=[NO_PATIENTS])
 
 
 # ---- folders -----------------------------------------------------------------------------------
 
-def _open_folder(folder, size, whole, depth, uncertain):
-    """A folder of images, with the tables and masks that lie in it."""
-    root = folder
-    if (folder / "images").is_dir():
-        root = path_below(folder, "images")
-    elif (folder / "train_labels.csv").is_file() and (folder / "train").is_dir():
-        root = path_below(folder, "train")  # Kaggle's test/ has no labels
-    found, beside, passed_over = scan_folder(root)
-    if not found:
-        list_images(root)  # says why
-
-    # What cannot be read.
-    problems = []
-    reasons = _check_files(found, folder, whole)
-    paths = [path for path, why in zip(found, reasons) if not why]
-    unreadable = [(path, why) for path, why in zip(found, reasons) if why]
-    note_names(problems, "unreadable, or links out of the folder", [path for path, _ in unreadable])
-    if unreadable:
-        problems[0] += f", the first: {unreadable[0][1]}"
-    if len(paths) < 0.9 * len(found):
-        raise UserError(problems[0], "at least 90 % must be readable", "replace or remove them")
-    for why, others in passed_over.items():
-        note_names(problems, f"passed over, {why}", others)
-    pages = {path: count_pages(path) for path in paths}
-    note_names(problems, "TIFF files with several pages, of which the first is read",
-               [f"{path.name}: {count} pages" for path, count in pages.items() if count > 1])
-
-    # Depth, labels, masks.
-    if depth is None:
-        depth, warning = choose_depth(paths)
-        problems += [warning] if warning else []
-    files = [path.relative_to(root).as_posix() for path in paths]
-    columns, labelled, about = read_tables(folder, root, files, uncertain, problems)
-    dicom = [is_dicom(path) for path in paths]
-    if any(dicom) and not find_group_column(columns):
-        columns.update(_patients_in_dicom(paths, dicom))
-    masks = find_masks(root, files, beside, problems)
-
-    images = ImageSet(folder.resolve().name, "", size, files, columns, paths, masks, problems,
-                      unreadable, labelled=labelled, depth=depth)
-    counts = [f"{sum(mask is not None for mask in masks[kind]):,} {kind}" for kind in masks]
-    about_depth = [] if all(dicom) else [describe_depth(depth)]
-    if any(dicom):
-        about_depth.append(f"{sum(dicom):,} DICOM files windowed")
-    images.note = one_line(", ".join([f"{len(files):,} images from {root}", *counts, about,
-                                      describe_groups(images), *about_depth]))
-    return images
+def add_names(problems, what, names):
+    """Add a line with the number of names and the first three, if there are any."""
+    if names:
+        first = ", ".join(one_line(name) for name in names[:3])
+        more = ", ..." if len(names) > 3 else ""
+        problems.append(f"{what}: {len(names):,} ({first}{more})")
 
 
-def _patients_in_dicom(paths, dicom):
-    """{"PatientID": a cell for each path} if the heads of DICOM files tell patients apart."""
-    cells = [patient_of(path) if is_one else "" for path, is_one in zip(paths, dicom)]
-    return {"PatientID": cells} if len(set(cells) - {""}) > 1 else {}
-
-
-def _check_files(paths, folder, whole):
-    """For each path why it cannot be read, or ""."""
-    def check(path):
+def check_files(images):
+    """Read the header of each file: leave out the damaged, note what will not be seen."""
+    def header(path):
         try:
-            path_below(folder, path.relative_to(folder))
-        except (UserError, OSError, RuntimeError) as error:  # also links that go round
+            return inspect_image(path)
+        except UserError as error:
             return one_line(error)
-        return why_unreadable(path, whole)
 
-    reasons = []
-    status = StatusLine(len(paths), "reading")
-    with ThreadPool(4) as pool:  # Pillow lets go of Python's lock; more could fill the memory
-        for why in pool.imap(check, paths):
-            reasons.append(why)
-            if whole:
-                status.update(len(reasons))
-    if whole:
-        status.close()
-    return reasons
+    with ThreadPool(8) as pool:
+        headers = pool.map(header, images.sources)
+    sizes = [(file, h) for file, h in zip(images.files, headers) if not isinstance(h, str)]
+    add_names(images.problems, "images that lose more than a quarter to the centre crop",
+              [file for file, (height, width, _) in sizes if min(height, width)
+               < 0.75 * max(height, width)])
+    add_names(images.problems, "files with several pages, of which only the first is read",
+              [file for file, (_, _, pages) in sizes if pages > 1])
+    images.leave_out({i: h for i, h in enumerate(headers) if isinstance(h, str)})
+
+
+def split_name(name):
+    """A file's name as a tuple: its folders, and its bare name without an image's suffix."""
+    name = unicodedata.normalize("NFC", str(name)).replace("\\", "/")
+    *folders, last = [part for part in name.split("/") if part not in ("", ".")] or [""]
+    stem, dot, suffix = last.rpartition(".")
+    is_suffix = dot + suffix.lower() in IMAGE_SUFFIXES | {".dcm", ".dicom"}
+    return (*folders, stem if is_suffix else last)
+
+
+def match_names(names, files, root=""):
+    """Which file each name means: (an index or None per name, lost names, ambiguous names).
+
+    A name is a file's path, else the end of exactly one path (below `root`, whose folders count
+    too). So a bare name must be unique, and a name with other folders matches nothing.
+    """
+    exact = {file: i for i, file in enumerate(files)}
+    wanted = [split_name(name) for name in names]
+    relative = defaultdict(list)
+    by_end = defaultdict(list)
+    for i, file in enumerate(files):
+        parts = split_name(file)
+        relative[parts].append(i)
+        parts = split_name(root) + parts
+        for depth in {*map(len, wanted)}:
+            by_end[parts[-depth:]].append(i)
+
+    indices = []
+    lost = []
+    ambiguous = []
+    for name, parts in zip(names, wanted):
+        same = [exact[name]] if name in exact else relative.get(parts) or by_end.get(parts, [])
+        indices.append(same[0] if len(same) == 1 else None)
+        if len(same) != 1:
+            (ambiguous if same else lost).append(name or "(empty)")
+    return indices, lost, ambiguous
+
+
+def read_table(images, folder, root, table, file_column, group_column):
+    """Set columns, groups and official from a table, else from folders' names; returns a note."""
+    beside = [folder / "labels.csv", root / "labels.csv", folder / "samples.csv"]
+    path = Path(table) if table else next((path for path in beside if path.is_file()), None)
+    if path is None:
+        return read_folder_names(images)
+    rows = read_csv(path)
+    if not rows or file_column not in rows[0]:
+        raise UserError(f"{path} has the columns {', '.join(rows[0] if rows else ())[:200]}",
+                        f"a column {file_column} of the images' names is needed",
+                        "pass --file-column, or make labels.csv with prepare.py")
+
+    indices, lost, ambiguous = match_names([row[file_column] for row in rows], images.files,
+                                           root.resolve().as_posix())
+    row_of = {}
+    for i, row in zip(indices, rows):
+        if i in row_of and i is not None:
+            raise UserError(f"{path} has two rows for {row[file_column]}", "one row an image is "
+                            "needed; a cell may hold several values, as in a|b", "merge them")
+        row_of[i] = row
+    row_of.pop(None, None)
+    if not row_of:
+        raise UserError(f"{path} names none of the images in {root} (its first: "
+                        f"{rows[0][file_column] or 'empty'})", "paths below that folder are needed",
+                        "correct them, or pass another --table")
+    add_names(images.problems, f"rows of {path} without an image", lost)
+    add_names(images.problems, f"names in {path} that several images have", ambiguous)
+    add_names(images.problems, f"images without a row in {path}",
+              [file for i, file in enumerate(images.files) if i not in row_of])
+
+    for name in rows[0]:
+        cells = [row_of[i][name] if i in row_of else "" for i in range(len(images))]
+        if name == group_column:
+            images.groups = cells
+        elif name == "split":
+            images.official = official_sides(cells)
+        elif name != file_column:
+            images.columns[name] = cells
+    shown = ", ".join(list(images.columns)[:8]) or "none"
+    return f"{path.name} ({len(row_of):,} of {len(rows):,} rows matched), labels {shown}"
+
+
+def read_folder_names(images):
+    """Without a table: train/ or test/ as the top folder, and a folder a class (no digits)."""
+    parts = [file.split("/")[:-1] for file in images.files]
+    is_split = all(folders and folders[0] in ("train", "val", "test") for folders in parts)
+    if is_split:
+        images.official = official_sides([folders[0] for folders in parts])
+        parts = [folders[1:] for folders in parts]
+    classes = Counter(folders[0] if len(folders) == 1 else "" for folders in parts)
+    if 2 <= len(classes) <= 20 and min(classes.values()) > 1 and not any(
+            not name or re.search(r"\d", name) for name in classes):
+        images.columns["label"] = [folders[0] for folders in parts]
+        return "no table, label = folder"
+    return "no table"
+
+
+def official_sides(words):
+    """Words of a column `split` -> list of "train", "test" or "" (not said); None if all are "".
+
+    Validation images count as training images, unless the set has no test part.
+    """
+    sides = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+    words = [word.strip().lower() for word in words]
+    validation = "train" if {"test", "testing"} & set(words) else "test"
+    sides.update(dict.fromkeys(("val", "valid", "validation", "dev"), validation))
+    official = [sides.get(word, "") for word in words]
+    return official if any(official) else None
+
+
+def find_patients(images, group_column, patient_from):
+    """Set the groups: by patient_from, else the table's column, else DICOM's PatientID.
+
+    What is doubtful about them goes into the problems.
+    """
+    if patient_from:
+        try:
+            matches = [re.search(patient_from, file) for file in images.files]
+            images.groups = [match[1] or "" if match else "" for match in matches]
+        except (re.error, IndexError) as error:
+            raise UserError(f"--patient-from {patient_from!r} ({error})", "a regular expression "
+                            "with one group is needed", "pass e.g. '(patient[0-9]+)'") from error
+        if not any(images.groups):
+            raise UserError(f"--patient-from {patient_from!r} matches no path (the first: "
+                            f"{images.files[0]})", "its group must be the patient", "correct it")
+    elif images.groups is None and group_column != "patient":
+        raise UserError(f"there is no column {group_column!r}", f"{images.name} has "
+                        f"{', '.join(images.columns) or 'no table'}", "pass another --group-column")
+    elif images.groups is None and any(map(is_dicom, images.sources)):
+        images.groups = [str(read_header(path).get("PatientID") or "") if is_dicom(path) else ""
+                         for path in images.sources]
+
+    if not any(images.groups or ()):
+        images.groups = None
+        images.problems.append(NO_PATIENTS)
+        return
+    add_names(images.problems, "images without a patient, each taken for one of its own",
+              [file for file, group in zip(images.files, images.groups) if not group])
+    count = len(set(images.groups))
+    if count < FEW_GROUPS:
+        images.problems.append(f"only {count} different patients: is that column the patient? "
+                               "A small share cannot be held out")
+    for name, cells in images.columns.items():
+        if count == len(set(cells)) == len(set(zip(images.groups, cells))) < len(images):
+            images.problems.append(f"the patients are the same as the label {name}")
+    images.groups = [group or file for group, file in zip(images.groups, images.files)]
+    if images.official:
+        sides = {side: {group for group, other in zip(images.groups, images.official)
+                        if (other == "test") == (side == "test")} for side in ("train", "test")}
+        add_names(images.problems, "patients on both sides of the official split, held out whole",
+                  sorted(sides["train"] & sides["test"]))
+
+
+def find_masks(images, folder, root):
+    """Set masks from masks/ and masks_*/ beside the images, and from NAME_mask beside NAME."""
+    candidates = {place.name: sorted(path for path in place.rglob("*.*")
+                                     if path.suffix.lower() in IMAGE_SUFFIXES)
+                  for place in sorted(folder.glob("masks*/"))}
+    names = {kind: [path.relative_to(folder / kind) for path in paths]
+             for kind, paths in candidates.items()}
+    _, beside = scan_folder(folder)
+    if beside:
+        candidates.setdefault("masks", []).extend(beside)
+        names.setdefault("masks", []).extend(path.relative_to(root) for path in beside)
+
+    for kind, paths in candidates.items():
+        stems = [name.with_name(name.stem).as_posix() for name in names[kind]]
+        same, _, _ = match_names(stems, images.files)
+        bare, _, _ = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
+        indices = [i if i is not None else j for i, j in zip(same, bare)]
+        add_names(images.problems, f"{kind} without an image of their name",
+                  [path.name for i, path in zip(indices, paths) if i is None])
+        pairs = [(i, path) for i, path in zip(indices, paths) if i is not None]
+        with ThreadPool(8) as pool:
+            reasons = pool.starmap(mask_problem, [(path, images.sources[i]) for i, path in pairs])
+        for reason in sorted({*reasons} - {""}):
+            add_names(images.problems, f"{kind} left out, {reason}",
+                      [path.name for (_, path), why in zip(pairs, reasons) if why == reason])
+        images.masks[kind] = [None] * len(images)
+        for (i, path), reason in zip(pairs, reasons):
+            images.masks[kind][i] = None if reason else path
+
+
+def mask_problem(path, image_path):
+    """Why a file cannot be the mask of an image, or "".
+
+    A value well between the least and the largest that covers 0.5 % of the pixels is one of a label
+    map, of which no half can be guessed; rarer ones are the soft edges of a resized or JPEG mask.
+    """
+    try:
+        height, width, _ = inspect_image(path)
+        image_height, image_width, _ = inspect_image(image_path)
+        values, counts = load_image(path, None)[0].unique(return_counts=True)
+    except UserError:
+        return "which cannot be read"
+    if not 0.95 < height * image_width / (width * image_height) < 1.05:
+        return "of other proportions than their images"
+    place = (values - values[0]) / (values[-1] - values[0]).clamp_min(1e-6)  # in [0, 1]
+    is_label = (place > 0.1) & (place < 0.9) & (counts > 0.005 * counts.sum())
+    return "which have several values (two are needed)" if is_label.any() else ""
+
+
+# ---- labels ------------------------------------------------------------------------------------
+
+def label_matrix(columns, names):
+    """Columns of cells -> (names of labels, (N, L) float64 of 1, 0, and NaN where unknown).
+
+    A column of 0 and 1 is one label. Any other is cut at "|" into one label per value, called
+    "column: value" if two columns have that value. Empty cells are unknown, and so is any other
+    number in a column of 0 and 1, such as -1. Raises UserError for a name that is no column.
+    """
+    parts = []  # (column, value or None, values (N,))
+    for name in names:
+        if name not in columns:
+            raise UserError(f"there is no column {name!r}", f"the table has "
+                            f"{', '.join(columns) or 'no columns'}", "pass another --label-column")
+        cells = columns[name]
+        if set(cells) <= {"", "0", "1", "-1", "0.0", "1.0", "-1.0"} and {*cells} - {""}:
+            known = [float(cell or "nan") for cell in cells]
+            parts.append((name, None, [x if x in (0, 1) else np.nan for x in known]))
+            continue
+        values = [set(filter(None, cell.split("|"))) for cell in cells]
+        for value in sorted(set().union(*values)):
+            parts.append((name, value, [float(value in row) if row else np.nan for row in values]))
+
+    count = Counter(value for _, value, _ in parts)
+    labels = [name if value is None else value if count[value] == 1 else f"{name}: {value}"
+              for name, value, _ in parts]
+    length = len(next(iter(columns.values()), ()))
+    return labels, np.array([row for *_, row in parts]).reshape(len(parts), length).T

@@ -1,100 +1,39 @@
-"""DICOM files, behind the package pydicom: one picture of grey or RGB, windowed to [0, 1].
-
-Values are rescaled as the file says and windowed by its own window, else its table of grey values,
-else its percentiles. Dense is bright: MONOCHROME1, whose least value is white, is turned round.
-"""
-import os
-from pathlib import Path
-
+"""DICOM files, through the package pydicom: one grey or RGB picture, windowed to [0, 1]."""
 import numpy as np
-from PIL import Image
 
-DICOM_SUFFIXES = {".dcm", ".dicom", ".dic", ".ima"}
-PERCENTILES = (0.5, 99.5)  # window of a file that brings none
+DICOM_SUFFIXES = {".dcm", ".dicom"}
 
 
-def check_size(width, height):
-    """Raise ValueError for pixels that would fill the memory; from twice that, Pillow refuses."""
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width:,} x {height:,} pixels are too many")
-
-
-def is_dicom(path):
-    """Whether a file is DICOM by its suffix, or has none (or digits of an id) and the magic word.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix in DICOM_SUFFIXES:
-        return True
-    if suffix.strip(".0123456789") or os.path.islink(path) or not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def has_pydicom():
-    try:
-        import pydicom  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def open_dicom(path, **options):
-    """The pydicom data set of a file with one picture; ValueError for others."""
+def read_header(path):
+    """The pydicom data set of a file, without its pixels."""
     import pydicom
-    dicom = pydicom.dcmread(path, **options)
-    frames = int(dicom.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise ValueError(f"it has {frames} frames, one picture is needed")
-    check_size(int(dicom.Columns), int(dicom.Rows))
-    return dicom
-
-
-def patient_of(path):
-    """The patient's id in the head of a file, or ""."""
-    head = open_dicom(path, stop_before_pixels=True)
-    return str(head.get("PatientID") or "").strip()
+    return pydicom.dcmread(path, stop_before_pixels=True)
 
 
 def decode_dicom(path):
-    """DICOM file -> (H, W) or (H, W, 3) in [0, 1]; bright is dense, whatever the file says."""
-    from pydicom import pixels
-    dicom = open_dicom(path)
-    values = np.asarray(pixels.pixel_array(dicom))
-    if values.ndim == 3:
-        return values / np.float32(2 ** int(dicom.BitsStored) - 1)
-    if dicom.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"{dicom.PhotometricInterpretation} is neither grey nor RGB")
+    """DICOM file -> (H, W) or (H, W, 3) in [0, 1], where dense is bright.
 
-    # Padding around the picture is neither part of it nor of its range.
-    padding = dicom.get("PixelPaddingValue")
-    is_padding = np.zeros(values.shape, bool) if padding is None else values == padding
-    values = np.asarray(pixels.apply_modality_lut(values, dicom), np.float64)
+    The file's lookup tables or window apply, else the percentiles 0.5 and 99.5 are black and white.
+    Raises ValueError for several frames. Source: DICOM PS3.3 C.11.
+    """
+    import pydicom
+    dicom = pydicom.dcmread(path)
+    raw = dicom.pixel_array
+    if dicom.SamplesPerPixel == 3 and raw.ndim == 3:
+        return raw / (2.0 ** dicom.BitsStored - 1)
+    if raw.ndim != 2:
+        raise ValueError(f"it has {len(raw)} frames, not one picture")
 
-    shown = _apply_window(values, dicom, is_padding)
-    if dicom.PhotometricInterpretation == "MONOCHROME1":  # the least value is white
-        shown = 1 - shown
-    return np.where(is_padding, 0, shown)
-
-
-def _apply_window(values, dicom, is_padding):
-    """Values -> [0, 1] by the file's window, else its table of grey values, else percentiles."""
-    from pydicom import pixels
-    center, width = (np.atleast_1d(dicom.get(name, None))[0]
-                     for name in ("WindowCenter", "WindowWidth"))
-    function = dicom.get("VOILUTFunction") or "LINEAR"
-    if center is not None and width is not None and width >= 1:
-        center = float(center)
-        width = float(width)
-        if function == "SIGMOID":
-            return 1 / (1 + np.exp(-4 * (values - center) / width))
-        if function == "LINEAR":  # counts in whole values (DICOM PS3.3 C.11.2.1.2.1)
-            center -= 0.5
-            width = max(width - 1, 1e-6)
-        return ((values - center) / width + 0.5).clip(0, 1)
-
+    values = pydicom.pixels.apply_modality_lut(raw, dicom)
+    low, high = np.percentile(values[raw != dicom.get("PixelPaddingValue")], (0.5, 99.5))
     if dicom.get("VOILUTSequence"):
-        bits = int(dicom.VOILUTSequence[0].LUTDescriptor[2])
-        return pixels.apply_voi_lut(values.astype(np.int64), dicom) / (2.0 ** bits - 1)
-    low, high = np.percentile(values[~is_padding], PERCENTILES)
-    return ((values - low) / max(high - low, 1e-6)).clip(0, 1)
+        values = pydicom.pixels.apply_voi_lut(values, dicom)
+        low, high = 0, 2.0 ** int(dicom.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    elif dicom.get("WindowWidth") is not None:
+        with np.errstate(over="ignore"):
+            values = pydicom.pixels.apply_voi_lut(values, dicom)
+            low, high = pydicom.pixels.apply_voi_lut(np.array([-1e6, 1e6]), dicom)  # its ends
+    grey = ((values - low) / max(high - low, 1e-6)).clip(0, 1)
+    if dicom.PhotometricInterpretation == "MONOCHROME1":  # zero is white
+        grey = 1 - grey
+    return np.where(raw == dicom.get("PixelPaddingValue"), 0, grey)

@@ -1,21 +1,15 @@
-"""The only reader of pixels: image files, and DICOM behind pydicom, to tensors in [-1, 1].
+"""The only reader of pixels: image files, and DICOM through pydicom, to tensors in [-1, 1].
 
-    x = load_image("x.png", 64)                       # (3, 64, 64) float32 in [-1, 1]
-    depth, warning = choose_depth(list_images("xrays"))
-    x = load_image("x.tif", 64, depth)                # by the rule of that data set
+    depth = choose_depth(list_images("xrays"))        # {"white": 4095.0}, once per data set
+    x = load_image("xrays/a.png", 64, depth)          # (3, 64, 64) float32 in [-1, 1]
 
-Grey of more than 8 bits ("deep") does not say what is white: files of "16 bits" often carry 8, 10
-or 12, and some an offset. So a data set has one rule for all of its files, the dict `depth`:
-
-    grey = (value - depth["black"]) / (depth["white"] - depth["black"])    cut to [0, 1]
-
-A file whose values cannot be of that rule, being far above or below, goes by itself alone, as every
-file does if depth is None. 8-bit files need no rule. DICOM files bring a window of their own.
+A file of more than 8 bits ("deep grey") does not say what is white: "16 bits" often carry 8, 10, 12
+or 14. So the data set has one white for all its files, the least of these levels that holds the
+values of a sample. A file far above or below it has another depth: its own maximum decides.
 """
 import math
 import os
-import re
-from contextlib import suppress
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -25,144 +19,128 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from support.command import UserError, one_line
-from support.dicom import (DICOM_SUFFIXES, check_size, decode_dicom, has_pydicom, is_dicom,
-                           open_dicom)
+from support.dicom import DICOM_SUFFIXES, decode_dicom, read_header
 
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # of others, EPS runs a program
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
-OTHER_SUFFIXES = {".jp2", ".j2k", ".jpx", ".jpf", ".jfif", ".jpe", ".heic", ".heif", ".avif",
-                  ".nii", ".mha", ".nrrd", ".pgm", ".ppm", ".tga", ".psd", ".img"}
-MASK_FOLDER = re.compile(r"masks?|masks?[ _-].*|.*masks?", re.IGNORECASE)
-
-EIGHT_BITS = {"black": 0.0, "white": 255.0}
-LEVELS = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]  # white of what cameras deliver
-OVERSHOOT = 1.05       # so much above white, processed pictures still have that white
-DEPTH_SAMPLE = 32      # files that a data set's rule is made from
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow runs a program for EPS
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+EIGHT_BITS = {"white": 255.0}
+LEVELS = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
+OVERSHOOT = 1.05   # processed pictures may exceed their white by this factor
+DEPTH_SAMPLE = 32  # files that decide the depth of a data set
 
 
-# ---- what is white -----------------------------------------------------------------------------
-
-def grey_range(low, high, is_float=False):
-    """The depth {"black", "white"} of deep grey values from low to high.
-
-    White is the least level of 8, 10, 12, 14 or 16 bits that holds them; for floats also 1. Where
-    all values are high, black is the power of two just below them, else the lowest of them.
-    """
-    black = 0.0
-    if high / 2 < low < high:
-        black = float(low)
-        power = 2.0 ** math.floor(math.log2(low)) if low >= 1 else 0.0
-        if low - power < 0.1 * (high - power):
-            black = power
-
-    levels = [1, *LEVELS] if is_float else LEVELS
-    span = high - black
-    white = next((level for level in levels if span <= OVERSHOOT * level), span)
-    return {"black": black, "white": float(black + white)}
+def is_dicom(path):
+    """Whether a file is DICOM: by its suffix, or by the magic word if it has none (or digits)."""
+    suffix = Path(path).suffix.lower()
+    if suffix.strip(".0123456789"):
+        return suffix in DICOM_SUFFIXES
+    if not os.path.isfile(path):  # a pipe would block
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
-def choose_depth(paths):
-    """(depth, warning or "") of a data set, from the least and largest value of a few files."""
-    paths = [path for path in paths if not is_dicom(path)]
-    paths = paths[::math.ceil(len(paths) / DEPTH_SAMPLE) or 1]
-    with ThreadPool(4) as pool:
-        ranges = [found for found in pool.map(_deep_range, paths) if found]
-    if not ranges:
-        return dict(EIGHT_BITS), ""
-
-    low = min(found[0] for found in ranges)
-    high = max(found[1] for found in ranges)
-    depth = grey_range(low, high, all(is_float for _, _, is_float in ranges))
-    if not depth["black"]:
-        return depth, ""
-    return depth, (f"all grey values lie from {low:g} to {high:g}, which is an offset: "
-                   f"{depth['black']:g} is taken for black, {depth['white']:g} for white")
-
-
-def _deep_range(path):
-    """(least, largest value, whether they are floats) of a file of deep grey, else None."""
+@contextmanager
+def reading(path):
+    """Turn any exception into a UserError that names the file."""
     try:
-        with open_image(path) as image:
-            if image.mode[0] not in "IF":
-                return None
-            deep = np.asarray(image)
-            return float(deep.min()), float(deep.max()), image.mode == "F"
-    except Exception:  # damaged files make Pillow raise nearly any type; they are named elsewhere
-        return None
-
-
-def describe_depth(depth):
-    """The rule in a few words, for the first lines of a run."""
-    if depth == EIGHT_BITS:
-        return "8 bits a channel"
-    return f"deep grey, black {depth['black']:g}, white {depth['white']:g}"
-
-
-def _scale_deep(deep, depth, is_float):
-    """Deep grey (H, W) float64 -> [0, 1]."""
-    low = deep.min()
-    high = deep.max()
-    if not 0 <= low <= high < math.inf:
-        raise ValueError("grey values below 0 or not finite")
-    if depth is not None:
-        span = depth["white"] - depth["black"]
-        if not span / 15 <= high - depth["black"] <= 2 * span:  # none of that set's files
-            depth = None
-    depth = depth or grey_range(low, high, is_float)
-    return ((deep - depth["black"]) / (depth["white"] - depth["black"])).clip(0, 1)
-
-
-# ---- one file ----------------------------------------------------------------------------------
-
-def open_image(path):
-    """The Pillow image, its pixels not read yet; ValueError for one that would fill the memory."""
-    image = Image.open(path, formats=IMAGE_FORMATS)
-    check_size(image.width, image.height)
-    return image
-
-
-def _decode_picture(path, depth):
-    """Image file -> (H, W) or (H, W, 3) in [0, 1], upright; its first frame."""
-    with open_image(path) as image:
-        is_inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero
-        image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        grey = _scale_deep(np.asarray(image, np.float64), depth, image.mode == "F")
-        return 1 - grey if is_inverted else grey  # Pillow does that for 8 bits
-
-    if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA")) / np.float32(255)
-        alpha = rgba[..., 3:] if rgba[..., 3:].any() else 1  # all clear: nobody meant that
-        return rgba[..., :3] * alpha  # over black
-    return np.asarray(image.convert("L" if image.mode in "1L" else "RGB")) / np.float32(255)
-
-
-def _decode(path, depth):
-    """File -> float32 array (H, W) or (H, W, 3) in [0, 1]."""
-    try:
-        if not is_dicom(path):
-            return np.float32(_decode_picture(path, depth))
-        if not has_pydicom():
-            raise UserError(f"{path} is a DICOM file", "the package pydicom is needed to read it",
-                            "pip install pydicom")
-        return np.float32(decode_dicom(path))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes both readers raise nearly any type
+        yield
+    except ImportError as error:
+        raise UserError(f"{path} is a DICOM file", "the package pydicom is needed",
+                        "pip install pydicom") from error
+    except Exception as error:  # a damaged file makes both readers raise anything
         raise UserError(f"{path} cannot be read ({one_line(error)[:120].strip()})",
                         "a whole image file is needed", "replace or remove it") from error
 
 
-def load_image(source, size, depth=None):
-    """Image file, or its uint8 pixels -> (3, size, size) float32 in [-1, 1].
+def open_image(path):
+    """The Pillow image, its pixels not yet read; ValueError if it is too large for the memory."""
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
+    return image
 
-    Upright by EXIF, transparent pixels over black, the centre square, resized in float.
-    size: pixels of a side; None keeps that of the square.
-    depth: the rule for deep grey of the file's data set; None decides by the file alone.
-    Raises UserError if the file cannot be read.
+
+def inspect_image(path):
+    """(height, width, pages) from the header of a file; raises UserError if that is damaged."""
+    with reading(path):
+        if is_dicom(path):
+            header = read_header(path)
+            return int(header.Rows), int(header.Columns), int(header.get("NumberOfFrames") or 1)
+        with open_image(path) as image:
+            pages = image.n_frames if image.format == "TIFF" else 1
+            return image.height, image.width, pages
+
+
+# ---- deep grey ---------------------------------------------------------------------------------
+
+def white_level(high, is_float):
+    """The least white of 8, 10, 12, 14 or 16 bits (for floats also 1) that holds the value."""
+    levels = [1, *LEVELS] if is_float else LEVELS
+    return float(next((level for level in levels if high <= OVERSHOOT * level), high))
+
+
+def choose_depth(paths):
+    """The depth {"white": level} of a data set, from the largest value of a sample of its files."""
+    paths = [path for path in paths if not is_dicom(path)]
+    sample = paths[::math.ceil(len(paths) / DEPTH_SAMPLE) or 1]
+
+    def deep_maximum(path):
+        try:
+            with open_image(path) as image:
+                is_deep = image.mode[0] in "IF"
+                return (image.mode == "F", np.asarray(image).max()) if is_deep else None
+        except Exception:  # Pillow raises anything for a damaged file; it is reported elsewhere
+            return None
+
+    with ThreadPool(4) as pool:
+        maxima = [maximum for maximum in pool.map(deep_maximum, sample) if maximum]
+    if not maxima:
+        return dict(EIGHT_BITS)
+    return {"white": white_level(max(high for _, high in maxima), all(f for f, _ in maxima))}
+
+
+def scale_deep(deep, depth, is_float):
+    """Deep grey (H, W) -> [0, 1]."""
+    high = deep.max()
+    if not 0 <= deep.min() <= high < math.inf:
+        raise ValueError("grey values below 0 or not finite")
+    white = depth["white"] if depth else 0.0
+    if not white / 15 <= high <= 2 * white:  # no file of that data set
+        white = white_level(high, is_float)
+    return (deep / white).clip(0, 1)
+
+
+# ---- one file ----------------------------------------------------------------------------------
+
+def decode_picture(path, depth):
+    """Image file -> (H, W) or (H, W, 3) in [0, 1]: its first page, upright by EXIF."""
+    with open_image(path) as image:
+        zero_is_white = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        grey = scale_deep(np.asarray(image, np.float64), depth, image.mode == "F")
+        return 1 - grey if zero_is_white else grey  # Pillow inverts 8 bits, but not deep grey
+
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA")) / np.float32(255)
+        alpha = rgba[..., 3:] if rgba[..., 3:].any() else 1  # ignore an all-zero alpha
+        return rgba[..., :3] * alpha  # over black
+    return np.asarray(image.convert("L" if image.mode in "1L" else "RGB")) / np.float32(255)
+
+
+def load_image(source, size, depth=None):
+    """Image file, or uint8 pixels (H, W[, 3]) -> (3, size, size) float32 in [-1, 1].
+
+    The centre square is resized in float; size None keeps its side. depth: see above; None decides
+    by the file alone. Raises UserError if the file cannot be read.
     """
-    is_file = not isinstance(source, np.ndarray)
-    pixels = _decode(source, depth) if is_file else np.float32(source) / 255
+    if isinstance(source, np.ndarray):
+        pixels = np.float32(source) / 255
+    else:
+        with reading(source):
+            decoded = decode_dicom(source) if is_dicom(source) else decode_picture(source, depth)
+            pixels = np.float32(decoded)
     x = torch.from_numpy(pixels)
     x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)           # (H, W, C) -> (C, H, W)
 
@@ -175,98 +153,46 @@ def load_image(source, size, depth=None):
     return (x * 2 - 1).expand(3, -1, -1).clone()
 
 
-def why_unreadable(path, whole):
-    """What is wrong with an image file, in a line, or ""; whole reads all of it, not the head."""
-    try:
-        if not path.is_file():
-            return "not a file"  # a pipe would be waited for
-        if is_dicom(path):
-            _decode(path, None) if whole else open_dicom(path, stop_before_pixels=True)
-            return ""
-        with open_image(path) as image:
-            if whole and image.format == "PNG":
-                image.verify()
-            elif whole:
-                _decode(path, None)
-    except Exception as error:  # a damaged file makes both readers raise nearly any type
-        return one_line(error)[:200]
-    return ""
-
-
-def count_pages(path):
-    """The number of pictures in a TIFF file, of which the first is read; 1 for other files."""
-    if path.suffix.lower() in (".tif", ".tiff"):
-        with suppress(Exception):  # damage behind the first makes Pillow raise nearly any type
-            with open_image(path) as image:
-                return getattr(image, "n_frames", 1)
-    return 1
-
-
 # ---- folders -----------------------------------------------------------------------------------
 
-def path_below(folder, *names):
-    """The path folder/names; UserError for a link that leaves the folder."""
-    path = Path(folder, *names)
-    if path.is_symlink() and not path.resolve().is_relative_to(Path(folder).resolve()):
-        raise UserError(f"{path} is a link out of its folder", "no path may leave the data folder",
-                        "copy what it points to, or pass that as --data")
-    return path
-
-
 def scan_folder(folder):
-    """(images, masks, passed over) below a folder, or its images/: sorted paths, {why: paths}.
+    """(images, masks beside them as NAME_mask) below a folder, or its images/: sorted paths.
 
-    Masks are those that lie beside their images, as NAME_mask beside NAME. Hidden files and folders
-    named like masks are left out.
+    Hidden files, folders named masks or masks_*, and the folders of our own runs are left out.
     """
-    root = Path(folder)
-    if (root / "images").is_dir():
-        root = path_below(root, "images")
+    root = Path(folder, "images") if Path(folder, "images").is_dir() else Path(folder)
     images = []
     masks = []
-    passed_over = {}
-    can_read_dicom = has_pydicom()
     for place, folders, files in os.walk(root):
+        is_run = "config.json" in files and {"log.jsonl", "split.csv"} & set(files)
+        if is_run and Path(place) != root:
+            folders.clear()
+            continue
         folders[:] = [name for name in folders
-                      if not name.startswith(".") and not MASK_FOLDER.fullmatch(name)]
+                      if not name.startswith(".") and not f"{name}_".startswith("masks_")]
         stems = {os.path.splitext(name)[0] for name in files}
         for name in files:
-            if name.startswith("."):
-                continue
-            # A mask, an image, a DICOM file, another format of images, or none.
             path = Path(place, name)
-            stem, suffix = os.path.splitext(name)
-            suffix = suffix.lower()
-            if suffix in IMAGE_SUFFIXES and stem.endswith("_mask") and stem[:-5] in stems:
-                masks.append(path)
-            elif suffix in IMAGE_SUFFIXES:
-                images.append(path)
-            elif is_dicom(path):
-                needs = "DICOM files, which need the package pydicom (pip install pydicom)"
-                where = images if can_read_dicom else passed_over.setdefault(needs, [])
-                where.append(path)
-            elif suffix in OTHER_SUFFIXES or name.lower().endswith(".nii.gz"):
-                passed_over.setdefault("formats that are not read; save as PNG", []).append(path)
-    return (sorted(images), sorted(masks),
-            {why: sorted(paths) for why, paths in passed_over.items()})
+            is_picture = path.suffix.lower() in IMAGE_SUFFIXES
+            if name.startswith(".") or not (is_picture or is_dicom(path)):
+                continue
+            is_mask = path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems
+            (masks if is_mask else images).append(path)
+    return sorted(images), sorted(masks)
 
 
 def list_images(folder):
-    """Sorted paths of the images below a folder, or its images/; see scan_folder.
-
-    Raises UserError if there are none.
-    """
-    images, _, passed_over = scan_folder(folder)
+    """Sorted paths of the images of a folder, see scan_folder; UserError if there are none."""
+    images, _ = scan_folder(folder)
     if not images:
-        found = "".join(f" but {len(paths):,} {why}" for why, paths in passed_over.items())
-        raise UserError(f"{folder} holds no image{found}", f"files "
+        raise UserError(f"{folder} holds no image", "files "
                         f"{' '.join(sorted(IMAGE_SUFFIXES | DICOM_SUFFIXES))} are needed",
-                        "name another folder")
+                        "pass another folder")
     return images
 
 
 def otsu_level(values):
-    """The level, an int of 0 to 255, that parts whole numbers (array or tensor) best in two.
+    """The level, an int of 0 to 255, that splits whole numbers (array or tensor) best in two.
 
     Best: with the largest variance between both sides; values up to the level are the lower side.
     Source: Otsu 1979.

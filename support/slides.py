@@ -27,7 +27,6 @@ from support.command import UserError
 from support.files import read_csv
 from support.images import IMAGE_SUFFIXES
 from support.phantoms import histology_phantoms, paint_slide, slide_phantoms
-from support.splits import is_group_column
 from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
 
 BANK = 2000          # patches that the generated slides of one part are made of
@@ -225,7 +224,7 @@ def read_labels(folder):
         if row not in named[slide_name(row[column])]:
             named[slide_name(row[column])].append(row)
     labels = {name: same[0] for name, same in named.items() if len(same) == 1}
-    return labels, path, next(filter(is_group_column, columns.values()), None)
+    return labels, path, "patient" if "patient" in columns.values() else None
 
 
 def list_slides(folder):

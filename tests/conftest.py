@@ -59,7 +59,7 @@ def labelled_run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("labelled")
     images, _, labels = chest_phantoms(60, 32, 0)
-    rows = [["file", "finding", "patientid", "sick", "kind"]]
+    rows = [["file", "finding", "patient", "sick", "kind"]]
     for i, (image, (heart, fluid, *_)) in enumerate(zip(images, labels.tolist())):
         save_png(folder / "images" / f"{i:02d}.png", image.expand(3, -1, -1))
         names = [name for name, shown in (("heart", heart), ("fluid", fluid)) if shown]

@@ -1,8 +1,5 @@
-"""datasets.py: folders, tables as the public sets ship them, masks, .npz, .h5, phantoms."""
+"""datasets.py: folders with tables and masks, .npz, phantoms, labels."""
 import os
-import pickle
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,16 +9,18 @@ from PIL import Image
 from pictures_on_disk import folder_of, write
 from support import datasets
 from support.command import UserError
-from support.datasets import open_dataset
-from support.images import list_images
-from support.splits import split_holdout
-from support.tables import labels_of
-
-STEP = 1 / 255 + 1e-6  # half a grey level of 8 bits in [-1, 1], and rounding
+from support.datasets import label_matrix, match_names, open_dataset
+from test_dicom import GREY, dicom
 
 
-def opened(folder):
-    return open_dataset(str(folder), 8)
+def opened(folder, **options):
+    return open_dataset(str(folder), 8, **options)
+
+
+def with_table(folder, names, *rows):
+    folder_of(folder, names)
+    (folder / "labels.csv").write_text("\n".join(rows))
+    return folder
 
 
 class Payload(str):
@@ -30,41 +29,116 @@ class Payload(str):
         return os.mkdir, (str(self),)
 
 
-# ---- folders, labels, masks
+# ---- names and tables
 
-def test_folder_order_depth_and_hidden(tmp_path):
-    """Images at any depth are sorted; hidden files, masks folders and other files are no images."""
-    folder_of(tmp_path, ["b.png", "a/z.JPG", "a/c.png", ".hidden.png", ".cache/x.png",
-                         "masks/b.png", "masks_manual/b.png"])
-    (tmp_path / "notes.txt").write_text("x")
-    images = opened(tmp_path)
-    assert images.files == ["a/c.png", "a/z.JPG", "b.png"] and len(list(images)) == 3
-    assert images[2].mean() == -1 and images[0].mean() == pytest.approx(20 / 127.5 - 1, abs=STEP)
+@pytest.mark.parametrize("name, index", [
+    ("a/x.png", 0), ("a\\x.png", 0), ("./a/x", 0), ("set/a/x.png", 0), ("/data/set/a/x.png", 0),
+    ("x.png", None), ("b/x.jpg", 1), ("y.png", 3), ("y.jpg", 2), ("y", None), ("z", 4),
+    ("z.dcm", 4), ("other/z.png", None), ("other/a/x.png", None), ("1.2.840.5", 5), ("", None),
+    ("../a/x.png", None), ("w.png", 6), ("copy/w.png", 7)])
+def test_what_a_name_means(name, index):
+    """A path, or the end of exactly one; dots of an id are no suffix; names with other folders, and
+    names of several files, mean nothing; a whole path goes before the end of another."""
+    files = ["a/x.png", "b/x.png", "y.jpg", "y.png", "c/z.png", "c/1.2.840.5.png", "w.png",
+             "copy/w.png"]
+    indices, lost, ambiguous = match_names([name], files, "/data/set")
+    assert indices == [index] and len(lost + ambiguous) == (index is None)
+    assert (ambiguous == [name]) == (name in ("x.png", "y"))
 
 
-def test_images_folder_masks_and_labels_beside_it(tmp_path):
-    """A folder that holds images/ means that one; masks match by stem and kind, or are None;
-    labels_of finds the row of a single file."""
-    folder_of(tmp_path, ["images/a.jpg", "images/sub/b.jpg", "other.png"])
-    for name in ("masks/a", "masks/lost", "masks_manual/b"):
-        write(tmp_path / f"{name}.png", np.full((8, 8), 255, np.uint8))
-    (tmp_path / "labels.csv").write_text("file,finding\na.png,x\nsub/b.jpg,y\n")
-    for place in (tmp_path, tmp_path / "images"):
-        images = opened(place)
-        assert images.files == ["a.jpg", "sub/b.jpg"]
-        assert images.columns == {"finding": ["x", "y"]}
-        assert images.mask(0).all() and images.mask(1) is None
-        assert images.mask(0, "masks_manual") is None and images.mask(1, "masks_manual").all()
-        assert images.problems == ["masks/ without an image: 1 (lost.png)"]
-    assert [labels_of(path) for path in list_images(tmp_path)] == [
-        {"finding": "x"}, {"finding": "y"}]
-    assert labels_of(tmp_path / "other.png") == {}
+def test_a_table_of_another_set_names_nothing(tmp_path):
+    """Rows with other folders do not fit by their bare names, even in a table that is named."""
+    with_table(tmp_path, ["A/0.png", "B/pngs/0.png"], "file,label", "A/0.png,ill")
+    assert opened(tmp_path / "B").columns == {}
+    with pytest.raises(UserError, match="names none of the images"):
+        opened(tmp_path / "B", table=tmp_path / "labels.csv")
+    assert opened(tmp_path / "A", table=tmp_path / "labels.csv").columns == {"label": ["ill"]}
 
+
+def test_a_folder_with_images_and_a_table(tmp_path):
+    """images/ is the set; file, patient and split are no labels; what does not match is named."""
+    folder = with_table(tmp_path, ["images/a.jpg", "images/sub/b.jpg", "images/c.png", "other.png"],
+                        "file,patient,split,finding", "a.png,p1,train,x",
+                        "images/sub/b.jpg,p2,test,y", "gone.png,p3,test,z")
+    images = opened(folder)
+    assert images.files == ["a.jpg", "c.png", "sub/b.jpg"]
+    assert images.columns == {"finding": ["x", "", "y"]}
+    assert images.groups == ["p1", "c.png", "p2"] and images.official == ["train", "", "test"]
+    said = "\n".join(images.problems)
+    for line in ("without an image: 1 (gone.png)", "without a row in", "1 (c.png)",
+                 "without a patient", "only 3 different patients"):
+        assert line in said
+
+
+@pytest.mark.parametrize("text, words", [
+    ("file,label\na.png,1\na.png,2\n", "two rows for a.png"), ("name,label\na.png,1\n", "file"),
+    ("", "columns"), ("file,label\nb.png,1\n", "names none")])
+def test_bad_tables_are_refused(tmp_path, text, words):
+    with pytest.raises(UserError, match=words):
+        opened(with_table(tmp_path, ["a.png"], text))
+
+
+def test_a_table_of_other_names(tmp_path):
+    """--table, --file-column and --group-column name what is called otherwise."""
+    folder_of(tmp_path / "set", ["a.png", "b.png"])
+    (tmp_path / "t.csv").write_text("image,subject,label\na,s1,x\nb,s1,y\n")
+    images = opened(tmp_path / "set", table=tmp_path / "t.csv", file_column="image",
+                    group_column="subject")
+    assert images.groups == ["s1", "s1"] and images.columns == {"label": ["x", "y"]}
+    with pytest.raises(UserError, match="no column 'case'"):
+        opened(tmp_path / "set", table=tmp_path / "t.csv", file_column="image", group_column="case")
+
+
+# ---- patients, folders' names
+
+def test_unknown_patients_are_said(tmp_path):
+    images = opened(folder_of(tmp_path, ["a.png", "b.png"]))
+    assert images.groups is None
+    assert any("split one by one; a patient may be on both sides" in line
+               for line in images.problems)
+
+
+def test_patients_from_paths(tmp_path):
+    """The first group of the expression; bad ones and those that match nothing are errors."""
+    folder_of(tmp_path, ["patient01/a.png", "patient01/b.png", "patient02/a.png", "x.png"])
+    images = opened(tmp_path, patient_from=r"(patient\d+)/")
+    assert images.groups == ["patient01", "patient01", "patient02", "x.png"]
+    assert any("without a patient" in line and "1 (x.png)" in line for line in images.problems)
+    for expression, words in (("(", "regular expression"), ("patient", "one group"),
+                              ("(person)", "matches no path")):
+        with pytest.raises(UserError, match=words):
+            opened(tmp_path, patient_from=expression)
+
+
+def test_patients_from_dicom(tmp_path):
+    for i in range(3):
+        dicom(tmp_path / f"{i}.dcm", GREY, PatientID=f"p{i // 2}")
+    assert opened(tmp_path).groups == ["p0", "p0", "p1"]
+
+
+def test_a_group_column_that_is_no_patient(tmp_path):
+    """Few groups, or groups that are a label, are warned of."""
+    folder = with_table(tmp_path, [f"{i:02}.png" for i in range(60)], "file,case,label", *(
+        f"{i:02}.png,{i % 2},{'ab'[i % 2]}" for i in range(60)))
+    said = "\n".join(opened(folder, group_column="case").problems)
+    assert "only 2 different patients" in said and "same as the label label" in said
+
+
+@pytest.mark.parametrize("names, labels", [
+    (["NORMAL/a.png", "NORMAL/b.png", "ILL/a.png", "ILL/c.png"], ["ILL"] * 2 + ["NORMAL"] * 2),
+    (["p1/a.png", "p1/b.png", "p2/a.png", "p2/c.png"], None),  # patients
+    (["A/a.png", "A/b.png", "B/x/a.png", "B/x/c.png"], None),
+    (["A/a.png", "A/b.png", "c.png"], None)])
+def test_folders_as_labels(tmp_path, names, labels):
+    assert opened(folder_of(tmp_path, names)).columns.get("label") == labels
+
+
+# ---- masks
 
 @pytest.mark.parametrize("name, scale", [("x.png", 1), ("x.png", 255), ("x.jpg", 255),
-                                         ("x.png", 0)])
+                                         ("x_mask.png", 255), ("x.png", 0)])
 def test_masks_of_zero_and_one_or_255(tmp_path, name, scale):
-    """Masks stored as 0/1, 0/255 or JPEG are alike, cut as the image is; an empty one is empty."""
+    """Masks stored as 0/1, 0/255 or JPEG are alike, cropped as the image is; empty is empty."""
     shape = np.zeros((16, 24), np.uint8)
     shape[4:12, 8:16] = 1
     write(tmp_path / "x.bmp", shape)
@@ -74,62 +148,62 @@ def test_masks_of_zero_and_one_or_255(tmp_path, name, scale):
     assert mask[0, 2:6, 2:6].all() == (scale > 0) and mask.sum() == (16 if scale else 0)
 
 
-def test_equal_names_are_not_guessed(tmp_path):
-    """Images that share a stem get the label and the mask of their own path, or none."""
-    folder_of(tmp_path, ["a/x.png", "b/x.png", "y.jpg", "y.png", "masks/a/x.png", "masks/x.png"])
-    (tmp_path / "labels.csv").write_text("file,label\nx.png,1\ny.jpg,2\ny.png,4\na/x.png,3\n")
+def test_masks_by_kind_and_name(tmp_path):
+    """masks/, masks_manual/ and NAME_mask beside NAME; one without an image is named."""
+    folder_of(tmp_path, ["images/a.jpg", "images/sub/b.jpg", "images/c.png", "images/c_mask.png",
+                         "masks/a.png", "masks/lost.png", "masks_manual/sub/b.png"])
     images = opened(tmp_path)
-    assert images.files == ["a/x.png", "b/x.png", "y.jpg", "y.png"]
-    assert images.columns["label"] == ["3", "", "2", "4"]
-    assert [images.mask(i) is None for i in range(4)] == [False, True, True, True]
+    assert images.files == ["a.jpg", "c.png", "sub/b.jpg"]
+    assert [images.mask(i) is None for i in range(3)] == [False, False, True]
+    assert [images.mask(i, "masks_manual") is None for i in range(3)] == [True, True, False]
+    assert "masks without an image of their name: 1 (lost.png)" in images.problems
 
 
-@pytest.mark.parametrize("text, columns, problems", [
-    ("file,label,age\na.png,x,1\nb.png,y,2\n", [["x", "y"], ["1", "2"]], 0),
-    ("\ufefffile;label;age\r\na.png;x;1\r\nb.png;y;2\r\n", [["x", "y"], ["1", "2"]], 0),
-    ("label,file,age\nx,a,1\ny,b.dcm,2\n", [["x", "y"], ["1", "2"]], 0),
-    ('file,label,age\n"set/a.png", x ,1\n\nb.png,y', [["x", "y"], ["1", ""]], 0),
-    ("file,label,age\na.png,x,1\nc.png,y,2\n", [["x", ""], ["1", ""]], 2),
-])
-def test_labels_in_every_dialect(tmp_path, text, columns, problems):
-    """Comma, semicolon, BOM, CRLF, quotes, blank lines, other extensions, in the parent: the same
-    cells; rows without an image and images without a row are named."""
-    folder_of(tmp_path, ["set/a.png", "set/b.png"])
-    (tmp_path / "labels.csv").write_bytes(text.encode())
-    images = opened(tmp_path / "set")
-    assert images.columns == dict(zip(("label", "age"), columns))
-    assert len(images.problems) == problems and all("1 (" in line for line in images.problems)
+@pytest.mark.parametrize("mask, says", [
+    (np.kron([[0, 127], [0, 255]], np.ones((8, 16))), "several values"),
+    (np.kron([[0, 1], [2, 3]], np.ones((8, 16))), "several values"),
+    (np.kron([[0, 1], [0, 1]], np.ones((8, 8))), "other proportions")])
+def test_masks_that_are_left_out(tmp_path, mask, says):
+    """Label maps, and masks that were stored square: no half of them is guessed."""
+    write(tmp_path / "x.png", np.zeros((16, 32), np.uint8))
+    write(tmp_path / "masks/x.png", mask.astype(np.uint8))
+    images = opened(tmp_path)
+    assert images.mask(0) is None and any("masks left out" in line and says in line
+                                          for line in images.problems)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("file,label\na.png,1\na.png,2\n", "2 rows for a.png"), ("name,label\na.png,1\n", "file"),
-    ("", "none"), ("file,label\na.png,\x81\n", "UTF-8")])
-def test_bad_labels_are_refused(tmp_path, text, words):
-    """Two rows for an image, no file column, an empty file and bytes of no text are errors."""
-    folder_of(tmp_path, ["a.png"])
-    (tmp_path / "labels.csv").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=words):
-        opened(tmp_path)
+# ---- pixels
 
-
-def test_unreadable_images_and_links_out_are_dropped_and_named(tmp_path):
-    """Two bad files in twenty are left out, three stop; links inside the folder work."""
-    folder = folder_of(tmp_path / "in", [f"{i:02d}.png" for i in range(18)])
-    (folder / "18.png").symlink_to(folder / "01.png")
-    (folder / "19.png").symlink_to(write(tmp_path / "secret.png", np.zeros((8, 8), np.uint8)))
+def test_the_first_lines_name_what_will_not_be_seen(tmp_path):
+    """Wide images, further pages, unreadable files; more than a tenth of these stops."""
+    folder = folder_of(tmp_path, [f"{i:02d}.png" for i in range(18)])
+    write(folder / "wide.png", np.zeros((10, 40), np.uint8))
+    page = Image.new("L", (8, 8))
+    page.save(folder / "pages.tif", save_all=True, append_images=[page])
     (folder / "00.png").write_text("no image")
     images = opened(folder)
-    assert len(images) == 18 and "18.png" in images.files
-    assert all(name in images.problems[0] for name in (": 2 (", "00.png", "19.png"))
-    (folder / "01.png").write_bytes(b"")
-    (tmp_path / "empty").mkdir()
-    for place, words in (("in", "01.png"), ("empty", "no image"), ("gone", "gone")):
-        with pytest.raises(UserError, match=words):
-            opened(tmp_path / place)
+    said = "\n".join(images.problems)
+    assert "more than a quarter to the centre crop: 1 (wide.png)" in images.problems[0]
+    assert "pages.tif" in said and "unreadable" in said and len(images) == 19
+    for i in (1, 2):
+        (folder / f"{i:02d}.png").write_text("no image")
+    with pytest.raises(UserError, match="3 .00.png, 01.png, 02.png.*90 %"):
+        opened(folder)
+
+
+def test_depth_of_a_set(tmp_path):
+    """Decided once, said in the first line, or as a run recorded it."""
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    for i, high in enumerate((4000, 900, 4095)):
+        write(tmp_path / f"{i}.png", ramp * np.uint16(high // 63))
+    images = opened(tmp_path)
+    assert images.depth == {"white": 4095.0} and "4095 is white" in images.note
+    assert images[1].max() == pytest.approx(900 // 63 * 63 / 4095 * 2 - 1, abs=1e-5)
+    assert opened(tmp_path, depth={"white": 8190})[2].max() < 0.01
 
 
 def test_cache_and_workers_change_nothing(tmp_path, monkeypatch):
-    """From the cache, beyond its room, spoiled by the caller, in two workers: the same pixels."""
+    """From the cache, beyond its room, modified by the caller, in two workers: the same pixels."""
     for i in range(4):
         write(tmp_path / f"{i}.png", np.arange(i, i + 192, dtype=np.uint8).reshape(8, 8, 3))
     monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * 3 * 8 * 8 * 4)  # room for two images
@@ -144,17 +218,18 @@ def test_cache_and_workers_change_nothing(tmp_path, monkeypatch):
 # ---- phantoms and .npz
 
 def test_phantoms_stand_in(tmp_path, monkeypatch):
-    """--data cxr is phantoms that say so, unless data/cxr/ is there; a tiny side is refused."""
+    """--data cxr is phantoms that say so, unless data/cxr/ exists; a tiny side is refused."""
     monkeypatch.chdir(tmp_path)
     images = open_dataset("cxr", 16, seed=1, count=5)
     assert "phantoms, not real" in images.note and images.files[3] == "phantom_000003"
     assert images.batch([0, 4]).shape == (2, 3, 16, 16) and images.mask(0).shape == (1, 16, 16)
     assert set(images.columns) == {"cardiomegaly", "effusion", "opacity", "nodule"}
-    with pytest.raises(UserError, match="too coarse"):
-        open_dataset("phantoms", 8)
+    assert len(set(images.groups)) == 5 and not images.problems
+    for name, words in (("phantoms", "too coarse"), ("gone", "no data set gone")):
+        with pytest.raises(UserError, match=words):
+            open_dataset(name, 8)
     folder_of(tmp_path, ["data/cxr/images/a.png"])
     assert open_dataset("cxr", 8).files == ["a.png"]
-    assert len(open_dataset("phantoms", 16, count=3)) == 3
 
 
 def npz(path, shape=(28, 28), dtype=np.uint8, labels=1):
@@ -169,15 +244,14 @@ def npz(path, shape=(28, 28), dtype=np.uint8, labels=1):
 
 @pytest.mark.parametrize("shape, labels", [((28, 28), 1), ((28, 28, 3), 2)])
 def test_medmnist(tmp_path, shape, labels):
-    """Grey and RGB files open with labels; the official test part is what is held out."""
+    """Grey and RGB files open with labels and their official split; patients are unknown."""
     arrays = npz(tmp_path / "x.npz", shape, labels=labels)
     images = open_dataset(tmp_path / "x.npz", 28)
     assert images.files[4] == "val_000000" and len(images.columns) == labels
     assert images.columns["label_0"][0] == str(arrays["train_labels"][0, 0])
     last = torch.from_numpy(arrays["test_images"][2].reshape(28, 28, -1)).permute(2, 0, 1)
     assert ((images[8] + 1) * 127.5 - last).abs().max() < 1e-3  # float32 rounding of 255
-    assert split_holdout(images, 0.15, 0)[1].tolist() == [6, 7, 8]
-    assert len(split_holdout(images, 0, 0)[1]) == 0
+    assert images.official == ["train"] * 6 + ["test"] * 3 and "unknown" in images.problems[0]
 
 
 def test_bad_npz_is_refused(tmp_path):
@@ -189,113 +263,23 @@ def test_bad_npz_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "volume.npz").read_bytes()[:900])
     for path in sorted(tmp_path.glob("*.npz")):
-        with pytest.raises(UserError, match=path.name):
+        with pytest.raises(UserError, match=f"{path.name}.*2-D"):
             open_dataset(path, 28)
     assert not (tmp_path / "ran").exists()
 
 
-def kaggle_folder(tmp_path, ids, rows):
-    for name in ids:
-        image = Image.fromarray(np.full((8, 8, 3), 100, np.uint8))
-        (tmp_path / "train").mkdir(exist_ok=True)
-        image.save(tmp_path / "train" / f"{name}.tif")
-    (tmp_path / "test").mkdir()
-    image.save(tmp_path / "test" / "unseen.tif")
-    (tmp_path / "train_labels.csv").write_text("id,label\n" + "".join(
-        f"{name},{label}\n" for name, label in rows))
-    return tmp_path
+# ---- labels
 
-
-def test_patchcamelyon_of_kaggle(tmp_path):
-    """train_labels.csv with id,label beside train/*.tif: labels become words, test/ is left out;
-    the folder train/ alone reads the same."""
-    folder = kaggle_folder(tmp_path, ["aa", "bb", "cc"], [("cc", 1), ("aa", 0), ("bb", 1)])
-    for place in (folder, folder / "train"):
-        images = open_dataset(place, 8)
-        assert images.files == ["aa.tif", "bb.tif", "cc.tif"]
-        assert images.columns == {"label": ["healthy", "cancer", "cancer"]}
-
-
-def test_kaggle_rows_without_images_are_refused(tmp_path):
-    """An id without its .tif: one error with the count and the first name."""
-    folder = kaggle_folder(tmp_path, ["aa"], [("aa", 0), ("gone", 1), ("lost", 1)])
-    with pytest.raises(UserError, match="names 2 images that .*gone.*unpack"):
-        open_dataset(folder, 8)
-
-
-@pytest.fixture
-def h5py_of_dicts(monkeypatch):
-    """A stand-in for h5py, which reads .npz files: so the pair is tested without the package."""
-    def opened(path, mode):
-        return np.load(open(path, "rb"), allow_pickle=False)
-
-    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=opened))
-
-
-def write_pair(folder, x, y):
-    for part, array in (("x", x), ("y", y)):
-        with open(folder / f"camelyon_valid_{part}.h5", "wb") as file:
-            np.savez(file, **{part: array})
-    return folder / "camelyon_valid_x.h5"
-
-
-def test_patchcamelyon_as_h5(tmp_path, h5py_of_dicts):
-    """The published pair: images by row, y (N, 1, 1, 1) becomes words, either file names both."""
-    x = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
-    path = write_pair(tmp_path, x, np.array([0, 1, 1, 0]).reshape(4, 1, 1, 1))
-    for name in (path, tmp_path / "camelyon_valid_y.h5"):
-        images = open_dataset(name, None)
-        assert images.columns == {"label": ["healthy", "cancer", "cancer", "healthy"]}
-        assert torch.equal(images[2], torch.from_numpy(x[2]).permute(2, 0, 1) / 127.5 - 1)
-    assert pickle.loads(pickle.dumps(images.sources))[1].shape == (8, 8, 3)  # for workers
-
-
-@pytest.mark.parametrize("x,y", [
-    (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3)),
-    (np.zeros((4, 8, 8, 3), np.float32), np.zeros(4)),
-    (np.zeros((4, 8, 8), np.uint8), np.zeros(4)), (None, None)])
-def test_bad_h5_is_refused(tmp_path, h5py_of_dicts, x, y):
-    """Unequal lengths, other types or shapes, a missing half."""
-    path = tmp_path / "camelyon_valid_x.h5"
-    path.write_bytes(b"no h5") if x is None else write_pair(tmp_path, x, y)
-    with pytest.raises(UserError, match="camelyon_valid_x.h5"):
-        open_dataset(path, 8)
-
-
-def test_h5_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    """h5py is asked for only where such a file is given."""
-    (tmp_path / "a_x.h5").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UserError, match="pip install h5py"):
-        open_dataset(tmp_path / "a_x.h5", 8)
-
-
-# ---- what is passed over, and depth
-
-def test_the_first_lines_name_what_is_passed_over(tmp_path, monkeypatch):
-    """DICOM without its package, .jp2, .jfif, further pages of a TIFF: counted, with names."""
-    folder_of(tmp_path, ["a.png", "b.png"])
-    page = Image.new("L", (8, 8))
-    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page, page])
-    for name in ("x.jp2", "y.jfif", "z.dcm"):
-        (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    said = "\n".join(opened(tmp_path).problems)
-    assert all(name in said for name in ("x.jp2", "y.jfif", "z.dcm", "pip install pydicom",
-                                         "several pages", "pages.tif"))
-
-
-def test_depth_of_a_set(tmp_path):
-    """Decided once, said in the first line, the same when a run passes it on; offsets are warned
-    of."""
-    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8)
-    for i, high in enumerate((4000, 900, 4095)):
-        write(tmp_path / f"{i}.png", ramp * np.uint16(high // 63))
-    images = opened(tmp_path)
-    assert images.depth == {"black": 0.0, "white": 4095.0} and "white 4095" in images.note
-    assert images[1].max() == pytest.approx(900 // 63 * 63 / 4095 * 2 - 1, abs=1e-5)
-    kept = open_dataset(tmp_path, 8, depth={"black": 0, "white": 8190})
-    assert kept.depth["white"] == 8190 and kept[2].max() < 0.01
-    for i in range(3):
-        write(tmp_path / f"{i}.png", ramp + np.uint16(32768))
-    assert any("offset" in line for line in opened(tmp_path).problems)
+def test_label_matrix():
+    """0/1 columns are labels; text is cut at |; empty cells and -1 are unknown; a value of two
+    columns is called by both."""
+    columns = {"ill": ["1", "0", "", "-1"], "finding": ["a|b", "b", "", "a"],
+               "other": ["b", "c", "c", "c"]}
+    labels, values = label_matrix(columns, ["ill", "finding", "other"])
+    assert labels == ["ill", "a", "finding: b", "other: b", "c"]
+    nan = np.nan
+    np.testing.assert_array_equal(values, [
+        [1, 1, 1, 1, 0], [0, 0, 1, 0, 1], [nan, nan, nan, 0, 1], [nan, 1, 0, 0, 1]])
+    assert label_matrix(columns, [])[1].shape == (4, 0)
+    with pytest.raises(UserError, match="no column 'x'"):
+        label_matrix(columns, ["x"])

@@ -37,7 +37,6 @@ from support import files, splits, weights
 from support.command import UserError, run_script
 from support.datasets import open_dataset
 from support.images import load_image
-from support.tables import labels_of
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 ROOT = Path(__file__).parent.parent

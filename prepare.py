@@ -1,0 +1,189 @@
+"""Write labels.csv for a public set as its owners ship it: `python prepare.py nih FOLDER`.
+
+    nih       ChestX-ray14: Data_Entry_2017*.csv, images_*/images/; test: test_list.txt
+    chexpert  CheXpert(-small): train.csv, valid.csv; test: valid (or test.csv)
+    mimic     MIMIC-CXR-JPG: *-metadata, *-chexpert and *-split.csv(.gz)
+    rsna      RSNA pneumonia: stage_2_train_labels.csv, a row a box; an image is its own patient
+    vindr     VinDr-CXR: annotations/image_labels_train.csv, _test.csv, a row a reader
+    padchest  PadChest: PADCHEST_*.csv(.gz), Labels as lists
+    kermany   chest_xray: train/, val/, test/ with NORMAL, PNEUMONIA; patients by file name
+    pcam      Kaggle's train_labels.csv, or PatchCamelyon's *_x.h5, *_y.h5 (unpacked to images/)
+
+labels.csv has the columns file, patient, split (the set's own test part), and one per finding: 1, 0
+or empty, which is unknown. --uncertain says what -1 becomes: ignore (empty), zeros or ones.
+"""
+import argparse
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from support.command import UserError, run_script
+from support.datasets import match_names
+from support.files import read_csv, write_csv
+from support.images import list_images
+from support.pictures import save_png
+
+UNCERTAIN = {"ignore": "", "zeros": "0", "ones": "1"}
+
+
+def tables(folder, pattern, needed=True):
+    """The rows of all tables of that name below the folder; UserError if one is needed but missing.
+    """
+    paths = [path for path in sorted(folder.rglob(pattern))
+             if path.name.endswith((".csv", ".csv.gz"))]
+    if needed and not paths:
+        raise UserError(f"{folder} has no {pattern}", "the set as its owners ship it is needed",
+                        "unpack its tables there, or name another SET")
+    return [row for path in paths for row in read_csv(path)]
+
+
+def findings(row, first):
+    """{column: "1", "0" or "-1"} of the columns from `first` on; an empty cell is a 0."""
+    names = list(row)[list(row).index(first):]
+    return {name: str(int(float(row[name] or 0))) for name in names}
+
+
+def one_hot(values):
+    """The values that an image has -> {value: "1"}; main fills the others with 0."""
+    return {value.strip(): "1" for value in values if value.strip()}
+
+
+# Each yields (name of the image, patient, split, {finding: answer}).
+
+def nih(folder):
+    lists = [path.read_text().split() for path in folder.rglob("test_list.txt")]
+    test = {name for names in lists for name in names}
+    for row in tables(folder, "Data_Entry_2017*"):
+        values = row["Finding Labels"].split("|")
+        split = ("test" if row["Image Index"] in test else "train") if test else ""
+        yield row["Image Index"], row["Patient ID"], split, one_hot(values)
+
+
+def chexpert(folder):
+    has_test = any(folder.rglob("test.csv"))
+    for part in ("train", "valid", "test"):
+        for row in tables(folder, f"{part}.csv", needed=part == "train"):
+            _, _, path = row["Path"].partition("/")  # behind CheXpert-v1.0-small/
+            patient = re.search(r"patient\d+", path)[0]
+            split = "test" if part == "test" or (part == "valid" and not has_test) else "train"
+            yield path, patient, split, findings(row, "No Finding")
+
+
+def mimic(folder):
+    splits = {row["dicom_id"]: row["split"] for row in tables(folder, "*-split.csv*", False)}
+    answers = {row["study_id"]: row for row in tables(folder, "*-chexpert.csv*", False)}
+    for row in tables(folder, "*-metadata.csv*"):
+        study = answers.get(row["study_id"])  # subject_id, study_id, then the findings
+        found = findings(study, [*study][2]) if study else None
+        yield row["dicom_id"], row["subject_id"], splits.get(row["dicom_id"], ""), found
+
+
+def rsna(folder):
+    for row in tables(folder, "stage_2_train_labels.csv"):
+        yield row["patientId"], row["patientId"], "", {"pneumonia": row["Target"]}
+
+
+def vindr(folder):
+    for part in ("train", "test"):
+        for row in tables(folder, f"image_labels_{part}.csv"):
+            found = {name: cell for name, cell in row.items()
+                     if name.lower() not in ("image_id", "rad_id")}
+            yield row["image_id"], "", part, found
+
+
+def padchest(folder):
+    for row in tables(folder, "PADCHEST_*"):
+        values = ast.literal_eval(row["Labels"] or "[]")
+        yield row["ImageID"], row["PatientID"], "", one_hot(values)
+
+
+def kermany(folder):
+    for path in list_images(folder):
+        *_, part, label, name = path.parts
+        if part not in ("train", "val", "test") or label not in ("NORMAL", "PNEUMONIA"):
+            raise ValueError(path)
+        patient = re.match(r"person\d+|(?:NORMAL2-)?IM-\d+", name)
+        # Numbers start again in each part, and the two classes have patients of their own.
+        yield (path.relative_to(folder).as_posix(), f"{part}-{patient[0] if patient else name}",
+               "test" if part == "test" else "train", {"pneumonia": str(int(label != "NORMAL"))})
+
+
+def pcam(folder):
+    if not any(folder.rglob("*_x.h5")):
+        for row in tables(folder, "train_labels.csv"):
+            yield f"train/{row['id']}.tif", "", "", {"tumour": row["label"]}
+        return
+    import h5py
+    import torch
+    for x_path in sorted(folder.glob("*_x.h5")):
+        part = re.search("train|valid|test", x_path.name)[0]
+        with h5py.File(x_path) as x, h5py.File(str(x_path).replace("_x.h5", "_y.h5")) as y:
+            for i, (pixels, label) in enumerate(zip(x["x"], y["y"][:].reshape(-1).tolist())):
+                name = f"{part}_{i:06d}.png"
+                image = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+                save_png(folder / "images" / name, image)
+                yield name, "", "test" if part == "test" else "train", {"tumour": str(label)}
+
+
+MAKERS = (nih, chexpert, mimic, rsna, vindr, padchest, kermany, pcam)
+SETS = {make.__name__: make for make in MAKERS}
+
+
+def merge(rows, uncertain):
+    """Rows of the makers -> (table of labels.csv, one row an image: what any of its rows says)."""
+    images = {}
+    answers = defaultdict(set)
+    known = set()
+    for name, patient, split, found in rows:
+        images[name] = [patient, split]
+        if found is not None:
+            known.add(name)
+            for finding, answer in found.items():
+                answers[name, finding].add(answer)
+    names = sorted({finding for _, finding in answers})
+
+    def cell(name, finding):
+        given = answers.get((name, finding), {"0"} if name in known else {""})
+        answer = next(answer for answer in ("1", "-1", "0", "") if answer in given)
+        return UNCERTAIN[uncertain] if answer == "-1" else answer
+
+    return [["file", "patient", "split", *names],
+            *([name, *head, *(cell(name, finding) for finding in names)]
+              for name, head in images.items())]
+
+
+def prepare(name, folder, uncertain="ignore"):
+    """Write folder/labels.csv for the images that are there; returns (rows written, left out)."""
+    try:
+        table = merge(SETS[name](folder), uncertain)
+    except (KeyError, TypeError, ValueError, ImportError) as error:
+        raise UserError(f"{folder} is not {name} as its owners ship it ({error!r})",
+                        "its own tables are needed", "compare the list in prepare.py") from error
+    root = folder / "images" if (folder / "images").is_dir() else folder
+    files = [path.relative_to(root).as_posix() for path in list_images(folder)]
+    indices, _, _ = match_names([row[0] for row in table[1:]], files, root.resolve().as_posix())
+    rows = [[files[i], *row[1:]] for i, row in zip(indices, table[1:]) if i is not None]
+    if not rows:
+        raise UserError(f"the tables in {folder} name none of its {len(files):,} images",
+                        f"the images of {name} are needed", "unpack them below that folder")
+    if not any(row[1] for row in rows):  # no patients: leave the column out, so that runs say so
+        table[0].remove("patient")
+        rows = [[row[0], *row[2:]] for row in rows]
+    write_csv(folder / "labels.csv", [table[0], *rows])
+    return len(rows), len(table) - 1 - len(rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--uncertain", choices=UNCERTAIN, default="ignore")
+    args = parser.parse_args(argv)
+    count, lost = prepare(args.set, args.folder, args.uncertain)
+    print(f"wrote {args.folder / 'labels.csv'}: {count:,} images; {lost:,} rows without an image")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from dinodiff import DinoDiffusion, lerp, perturb, prototypes, slerp
-from support.box import BOX, note_colour
+from support.files import BOX, note_colour
 from support.command import (StatusLine, UserError, autocast_dtype, pick_device, run_script,
                              user_errors)
 from support.files import load_checkpoint, next_folder, resolve_checkpoint

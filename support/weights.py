@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.box import find_box
+from support.files import resolve_checkpoint
 from support.command import one_line
 from support.tensors import read_tensors
 
@@ -258,7 +258,7 @@ def find_weights(name_or_path, kind):
     if path.is_file():
         return path
     if name == "box":
-        return find_box()
+        return resolve_checkpoint("box")
 
     # A folder of this project, or with the file names of diffusers and transformers.
     names = ["model.pt"]

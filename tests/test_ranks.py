@@ -152,6 +152,16 @@ def test_samples_are_those_of_one_process(together, tmp_path):
     assert len(list(csv.DictReader(open(tmp_path / "two" / "samples.csv")))) == 5
 
 
+@pytest.mark.parametrize("flags", [["--batch", "3"], ["--batch", "8", "--accumulate", "8"]])
+def test_batches_that_ranks_cannot_share_are_refused(tmp_path, flags):
+    """Every rank needs the same number of images: the means of the parts must be the whole's."""
+    def work():
+        with pytest.raises(UserError, match="--batch"):
+            train.main([*SHARED, *flags, "--out", str(tmp_path / "run")])
+        return sorted(tmp_path.iterdir())
+    assert on_two_ranks(work) == [[], []]
+
+
 def test_each_rank_takes_its_own_gpu(monkeypatch):
     """Process 1 of a machine takes its GPU 1, unless the CPU is asked for."""
     chosen = []

@@ -1,4 +1,4 @@
-"""Bad command lines, damaged models and pickled code: one line that says what to do, exit code 2."""
+"""Bad command lines, damaged models and pickled code: one line of advice, exit code 2."""
 import os
 import sys
 
@@ -50,7 +50,7 @@ BAD_LINES = [
     (sample, "--random --checkpoint /nowhere", "/nowhere"),
     (sample, "--random --device cuda:99", "pass --device auto"),
     (evaluate, "", "required"), (evaluate, "EMPTY EMPTY", "EMPTY"),
-    (evaluate, "GOOD.png /nowhere", "/nowhere"), (mil, "--data /nowhere", "/nowhere"),
+    (evaluate, "RUN/held_out /nowhere", "/nowhere"), (mil, "--data /nowhere", "/nowhere"),
     (mil, "--folds 0", "--folds"), (mil, "--models nonsense", "nonsense"),
     (mil, "--steps x", "--steps"),
 ]
@@ -96,6 +96,8 @@ def test_bad_command_lines(desk, small_networks, monkeypatch, capsys):
         argv = line.split()
         if script is train and "--data" not in argv and argv[0] != "extra":
             argv = [*TINY[:4], *argv]
+        if script is sample and "--checkpoint" not in argv:
+            argv += ["--checkpoint", "RUN"]
         code, error = error_of(script, argv, monkeypatch, capsys)
         if code != 2 or words not in error or "Traceback" in error:
             wrong.append((line, code, error[-300:]))

@@ -2,9 +2,9 @@
 
 Papers: DiNO-Diffusion (arXiv 2407.11594); DDPM (Ho 2020); DDIM (Song 2021); DPM-Solver++ (Lu 2022,
 arXiv 2211.01095); latent diffusion (Rombach 2022); v-prediction (Salimans & Ho 2022); classifier-
-free guidance (Ho & Salimans 2022); zero terminal SNR and rescaled guidance (Lin 2024); min-SNR
-weights (Hang 2023).
-a_t below is `alphas_cumprod[t]`; a step of a sampler goes from t to s, and u is the t before t.
+free guidance (Ho & Salimans 2022); zero terminal SNR and rescaled guidance (Lin 2024).
+a_t below is `alphas_cumprod[t]`; a step of a sampler goes from t to s, and u is the previous
+timestep, the one before t.
 
     forward      xt  = sqrt(a_t) x0 + sqrt(1 - a_t) eps                                  (1)
     target       v   = sqrt(a_t) eps - sqrt(1 - a_t) x0                                  (2)
@@ -15,6 +15,11 @@ a_t below is `alphas_cumprod[t]`; a step of a sampler goes from t to s, and u is
     guidance     f   = f(null) + guidance_scale (f(context) - f(null)), 1.0 = off        (6)
     rescaled     f  <- f (phi std(f(context)) / std(f) + 1 - phi), phi = guidance_rescale  (6')
     context      c_k = W (token_k - mean_k) / std_k + position_k                         (7)
+    refiner      r   = bands(image - y) / s,  y = decode(z);  image = y + bands^-1(s r)  (8)
+
+Equation (8) is ours. A decoder trained on pixel errors answers with a mean, which is soft; so what
+it loses, the residual r, is sampled by a second, small diffusion, given y: (1) to (5) with r for
+x0. Fine detail is thus drawn at random: it looks right, and says nothing about a patient.
 
 Instead of (7) the condition may be a prompt that was derived from the image (prompts.py, arXiv
 2312.09792), a bare label prompt, or nothing.
@@ -37,21 +42,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from dino import VISION_TRANSFORMERS, ViTConfig, VisionTransformer, conditioning_tokens
-from prompts import PromptEncoder, build_prompts, kmeans, vocabulary_of, words_of
+from prompts import PromptEncoder, all_prompts, kmeans, vocabulary_of, words_of
 from support.mixture import EmbeddingSampler
+from support.seeds import step_seed
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
-VAE_PIXELS = 2 ** 20  # that the VAE sees at once: four images of 512 px fit any GPU
+PIXELS_AT_ONCE = 2 ** 20  # per call of the VAE: four images of 512 px fit any GPU
 
 
 # ---------------------------------------------------------------------------- noise schedule
 
 def make_betas(kind, T):
-    """The share of variance that noise takes over at each step: (T,) float64 in (0, 1).
+    """Noise variance added at each step: (T,) float64 in (0, 1). Raises ValueError.
 
-    A new kind is one more paragraph here, and its word in the error and in --schedule
-    (support/settings.py). Raises ValueError.
+    A new kind is one more paragraph here.
     """
     if kind == "scaled_linear":  # Stable Diffusion
         return torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
@@ -59,20 +64,15 @@ def make_betas(kind, T):
     if kind == "linear":  # Ho 2020
         return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
-    if kind == "cosine":  # Nichol & Dhariwal 2021, equation 17
-        u = torch.arange(T + 1, dtype=torch.float64) / T
-        signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
-
-    raise ValueError(f"schedule '{kind}' is unknown: use scaled_linear, linear or cosine")
+    raise ValueError(f"schedule '{kind}' is unknown: use scaled_linear or linear")
 
 
 class NoiseSchedule:
-    """How much of x0 is left at each timestep, and how predictions translate.
+    """Noise schedule, and the conversions between x0, eps and v.
 
-    kind: "scaled_linear", "linear" or "cosine", see make_betas. prediction: "v" or "eps".
+    kind: "scaled_linear" or "linear", see make_betas. prediction: "v" or "eps".
     zero_terminal_snr rescales so that the last step is pure noise.
-    Raises ValueError for unknown words, and where eps would be divided by sqrt(a_T) near zero.
+    Raises ValueError for unknown names, and where eps would be divided by sqrt(a_T) near zero.
     """
 
     def __init__(self, num_train_timesteps=1000, kind="scaled_linear", prediction="v",
@@ -91,40 +91,43 @@ class NoiseSchedule:
         if prediction == "eps" and alphas_cumprod[-1] < 1e-5:
             raise ValueError(
                 f"eps-prediction with a last alphas_cumprod of {alphas_cumprod[-1]:.1e} divides by "
-                "its root at the first sampling step: use prediction 'v', or zero_terminal_snr "
-                "off with kind 'scaled_linear' or 'linear'")
+                "its root at the first sampling step: use prediction 'v', or zero_terminal_snr off")
         self.alphas_cumprod = alphas_cumprod.float()  # (T,)
 
     def roots(self, t, like):
-        """sqrt(a_t) and sqrt(1 - a_t) of each sample, shaped to multiply `like`."""
+        """sqrt(a_t) and sigma_t = sqrt(1 - a_t) of each sample, shaped to multiply `like`."""
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)
         a = self.alphas_cumprod[t].view(-1, *[1] * (like.dim() - 1))
         return a.sqrt(), (1 - a).sqrt()
 
     def add_noise(self, x0, noise, t):
         """Equation (1): x0, noise (B, ...), t (B,) int64 -> xt (B, ...)."""
-        signal, spread = self.roots(t, x0)
-        return signal * x0 + spread * noise
+        sqrt_a, sigma = self.roots(t, x0)
+        return sqrt_a * x0 + sigma * noise
 
     def target(self, x0, noise, t):
-        """What the network should say at t: equation (2), or the noise itself."""
+        """Training target at t: v of equation (2), or the noise itself."""
         if self.prediction == "eps":
             return noise
-        signal, spread = self.roots(t, x0)
-        return signal * noise - spread * x0
+        sqrt_a, sigma = self.roots(t, x0)
+        return sqrt_a * noise - sigma * x0
 
     def to_x0_eps(self, output, xt, t):
         """Equation (3): the network's output and xt -> (x0, eps). Never clipped (latents)."""
-        signal, spread = self.roots(t, xt)
+        sqrt_a, sigma = self.roots(t, xt)
         if self.prediction == "eps":
-            return (xt - spread * output) / signal, output
-        return signal * xt - spread * output, signal * output + spread * xt
+            return (xt - sigma * output) / sqrt_a, output
+        return sqrt_a * xt - sigma * output, sqrt_a * output + sigma * xt
 
-    def min_snr_weight(self, t, gamma=5.0):
-        """Loss weight (B,) of Hang 2023: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
-        signal, spread = self.roots(t, t)
-        snr = (signal / spread).square()
-        return snr.clamp(max=gamma) / (snr + 1 if self.prediction == "v" else snr)
+    def loss(self, model, x0, generator):
+        """Squared error of model(xt, t) against the target, at a uniform t for each row of x0
+        (B, ...): (B,). The generator, on x0's device, draws noise and t."""
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        t = torch.randint(self.num_train_timesteps, (len(x0),), generator=generator,
+                          device=x0.device)
+        prediction = model(self.add_noise(x0, noise, t), t)
+        error = (prediction.float() - self.target(x0, noise, t)).square()
+        return error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
 
     def sampling_timesteps(self, steps, power=1):
         """`steps` timesteps, T-1 first, the next x0 last: list of falling int.
@@ -136,7 +139,7 @@ class NoiseSchedule:
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: need 1 to {T}, the number trained with")
         spaced = [round(T * (left / steps) ** power) - 1 for left in range(steps, 0, -1)]
-        return [max(t, steps - 1 - i) for i, t in enumerate(spaced)]  # room for those that follow
+        return [max(t, steps - 1 - i) for i, t in enumerate(spaced)]  # strictly decreasing
 
     def pairs(self, timesteps):
         """(t, a_t, a_s) of each sampling step: s is the list's next entry, never t - T // steps,
@@ -154,12 +157,12 @@ def seeded_noise(generators, shape, like):
         return torch.randn(shape, device=like.device, dtype=like.dtype)
     noise = torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
     if like.is_cuda:
-        noise = noise.pin_memory()  # from where it is copied without waiting for the GPU
+        noise = noise.pin_memory()  # so that the copy is asynchronous
     return noise.to(like.device, like.dtype, non_blocking=True)
 
 
 def predict_x0_eps(model, x, schedule, t):
-    """The network's word on x (B, ...) at one timestep t, as (x0, eps)."""
+    """The prediction at x (B, ...) and one timestep t, as (x0, eps)."""
     batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
     return schedule.to_x0_eps(model(x, batch_t), x, batch_t)
 
@@ -183,12 +186,12 @@ def ddim_sample(model, x, schedule, steps=50, eta=0.0, generators=None, timestep
 
 
 @torch.no_grad()
-def ddpm_sample(model, x, schedule, steps=None, generators=None, timesteps=None):
+def ddpm_sample(model, x, schedule, steps=1000, generators=None, timesteps=None):
     """Ho 2020, equations 6-7, with the posterior's variance: x (B, ...) noise -> x0 (B, ...).
 
-    steps defaults to all T. With fewer, neighbours in the list take the place of t and t-1.
+    With fewer than all steps, neighbours in the list take the place of t and t-1.
     """
-    timesteps = timesteps or schedule.sampling_timesteps(steps or schedule.num_train_timesteps)
+    timesteps = timesteps or schedule.sampling_timesteps(steps)
     for t, a_t, a_s in schedule.pairs(timesteps):
         x0, _ = predict_x0_eps(model, x, schedule, t)
         alpha = a_t / a_s
@@ -200,49 +203,53 @@ def ddpm_sample(model, x, schedule, steps=None, generators=None, timesteps=None)
 
 
 def half_log_snr(a):
-    """log(sqrt(a) / sqrt(1 - a)), the time that DPM-Solver counts in: a in 0..1 -> -inf..inf."""
+    """lambda, DPM-Solver's time: log(sqrt(a) / sqrt(1 - a)), a in 0..1 -> -inf..inf."""
     if a in (0.0, 1.0):
         return math.copysign(math.inf, a - 0.5)
     return math.log(a / (1 - a)) / 2
 
 
 @torch.no_grad()
-def dpm_sample(model, x, schedule, steps=15, timesteps=None, order=2):
+def dpm_sample(model, x, schedule, steps=15, timesteps=None):
     """DPM-Solver++ (2M), Lu 2022, algorithm 2 (our (5)): x (B, ...) noise -> x0 (B, ...).
 
-    DDIM holds x0 fixed during a step. This one lets it move on as it did during the step before,
-    in a straight line over half_log_snr, which costs no call of the model; order 1 is DDIM itself.
-    Steps from pure noise and to x0 are infinitely long in that time, and no line fits them: the
-    first, the last, and the one after a start in pure noise are DDIM's. So that the last one is
-    short, `steps` timesteps lie closer and closer towards x0: on a Gaussian 15 of them err by less
-    than a tenth of DDIM's 50 (evenly spaced, by twice as much).
+    DDIM holds x0 fixed during a step. This one extrapolates it linearly from the previous step,
+    over half_log_snr, which costs no call of the model. Steps from pure noise and to x0 are
+    infinitely long in that time, so extrapolation is undefined: the first, the last, and the one
+    after a start in pure noise are DDIM's. So that the last one is short, `steps` timesteps lie
+    closer and closer towards x0: on a Gaussian 15 of them err by less than a tenth of DDIM's 50
+    (evenly spaced, by twice as much).
     """
     timesteps = timesteps or schedule.sampling_timesteps(steps, power=2)
-    x0_before = None
-    length_before = math.inf  # of the step before, as if the start had come from infinity
+    previous_x0 = None
+    previous_length = math.inf  # no extrapolation on the first step
     for t, a_t, a_s in schedule.pairs(timesteps):
         x0, _ = predict_x0_eps(model, x, schedule, t)
         length = half_log_snr(a_s) - half_log_snr(a_t)
-        middle = x0  # the mean x0 of the step
-        if order == 2 and math.isfinite(length) and math.isfinite(length_before):
-            middle = x0 + length / length_before / 2 * (x0 - x0_before)
+        extrapolated = x0
+        if math.isfinite(length) and math.isfinite(previous_length):
+            extrapolated = x0 + length / previous_length / 2 * (x0 - previous_x0)
 
         # Equation (4) with sigma = 0, and the eps that belongs to x and this x0.
-        eps = (x - math.sqrt(a_t) * middle) / math.sqrt(1 - a_t)
-        x = math.sqrt(a_s) * middle + math.sqrt(1 - a_s) * eps
-        x0_before = x0
-        length_before = length
+        eps = (x - math.sqrt(a_t) * extrapolated) / math.sqrt(1 - a_t)
+        x = math.sqrt(a_s) * extrapolated + math.sqrt(1 - a_s) * eps
+        previous_x0 = x0
+        previous_length = length
     return x
+
+
+SAMPLERS = {"dpm": dpm_sample, "ddim": ddim_sample, "ddpm": ddpm_sample}
+DEFAULT_STEPS = {"dpm": 15, "ddim": 50, "ddpm": 1000}
 
 
 def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=None,
            guidance_rescale=0.0):
-    """Equation (6) as a model(x, t): both halves in one pass; 1.0 is the conditional run itself.
+    """Equation (6) as a model(x, t): both halves in one batch; 1.0 is the conditional run itself.
 
     context, null_context: (B, K, context_dim). mask, null_mask: (B, K) bool, which context tokens
     count, for prompts of unequal length; else None. guidance_rescale: phi of equation (6'), Lin
-    2024, equations 15 and 16: guidance makes outputs wider, which shows as too much contrast, and
-    this takes them back to the width of the conditional run, each image's by itself; 0.0 is off.
+    2024, equations 15 and 16: guidance inflates the output's deviation, i.e. contrast; this brings
+    each image's back towards that of the conditional run; 0.0 is off.
     """
     def conditional_model(x, t):
         return unet(x, t, context, mask)
@@ -253,15 +260,13 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
     both_contexts = torch.cat([null_context, context])  # (B, K, C) -> (2B, K, C)
     both_masks = None if mask is None else torch.cat([null_mask, mask])
 
-    # x and t keep B rows: UNet.forward repeats them for the two contexts. Float32, for bf16 would
-    # round the difference that guidance multiplies.
     def guided_model(x, t):
-        null, conditional = unet(x, t, both_contexts, both_masks).float().chunk(2)
+        output = unet(torch.cat([x, x]), torch.cat([t, t]), both_contexts, both_masks)
+        null, conditional = output.float().chunk(2)  # guidance amplifies bf16 rounding
         output = null + guidance_scale * (conditional - null)
         if guidance_rescale:
-            width = output.flatten(1).std(1).clamp(min=1e-6)
-            narrower = conditional.flatten(1).std(1) / width
-            factor = guidance_rescale * narrower + 1 - guidance_rescale
+            ratio = conditional.flatten(1).std(1) / output.flatten(1).std(1).clamp(min=1e-6)
+            factor = guidance_rescale * ratio + 1 - guidance_rescale
             output = output * factor[:, None, None, None]
         return output
 
@@ -270,35 +275,26 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
 
 # ---------------------------------------------------------------------------- the manifold
 
-def lerp(a, b, weight):
-    """Straight line between standardised tokens a and b (..., G, D); weight 0 is a, 1 is b."""
-    return a + weight * (b - a)
-
-
 def slerp(a, b, weight):
-    """Great circle between a and b (..., G, D), each seen as one vector; lengths are mixed too.
+    """Great circle between standardised tokens a and b (..., G, D), each seen as one vector; norms
+    are interpolated linearly. weight 0 is a, 1 is b.
 
-    Source: Shoemake 1985. Falls back to lerp where the two are almost parallel.
+    Source: Shoemake 1985. Falls back to a straight line where the two are almost parallel.
     """
-    # Directions and lengths.
+    # Directions and norms.
     u = a.flatten(-2)
     w = b.flatten(-2)
-    length_a = u.norm(dim=-1, keepdim=True)
-    length_b = w.norm(dim=-1, keepdim=True)
-    u = u / length_a.clamp(min=1e-8)
-    w = w / length_b.clamp(min=1e-8)
+    norm_a = u.norm(dim=-1, keepdim=True)
+    norm_b = w.norm(dim=-1, keepdim=True)
+    u = u / norm_a.clamp(min=1e-8)
+    w = w / norm_b.clamp(min=1e-8)
 
-    # A point of the arc between the directions, then its length.
+    # A point of the arc between the directions, then its norm.
     angle = (u * w).sum(-1, keepdim=True).clamp(-1, 1).acos()
     mixed = (((1 - weight) * angle).sin() * u + (weight * angle).sin() * w) / angle.sin()
-    mixed = mixed * lerp(length_a, length_b, weight)
+    mixed = mixed * torch.lerp(norm_a, norm_b, weight)
     nearly_parallel = (angle < 1e-3) | (angle > math.pi - 1e-3)
-    return torch.where(nearly_parallel, lerp(a, b, weight).flatten(-2), mixed).view_as(a)
-
-
-def perturb(tokens, amount, generators=None):
-    """Standardised tokens (B, G, D) plus noise of `amount` training-set standard deviations."""
-    return tokens + amount * seeded_noise(generators, tokens.shape, tokens)
+    return torch.where(nearly_parallel, torch.lerp(a, b, weight).flatten(-2), mixed).view_as(a)
 
 
 def prototypes(tokens, k, seed=0):
@@ -309,13 +305,52 @@ def prototypes(tokens, k, seed=0):
 
 # ---------------------------------------------------------------------------- the condition
 
+class DinoEmbedder(nn.Module):
+    """Images -> the raw global tokens of a frozen DiNO ViT.
+
+    An embedder of your own needs the same two things: `token_shape`, which is (G, D), and
+    `tokens(images, files)`, images (B, 3, H, W) in [-1, 1] and their names in the data set ->
+    (B, G, D) float32. DinoDiffusion standardises what it returns.
+    """
+
+    def __init__(self, config, kind, token_shape):
+        super().__init__()
+        self.vit = VisionTransformer(config).requires_grad_(False).eval()
+        self.kind = kind
+        self.token_shape = tuple(token_shape)
+
+    def tokens(self, images, files=None):
+        return conditioning_tokens(self.vit, images, self.kind)
+
+
+class VectorEmbedder(nn.Module):
+    """Tokens that another program computed, looked up by the name of the image.
+
+    table: name of an image in the data set -> (G, D); empty in a model that is only sampled from.
+    """
+
+    def __init__(self, token_shape, table=None):
+        super().__init__()
+        self.token_shape = tuple(token_shape)
+        self.table = table or {}
+
+    def tokens(self, images, files=None):
+        missing = [file for file in files or ["this image"] if file not in self.table]
+        if missing:
+            raise ValueError(f"{len(missing)} images have no vector (first: {missing[0]}): a model "
+                             "trained on a file of vectors sees no pixels: add them to that file, "
+                             "or sample with --from-vector")
+        return torch.stack([self.table[file] for file in files]).to(images.device)
+
+
 class TokenProjection(nn.Module):
     """Standardised global tokens (B, G, D) -> context (B, K, context_dim), equation (7).
 
     A single context token would make every cross-attention weight 1, and queries and keys would
     get no gradient; so one global token is cut into `pieces` context tokens. With several,
-    K = G. Positions start at standard deviation 0.5: standardising removes what told the tokens
-    apart, and much smaller positions learn far more slowly. The null context is learned.
+    K = G. Positions start at standard deviation 0.5: standardising removes the tokens'
+    distinguishing means, and much smaller positions learn far more slowly. The null context is
+    learned.
     """
 
     def __init__(self, num_tokens, token_dim, context_dim, pieces=4):
@@ -326,14 +361,103 @@ class TokenProjection(nn.Module):
         self.positions = nn.Parameter(0.5 * torch.randn(K, context_dim))
         self.null_context = nn.Parameter(torch.zeros(K, context_dim))
 
-    def forward(self, tokens):
+    def forward(self, tokens, drop=None):
+        """tokens (B, G, D), drop (B,) bool: which rows get the null context -> (context, None);
+        the second, a mask, is for prompts alone."""
         B, G, _ = tokens.shape
         context = self.proj(tokens).view(B, G * self.pieces, -1)  # (B, G, P*C) -> (B, G*P, C)
-        return context + self.positions
+        context = context + self.positions
+        if drop is not None:
+            context = torch.where(drop[:, None, None], self.null_context, context)
+        return context, None
 
     def null(self, batch):
-        """The context of "no condition": (batch, K, context_dim)."""
-        return self.null_context.expand(batch, -1, -1)
+        """The context of "no condition": (batch, K, context_dim), and no mask."""
+        return self.null_context.expand(batch, -1, -1), None
+
+
+# ---------------------------------------------------------------------------- the refiner
+
+HAAR = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+
+
+def mix_squares(x):
+    """The Haar transform of each four channels (B, 4C, h, w), which is its own inverse."""
+    B, C, h, w = x.shape
+    squares = x.view(B, C // 4, 4, h, w)
+    return torch.einsum("jk,bckhw->bcjhw", HAAR.to(x), squares).reshape(B, C, h, w)
+
+
+def to_bands(image):
+    """Squares of 2 x 2 pixels as four bands, the mean and three kinds of differences:
+    (B, C, H, W) -> (B, 4C, H/2, W/2). Orthonormal."""
+    return mix_squares(F.pixel_unshuffle(image, 2))
+
+
+def from_bands(bands):
+    """The inverse of to_bands."""
+    return F.pixel_shuffle(mix_squares(bands), 2)
+
+
+class Refiner(nn.Module):
+    """Equation (8): samples what the autoencoder loses of an image, given what it keeps.
+
+    A U-Net without a condition sees the noisy residual beside the decoded image, both as bands,
+    each band at deviation 1 over the training set: fine detail, a hundredth of an image's variance,
+    weighs as much as the coarse kind. Grey images have one channel here.
+    """
+
+    STEPS = 16  # of DPM-Solver++; docs/results.md compares
+
+    def __init__(self, config):
+        """config: a UNetConfig with 8C channels in and 4C out, for images of C channels."""
+        super().__init__()
+        self.unet = UNet(config)
+        self.channels = config.out_channels // 4
+        self.register_buffer("residual_std", torch.ones(config.out_channels, 1, 1))
+        self.register_buffer("decoded_std", torch.ones(config.out_channels, 1, 1))
+        self.register_buffer("no_context", torch.zeros(1, 1, config.context_dim))
+
+    def to_channels(self, images):
+        """(B, 3, H, W) -> (B, C, H, W): the mean of the colours where C is 1."""
+        return images if self.channels == 3 else images.mean(1, keepdim=True)
+
+    @torch.no_grad()
+    def measure(self, batches):
+        """Set both deviations from pairs (image, decoded), each (B, 3, H, W) in [-1, 1]."""
+        pairs = [(to_bands(self.to_channels(image - decoded)), to_bands(self.to_channels(decoded)))
+                 for image, decoded in batches]
+        residuals, decoded = (torch.cat(bands) for bands in zip(*pairs))
+        self.residual_std.copy_(residuals.std((0, 2, 3)).clamp(min=1e-4)[:, None, None])
+        self.decoded_std.copy_(decoded.std((0, 2, 3)).clamp(min=1e-4)[:, None, None])
+
+    def model(self, decoded):
+        """The U-Net as a model(rt, t), given the decoded images (B, 3, H, W)."""
+        condition = to_bands(self.to_channels(decoded)) / self.decoded_std
+        context = self.no_context.expand(len(decoded), -1, -1)
+        return lambda rt, t: self.unet(torch.cat([rt, condition], dim=1), t, context)
+
+    def loss(self, image, decoded, schedule, generator):
+        """Equation (2) on residuals: image, decoded (B, 3, H, W) in [-1, 1] -> a scalar."""
+        r = to_bands(self.to_channels(image - decoded)) / self.residual_std
+        return schedule.loss(self.model(decoded), r, generator).mean()
+
+    @torch.no_grad()
+    def refine(self, decoded, schedule, seeds, steps=STEPS, dtype=torch.float32):
+        """Decoded images (B, 3, H, W) in [-1, 1] with sampled detail added, one seed an image."""
+        generators = [torch.Generator().manual_seed(step_seed("refiner", seed)) for seed in seeds]
+        grey = self.to_channels(decoded)
+        B, _, H, W = grey.shape
+        r = seeded_noise(generators, (B, 4 * self.channels, H // 2, W // 2), grey)
+        model = self.model(decoded)
+
+        def cast_model(rt, t):
+            with torch.autocast(rt.device.type, dtype, enabled=dtype == torch.bfloat16):
+                return model(rt, t).float()
+
+        r = dpm_sample(cast_model, r, schedule, steps)
+        refined = grey + from_bands(r * self.residual_std)
+        return refined.clamp(-1, 1).expand(-1, 3, -1, -1)
 
 
 # ---------------------------------------------------------------------------- the bundle
@@ -343,7 +467,8 @@ class DinoDiffusionConfig:
     image_size: int = 64                 # pixels, square
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
-    vit: ViTConfig = VISION_TRANSFORMERS["tiny"]
+    vit: ViTConfig = VISION_TRANSFORMERS["tiny"]  # None: tokens come from a file of vectors
+    refiner: UNetConfig = None           # None: the decoder alone
     condition: str = "dino"              # dino, prompts, labels, or none (the control)
     tokens: str = "global"               # which tokens condition: see dino.conditioning_tokens
     token_shape: tuple = (5, 192)        # (G, D) of those tokens
@@ -354,50 +479,49 @@ class DinoDiffusionConfig:
     prediction: str = "v"                # v, eps
     zero_terminal_snr: bool = True
     drop_condition: float = 0.1          # share of training samples that see the null context
-    min_snr_gamma: float = 0.0           # 0 = off; Hang 2023 takes 5. It harms short runs
 
     @property
     def prompts(self):
-        """Every prompt, in the order of its number `label * clusters + cluster`; without labels, or
-        without clusters, that part is 0, and `clusters` counts as 1.
-
-        The label of a prompt is looked up by this number, never read out of its text.
-        """
+        """Every prompt, in the order of its number: see prompts.all_prompts."""
         if self.condition not in ("prompts", "labels"):
             return ()
-        pairs = [(label, k) for label in self.labels or [None] for k in range(self.clusters or 1)]
-        indices = [k for _, k in pairs] if self.clusters else None
-        labels = [label for label, _ in pairs] if self.labels else None
-        return tuple(build_prompts(indices, labels, self.template))
+        return all_prompts(self.labels, self.clusters, self.template)
 
     def __post_init__(self):
         if self.vae.latent_channels != self.unet.in_channels:
             raise ValueError(f"the VAE has {self.vae.latent_channels} latent channels, the U-Net "
                              f"takes {self.unet.in_channels}: both must agree, pass another --vae")
         step = self.vae.factor * self.unet.factor
+        if self.refiner:
+            step = math.lcm(step, 2 * self.refiner.factor)
         if self.image_size % step:
             need = math.ceil(self.image_size / step) * step
             raise ValueError(
                 f"image side {self.image_size} is not a multiple of {step} (VAE {self.vae.factor} "
-                f"x U-Net {self.unet.factor}): pass --size {need}")
+                f"x U-Net {self.unet.factor}, refiner): pass --size {need}")
 
 
 class DinoDiffusion(nn.Module):
-    """VAE, U-Net, embedder, schedule and projection, with the statistics that join them.
+    """VAE, U-Net, embedder, refiner, schedule and projection, with the statistics that join them.
 
-    Two parts are trained here (`trained`: U-Net and projection); VAE and embedder stay frozen.
+    U-Net and projection (`trained`) and the refiner are trained here; VAE and embedder are frozen.
     """
+
+    STATISTICS = ("shift", "scale", "token_mean", "token_std", "centers", "prompt_counts")
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.vae = AutoencoderKL(config.vae).requires_grad_(False).eval()
-        self.embedder = VisionTransformer(config.vit).requires_grad_(False).eval()
+        self.embedder = VectorEmbedder(config.token_shape)
+        if config.vit:
+            self.embedder = DinoEmbedder(config.vit, config.tokens, config.token_shape)
         self.unet = UNet(config.unet)
+        self.refiner = Refiner(config.refiner) if config.refiner else None
         self.schedule = NoiseSchedule(1000, config.schedule, config.prediction,
                                       config.zero_terminal_snr)
 
-        # What turns a condition into context tokens.
+        # From a condition to context tokens.
         self.prompts = config.prompts
         if self.prompts:
             longest = max(len(words_of(prompt)) for prompt in self.prompts)
@@ -416,22 +540,23 @@ class DinoDiffusion(nn.Module):
         self.register_buffer("centers", torch.zeros(config.clusters, G * D))  # of K-means
         counts = torch.zeros(len(self.prompts), dtype=torch.int64)
         self.register_buffer("prompt_counts", counts)  # training images of each
-        self.embedding_sampler = None  # set after training
+        self.embedding_sampler = None  # fitted once training is done, see support/mixture.py
 
     @property
     def trained(self):
+        """U-Net and projection as one module, for the optimiser and the EMA."""
         return nn.ModuleDict({"unet": self.unet, "projection": self.projection})
 
-    # ---- pictures to numbers and back
+    # ---- images to numbers and back
 
     def standardise(self, tokens):
         """Raw tokens (B, G, D) -> mean 0 and deviation 1 over the training set, each entry."""
         return (tokens - self.token_mean) / self.token_std
 
     @torch.no_grad()
-    def embed(self, images):
+    def embed(self, images, files=None):
         """Images (B, 3, H, W) in [-1, 1] -> standardised tokens (B, G, D)."""
-        return self.standardise(conditioning_tokens(self.embedder, images, self.config.tokens))
+        return self.standardise(self.embedder.tokens(images, files))
 
     @torch.no_grad()
     def encode(self, images):
@@ -440,18 +565,29 @@ class DinoDiffusion(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images):
-        """Images -> mean and std (B, C, h, w) of the VAE's latents; VAE_PIXELS at a time."""
-        slices = images.split(max(1, VAE_PIXELS // images[0, 0].numel()))
-        found = [self.vae.encode(part) for part in slices]
-        return torch.cat([x.mean for x in found]), torch.cat([x.std for x in found])
+        """Images -> mean and std (B, C, h, w) of the VAE's latents; PIXELS_AT_ONCE per call."""
+        slices = images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
+        posteriors = [self.vae.encode(part) for part in slices]
+        return torch.cat([x.mean for x in posteriors]), torch.cat([x.std for x in posteriors])
 
     @torch.no_grad()
     def decode(self, x0):
-        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]; VAE_PIXELS at a time."""
+        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]: what the decoder keeps."""
         pixels = x0.shape[2] * x0.shape[3] * self.config.vae.factor ** 2
-        slices = x0.split(max(1, VAE_PIXELS // pixels))
+        slices = x0.split(max(1, PIXELS_AT_ONCE // pixels))
         images = [self.vae.decode(part / self.scale + self.shift) for part in slices]
         return torch.cat(images).clamp(-1, 1)
+
+    @torch.no_grad()
+    def refine(self, decoded, seeds, steps=Refiner.STEPS, dtype=torch.float32):
+        """Decoded images (B, 3, H, W) with sampled detail, one seed an image; without a refiner,
+        as they are."""
+        if self.refiner is None:
+            return decoded
+        at_once = max(1, PIXELS_AT_ONCE // decoded[0, 0].numel())
+        slices = [slice(i, i + at_once) for i in range(0, len(decoded), at_once)]
+        return torch.cat([self.refiner.refine(decoded[rows], self.schedule, seeds[rows], steps,
+                                              dtype) for rows in slices])
 
     # ---- conditions
 
@@ -462,80 +598,73 @@ class DinoDiffusion(nn.Module):
     def prompt_ids(self, prompts):
         """List of B str -> the condition of a model that follows prompts, (B, L) int64.
 
-        L is one number whatever the prompts are. Raises ValueError for a prompt with unknown words.
+        L is fixed. Raises ValueError for a prompt with unknown words.
         """
         return self.projection.tokenize(prompts)
 
-    def context(self, condition, batch):
-        """Tokens (batch, G, D), prompt ids (batch, L) or None for no condition ->
-        context (batch, K, context_dim), and mask (batch, K) bool for prompts or else None.
-        """
-        if self.prompts:
-            return self.projection(self.projection.null(batch) if condition is None else condition)
-        if condition is None:
-            return self.projection.null(batch), None
-        return self.projection(condition), None
+    def context(self, condition, drop=None):
+        """Tokens (B, G, D) or prompt ids (B, L) -> context (B, K, context_dim), and mask (B, K)
+        bool for prompts, else None. drop (B,) bool: which rows get the null context."""
+        return self.projection(condition, drop)
+
+    def null_context(self, batch):
+        """Context and mask of "no condition"."""
+        return self.projection.null(batch)
 
     # ---- training
 
     def loss(self, mean, std, condition, generator):
         """One training step's loss: mean (prediction - target)^2 over uniform t.
 
-        mean, std: (B, C, h, w), the VAE's posterior, drawn anew each step.
-        condition: (B, G, D) or (B, L); a part of it, `drop_condition`, is replaced by the null
-            condition, so that guidance has both halves. Of no account to an unconditional model.
-        generator: of all that is drawn, on mean's device.
-        Returns (loss, {}): a dict of values to log, as all losses for `fit` do.
+        mean, std: (B, C, h, w), the VAE's posterior, sampled again at each step.
+        condition: (B, G, D) or (B, L); a share of it, `drop_condition`, is replaced by the null
+            condition, so that guidance has both halves. Ignored by an unconditional model.
+        generator: source of all randomness, on mean's device.
         """
         B = len(mean)
-        device = mean.device
-
-        # Latent, noise and timestep.
-        z = mean + std * torch.randn(mean.shape, generator=generator, device=device)
+        z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
         x0 = (z - self.shift) * self.scale
-        noise = torch.randn(mean.shape, generator=generator, device=device)
-        t = torch.randint(self.schedule.num_train_timesteps, (B,), generator=generator,
-                          device=device)
 
-        # Context, or for some images the null context.
-        context, mask = self.context(None, B)
-        if self.config.condition != "none":
-            dropped = torch.rand(B, generator=generator, device=device) < self.config.drop_condition
-            null_context, null_mask = context, mask
-            context, mask = self.context(condition, B)
-            context = torch.where(dropped[:, None, None], null_context, context)
-            if mask is not None:
-                mask = torch.where(dropped[:, None], null_mask, mask)
+        if self.config.condition == "none":
+            context, mask = self.null_context(B)
+        else:
+            drop = torch.rand(B, generator=generator, device=mean.device)
+            context, mask = self.context(condition, drop < self.config.drop_condition)
 
-        # The error of the prediction.
-        prediction = self.unet(self.schedule.add_noise(x0, noise, t), t, context, mask)
-        target = self.schedule.target(x0, noise, t)
-        error = F.mse_loss(prediction.float(), target, reduction="none")
-        error = error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
-        if self.config.min_snr_gamma:
-            error = error * self.schedule.min_snr_weight(t, self.config.min_snr_gamma)
-        return error.mean(), {}
+        def model(xt, t):
+            return self.unet(xt, t, context, mask)
+
+        return self.schedule.loss(model, x0, generator).mean()
 
     # ---- sampling
 
     @torch.no_grad()
-    def sample(self, condition, seeds, steps=50, guidance_scale=1.0, eta=0.0, sampler="ddim",
-               batch=64, start=None, strength=1.0, dtype=torch.float32, guidance_rescale=0.0):
+    def sample(self, condition, seeds, steps=None, guidance_scale=1.0, eta=0.0, sampler="dpm",
+               batch=64, start=None, strength=1.0, dtype=torch.float32, guidance_rescale=0.0,
+               refine=True):
         """New images (N, 3, H, W) in [-1, 1], one for each seed, on the model's device.
 
         condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
-        guidance_scale, guidance_rescale: of equations (6) and (6'), see `guided`; without a
-            condition of no account.
+        steps: None takes the sampler's own, DEFAULT_STEPS. eta: of ddim alone.
+        guidance_scale, guidance_rescale: of equations (6) and (6'), see `guided`; ignored without a
+            condition.
         start: images (N, 3, H, W); with strength < 1 the sampler begins from them, with the noise
             of the timestep at that share of all T (img2img).
-        dtype: torch.bfloat16 puts the U-Net under autocast; all the rest stays float32.
+        dtype: torch.bfloat16 puts the networks under autocast; all the rest stays float32.
+        refine: draw the detail that the decoder loses, where the model has a refiner.
         Image i depends on its seed and condition alone, not on `batch`.
-        Raises ValueError for steps outside 1..T, a strength outside (0, 1], an unknown sampler.
+        Raises ValueError for steps outside 1..T, a strength outside (0, 1], an unknown sampler,
+            another number of conditions or start images than of seeds.
         """
-        if sampler not in ("ddim", "ddpm", "dpm"):
-            raise ValueError(f"sampler '{sampler}' is unknown: use ddim, ddpm or dpm")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler '{sampler}' is unknown: use {', '.join(SAMPLERS)}")
         if not 0 < strength <= 1:
             raise ValueError(f"strength {strength}: need more than 0 and at most 1 (all noise)")
+        for name, rows in ("condition", condition), ("start", start):
+            if rows is not None and len(rows) != len(seeds):
+                raise ValueError(f"{name} has {len(rows)} rows for {len(seeds)} seeds: need one "
+                                 "for each image: repeat it, or pass more seeds")
+        steps = steps or DEFAULT_STEPS[sampler]
         timesteps = self.schedule.sampling_timesteps(steps, power=2 if sampler == "dpm" else 1)
         limit = strength * self.schedule.num_train_timesteps
         timesteps = [t for t in timesteps if t < limit] or timesteps[-1:]
@@ -546,7 +675,7 @@ class DinoDiffusion(nn.Module):
         for first in range(0, len(seeds), batch):
             rows = slice(first, first + batch)
 
-            # Noise, of each image's own seed, or a noisy start image.
+            # Noise, from each image's own seed, or a noisy start image.
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
             B = len(generators)
             x = seeded_noise(generators, (B, len(self.shift), side, side), self.shift)
@@ -555,39 +684,39 @@ class DinoDiffusion(nn.Module):
                 x = self.schedule.add_noise(self.encode(start[rows].to(device)), x, t)
 
             # The model, with both contexts.
-            null_context, null_mask = self.context(None, B)
-            model = guided(self.unet, null_context, null_context, 1.0, null_mask, null_mask)
+            null_context, null_mask = self.null_context(B)
+            context, mask = null_context, null_mask
+            scale = 1.0
             if condition is not None:
-                context, mask = self.context(condition[rows].to(device), B)
-                model = guided(self.unet, context, null_context, guidance_scale, mask, null_mask,
-                               guidance_rescale)
+                context, mask = self.context(condition[rows].to(device))
+                scale = guidance_scale
+            model = guided(self.unet, context, null_context, scale, mask, null_mask,
+                           guidance_rescale)
 
-            # Noise to x0; samplers multiply no matrices, so autocast touches the U-Net alone.
+            # Noise to x0; samplers contain no matmuls, so autocast touches the U-Net alone.
+            options = {} if sampler == "dpm" else {"generators": generators}
+            if sampler == "ddim":
+                options["eta"] = eta
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                if sampler == "ddim":
-                    x = ddim_sample(model, x, self.schedule, eta=eta, generators=generators,
-                                    timesteps=timesteps)
-                elif sampler == "ddpm":
-                    x = ddpm_sample(model, x, self.schedule, generators=generators,
-                                    timesteps=timesteps)
-                else:
-                    x = dpm_sample(model, x, self.schedule, timesteps=timesteps)
-            images.append(self.decode(x))
+                x = SAMPLERS[sampler](model, x, self.schedule, timesteps=timesteps, **options)
+
+            # x0 to pixels.
+            decoded = self.decode(x)
+            images.append(self.refine(decoded, seeds[rows], dtype=dtype) if refine else decoded)
         return torch.cat(images)
 
-    # ---- plain dictionaries; files are the business of support/files.py
-
-    STATISTICS = ("shift", "scale", "token_mean", "token_std", "centers", "prompt_counts")
+    # ---- plain dictionaries; file I/O is in support/files.py
 
     def to_checkpoint(self):
         """Plain dict of tensors and values that `from_checkpoint` and torch.save take."""
         mixture = self.embedding_sampler
         return {
             "config": asdict(self.config),
-            "embedder": {"config": asdict(self.config.vit), "model": self.embedder.state_dict()},
+            "embedder": self.embedder.state_dict(),
             "vae": self.vae.state_dict(),
             "unet": self.unet.state_dict(),
             "projection": self.projection.state_dict(),
+            "refiner": None if self.refiner is None else self.refiner.state_dict(),
             "statistics": {name: getattr(self, name) for name in self.STATISTICS},
             "embedding_sampler": None if mixture is None else mixture.state_dict(),
         }
@@ -596,20 +725,16 @@ class DinoDiffusion(nn.Module):
     def from_checkpoint(cls, checkpoint):
         """The inverse, in eval mode. Raises ValueError if the parts do not fit each other."""
         try:
-            # The config; sizes far from the weights' would fill the memory before they are refused.
             raw = dict(checkpoint["config"])
-            raw["labels"] = tuple(raw.get("labels", ()))
-            for name, kind in (("vae", VAEConfig), ("unet", UNetConfig), ("vit", ViTConfig)):
-                raw[name] = kind(**raw[name])
-            layers = (raw["vae"].layers_per_block, raw["unet"].layers_per_block, raw["vit"].depth)
-            if max(layers) > len(checkpoint["unet"]):
-                raise ValueError(f"{max(layers)} layers")
+            raw["labels"] = tuple(raw["labels"])
+            kinds = {"vae": VAEConfig, "unet": UNetConfig, "vit": ViTConfig, "refiner": UNetConfig}
+            for name, kind in kinds.items():
+                raw[name] = kind(**raw[name]) if raw[name] else None
 
-            # Weights and statistics.
             model = cls(DinoDiffusionConfig(**raw))
-            model.embedder.load_state_dict(checkpoint["embedder"]["model"])
-            for part in ("vae", "unet", "projection"):
-                getattr(model, part).load_state_dict(checkpoint[part])
+            for part in ("vae", "unet", "projection", "embedder", "refiner"):
+                if getattr(model, part) is not None:
+                    getattr(model, part).load_state_dict(checkpoint[part])
             for name, value in checkpoint["statistics"].items():
                 getattr(model, name).copy_(value)
             mixture = checkpoint["embedding_sampler"]
@@ -617,7 +742,7 @@ class DinoDiffusion(nn.Module):
                 shape = (*mixture["means"].shape, *model.config.token_shape)
                 model.embedding_sampler = EmbeddingSampler(*shape)
                 model.embedding_sampler.load_state_dict(mixture)
-        except Exception as error:  # a foreign file raises nearly any type
+        except Exception as error:  # a malformed file can raise anything
             raise ValueError(
                 "this is not a DiNO-Diffusion model that this version reads "
                 f"({' '.join(str(error).split())[:200]}): "

@@ -4,6 +4,7 @@
     python sample.py --interpolate a.png b.png --frames 8
     python sample.py --prototypes 8                      # K-means centres of the training tokens
     python sample.py --random --count 16                 # no source image: tokens from a mixture
+    python sample.py --from-vector vectors.npz --row 3   # tokens that another program computed
     python sample.py --prompt "Histology image of cancer tissue, morphology type two" --count 16
     python sample.py --each-prompt 10                    # a balanced labelled data set
     torchrun --nproc-per-node 8 sample.py --random --count 100000     # on eight GPUs
@@ -11,126 +12,230 @@
 --prompt and --each-prompt are for a model trained with --condition prompts or labels; its --random
 draws prompts as often as its training images had them.
 
-The way of an image: a `Request` says what to make; `make_condition` turns it into tokens or prompt
-ids; `DinoDiffusion.sample` makes noise of the request's seed, and an image of both; `main` writes
-images/*.png, grid.png (sources at the left) and samples.csv, with each image's provenance:
-strategy, sources and weights or prompt, seed, settings, and the labels it inherits with the rule
-that gave them. Image j uses seed `--seed + j` and does not depend on the batch size, nor on the
-number of processes (ranks), which take batches in turn. Sources are read as they are needed.
+Pipeline: `plan` lists one `Request` an image; `make_condition` turns requests into tokens or prompt
+ids; `DinoDiffusion.sample` makes an image of the condition and the noise of the request's seed;
+`main` writes images/*.png, grid.png (sources at the left) and samples.csv, with each image's
+provenance: strategy, sources and weights or prompt, seed, settings, and the labels it inherits.
+Image j uses seed `--seed + j` and does not depend on the batch size, nor on the number of processes
+(ranks), which take batches in turn. Detail finer than the autoencoder keeps is drawn at random, by
+the refiner; --no-refine shows the decoder alone.
 """
+import argparse
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from dinodiff import DinoDiffusion, lerp, perturb, prototypes, slerp
-from support.files import BOX, note_colour
-from support.command import (StatusLine, UserError, autocast_dtype, pick_device, run_script,
-                             user_errors)
-from support.files import load_checkpoint, next_folder, resolve_checkpoint
+from dinodiff import DEFAULT_STEPS, SAMPLERS, DinoDiffusion, prototypes, seeded_noise, slerp
+from prompts import find_prompt
+from support.command import (Help, StatusLine, UserError, autocast_dtype, number, pick_device,
+                             run_script, user_errors)
+from support.datasets import open_dataset
+from support.files import BOX, load_checkpoint, next_folder, note_colour, resolve_checkpoint
 from support.images import load_image
 from support.ranks import all_ranks, join_ranks, rank, ranks
-from support.sample_folder import (Request, SampleFolder, find_sources,
-                                   read_training_tokens)
+from support.sample_folder import Request, SampleFolder, read_training_tokens
 from support.seeds import step_seed
-from support.settings import check_sample_flags, sample_flags
-from support.tables import labels_of
+from support.vectors import read_vectors
 
 
-def load_model(path, device):
-    """A run's folder or model.pt -> (DinoDiffusion on the device, the flags of its training, the
-    centres of its training tokens, which a packed model holds, or None)."""
-    checkpoint = load_checkpoint(resolve_checkpoint(path))
+def flags():
+    """The parser of sample.py."""
+    parser = argparse.ArgumentParser(description="Sample images from a trained model.",
+                                     usage="%(prog)s WHAT [flags]", formatter_class=Help)
+
+    flag = parser.add_argument_group("what to make (one of)").add_mutually_exclusive_group(
+        required=True).add_argument
+    flag("--from-image", nargs="+", metavar="PATH", help="images, or folders of them, to resemble")
+    flag("--from-vector", metavar="FILE", help="tokens of a .npz with file and tokens (N, G, D)")
+    flag("--interpolate", nargs=2, metavar=("A", "B"), help="go from image A to image B")
+    flag("--prototypes", type=number(int, 1), metavar="K", help="centres of K clusters")
+    flag("--random", action="store_true", help="no source image")
+    flag("--prompt", metavar="TEXT", help="words of the training prompts")
+    flag("--each-prompt", type=number(int, 1), metavar="N", help="N images of every prompt")
+
+    flag = parser.add_argument_group("how").add_argument
+    flag("--row", type=number(int, 0), help="which row of --from-vector (default: each)")
+    flag("--perturb", type=number(float, 0, 1e6), default=0.0,
+         help="noise on the source's tokens, in training-set standard deviations")
+    flag("--strength", type=number(float, 1e-9, 1), default=1.0,
+         help="below 1: start from the source image with this share of the noise (img2img)")
+    flag("--frames", type=number(int, 1), default=8, help="images from A to B")
+
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--count", type=number(int, 1), default=1, help="images for each source")
+    flag("--steps", type=number(int, 1), help="denoising steps, 1 to 1000 (default: dpm 15, ddim "
+         "50, ddpm 1000)")
+    flag("--sampler", choices=SAMPLERS, default="dpm",
+         help="DPM-Solver++; DDIM; the first one, of Ho 2020")
+    flag("--guidance-scale", type=number(float, 0, 1e6), default=1.0,
+         help="1 = off; above 1 pushes away from the unconditional model")
+    flag("--guidance-rescale", type=number(float, 0, 1), default=0.0,
+         help="takes back the contrast that guidance above 1 adds, e.g. 0.7")
+    flag("--eta", type=number(float, 0, 1),
+         help="of ddim: 0 deterministic, 1 noisy as ddpm (default: 0.5)")
+    flag("--no-refine", action="store_true", help="the decoder alone: soft, no random detail")
+    flag("--seed", type=number(int, 0, 2 ** 62), default=0,
+         help="of the first image; the next has +1")
+    flag("--batch", type=number(int, 1), default=32, help="images at a time")
+
+    flag = parser.add_argument_group("machine and files").add_argument
+    flag("--checkpoint", help="a run's folder, a model.pt or box (default: the newest run, else "
+         "the bundled model)")
+    flag("--device", default="auto", help="auto, cuda, mps or cpu")
+    flag("--out", help="folder (default: a new one in the run's samples/)")
+    return parser
+
+
+def parse(argv=None):
+    """Flags -> Namespace; a mistake ends the program with one line and code 2."""
+    parser = flags()
+    args = parser.parse_args(argv)
+    if (args.perturb or args.strength < 1) and not args.from_image:
+        parser.error("--perturb and --strength change a source: --from-image is needed: pass it, "
+                     "or leave them out")
+    if args.row is not None and not args.from_vector:
+        parser.error("--row is of --from-vector: a file is needed: pass it, or leave --row out")
+    if args.eta is not None and args.sampler != "ddim":
+        parser.error(f"--eta is of ddim alone, not of {args.sampler}: pass --sampler ddim, or "
+                     "leave it out")
+    args.steps = args.steps or DEFAULT_STEPS[args.sampler]
+    if args.eta is None:
+        args.eta = 0.5 if args.sampler == "ddim" else 0.0
+    return args
+
+
+def refuse_impossible(args, model):
+    """Raise UserError for what this DinoDiffusion cannot make."""
+    condition = model.config.condition
+    wants_prompt = args.prompt is not None or bool(args.each_prompt)
+    wants_pixels = args.from_image or args.interpolate
+    if model.prompts and not (wants_prompt or args.random):
+        raise UserError("this model follows prompts, not images", "a prompt is needed",
+                        "pass --prompt, --each-prompt or --random")
+    if wants_prompt and not model.prompts:
+        raise UserError(f"this model was trained with --condition {condition}", "it knows no "
+                        "prompts", "pass --from-image or --random, or another --checkpoint")
+    if condition == "none" and not (args.random or args.strength < 1):
+        raise UserError("this model was trained with --condition none", "it cannot follow a source",
+                        "pass --random, or --from-image with --strength below 1")
+    if condition == "dino" and wants_pixels and not model.config.vit:
+        raise UserError("this model was trained on a file of vectors", "it cannot embed an image",
+                        "pass --from-vector FILE, --prototypes or --random")
+    if condition == "dino" and args.random and model.embedding_sampler is None:
+        raise UserError("this model has no embedding sampler, its training was not finished",
+                        "a finished run is needed", "use train.py --resume")
+    if args.no_refine is False and model.refiner is None:
+        print("note: this model has no refiner: images are as soft as its decoder makes them")
+    if args.no_refine and model.refiner is None:
+        raise UserError("--no-refine: this model has no refiner", "nothing to leave out",
+                        "leave --no-refine out")
     with user_errors():
-        model = DinoDiffusion.from_checkpoint(checkpoint).to(device)
-    training = checkpoint.get("training")
-    training = training if isinstance(training, dict) else {}
-    return model, training, checkpoint.get("prototypes")
+        model.schedule.sampling_timesteps(args.steps)
+        if args.prompt is not None:
+            model.prompt_ids([args.prompt])
 
 
 # ---------------------------------------------------------------------------- what to make
 
-def requests_from_images(args, sources):
-    """--count images that resemble each source."""
-    strategy = "img2img" if args.strength < 1 else "perturb" if args.perturb else "reconstruct"
+def find_sources(paths, read):
+    """Files, and folders with their own labels.csv -> ([path], [{column: label}]).
+
+    What cannot be read is left out, counted and named, before the first image is made.
+    """
+    sources = []
+    labels = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            sources.append(path)
+            labels.append({})
+            continue
+        images = open_dataset(path, None)
+        sources += images.sources
+        labels += [{name: column[i] for name, column in images.columns.items() if column[i]}
+                   for i in range(len(images))]
+
+    good = []
+    problems = []
+    for i, source in enumerate(sources):
+        try:
+            read(source)
+            good.append(i)
+        except UserError as error:
+            problems.append(error)
+    if not good:
+        raise problems[0]
+    if problems:
+        print(f"note: {len(problems)} of {len(sources)} sources left out, the first: {problems[0]}")
+    return [sources[i] for i in good], [labels[i] for i in good]
+
+
+def plan(args, model, sources, labels, vectors):
+    """What to make: a list of Requests, one an image, with seeds from --seed on.
+
+    sources, labels: of --from-image or --interpolate. vectors: the names of --from-vector.
+    """
     requests = []
-    for line, source in enumerate(sources):
-        labels = labels_of(source)
-        rule = "of the source" if labels else ""
-        requests += [Request(strategy, line, args.seed + line * args.count + i, (source,),
-                             labels=labels, label_rule=rule) for i in range(args.count)]
-    return requests
 
+    def add(strategy, row, seed=None, **settings):
+        seed = args.seed + len(requests) if seed is None else seed
+        requests.append(Request(strategy, row, seed, **settings))
 
-def requests_between(args, sources):
-    """--count strips of --frames images from source A to source B, one noise for a strip."""
-    if len(sources) != 2:
-        raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
-                        "pass two files")
-    labels = [labels_of(source) for source in sources]
-    rule = "of the nearer source" if any(labels) else ""
-    requests = []
-    for strip in range(args.count):
-        for frame in range(args.frames):
-            weight = frame / max(1, args.frames - 1)
-            nearer = labels[1] if weight > 0.5 else labels[0]
-            requests.append(Request("interpolate", strip, args.seed + strip, tuple(sources),
-                                    weight, labels=nearer, label_rule=rule))
-    return requests
-
-
-def requests_without_source(args):
-    """--count images of each of --prototypes centres, or --count random ones."""
-    if args.random:
-        return [Request("random", i // 8, args.seed + i) for i in range(args.count)]
-    requests = []
-    for i in range(args.prototypes * args.count):
-        number = i // args.count
-        name = f"prototype {number} of {args.prototypes}"
-        requests.append(Request("prototype", number, args.seed + i, (name,), prototype=number))
-    return requests
-
-
-def requests_of_prompts(args, model):
-    """--prompt, --each-prompt or --random, for a model that follows prompts."""
-    counts = model.prompt_counts.cpu()
-    used = [model.prompts[number] for number in counts.nonzero()[:, 0].tolist()]
-    if args.prompt is not None:
-        prompts = [args.prompt] * args.count
-        if args.prompt not in used:
-            print(f"note: no training image had the prompt {args.prompt!r}")
-    elif args.each_prompt:
-        prompts = [prompt for prompt in used for _ in range(args.each_prompt)]
-    else:
-        draws = torch.multinomial(counts.double(), args.count, replacement=True,
-                                  generator=torch.Generator().manual_seed(args.seed))
-        prompts = [model.prompts[number] for number in draws.tolist()]
-
-    requests = []
-    for i, prompt in enumerate(prompts):
-        labels = {}
-        if model.config.labels and prompt in model.prompts:  # looked up, never read out of the text
-            number = model.prompts.index(prompt) // (model.config.clusters or 1)
-            labels = {"label": model.config.labels[number]}
-        line = i // (args.each_prompt or 8)
-        rule = "of the prompt" if labels else ""
-        requests.append(Request("prompt", line, args.seed + i, prompt=prompt, labels=labels,
-                                label_rule=rule))
-    return requests
-
-
-def plan(args, model):
-    """What to make: a list of Requests, one an image."""
     if model.prompts:
-        return requests_of_prompts(args, model)
-    if args.random or args.prototypes:
-        return requests_without_source(args)
+        for i, prompt in enumerate(choose_prompts(args, model)):
+            add("prompt", i // (args.each_prompt or 8), prompt=prompt,
+                labels=label_of_prompt(prompt, model), label_rule="of the prompt")
+    elif args.random:
+        for i in range(args.count):
+            add("random", i // 8)
+    elif args.prototypes:
+        for i in range(args.prototypes * args.count):
+            index = i // args.count
+            add("prototype", index, index=index,
+                sources=(f"prototype {index} of {args.prototypes}",))
+    elif args.from_vector:
+        rows = range(len(vectors)) if args.row is None else [args.row]
+        for i in range(len(rows) * args.count):
+            index = rows[i // args.count]
+            add("vector", i // args.count, index=index, sources=(vectors[index],))
+    elif args.from_image:
+        strategy = "img2img" if args.strength < 1 else "perturb" if args.perturb else "reconstruct"
+        for i in range(len(sources) * args.count):
+            row = i // args.count
+            add(strategy, row, sources=(sources[row],), labels=labels[row],
+                label_rule="of the source")
+    else:
+        for strip in range(args.count):  # one noise for a strip
+            for frame in range(args.frames):
+                weight = frame / max(1, args.frames - 1)
+                add("interpolate", strip, seed=args.seed + strip, sources=tuple(sources),
+                    weight=weight)
+    return requests
 
-    sources = find_sources(args.from_image or args.interpolate)
-    if args.from_image:
-        return requests_from_images(args, sources)
-    return requests_between(args, sources)
+
+def choose_prompts(args, model):
+    """The prompt of each image: the one named, each in turn, or drawn as often as in training."""
+    counts = model.prompt_counts.cpu()
+    if args.prompt is not None:
+        index = find_prompt(args.prompt, model.prompts)
+        if index is None or not counts[index]:
+            print(f"note: no training image had the prompt {args.prompt!r}")
+        return [args.prompt if index is None else model.prompts[index]] * args.count
+    if args.each_prompt:
+        used = counts.nonzero()[:, 0].tolist()
+        return [model.prompts[index] for index in used for _ in range(args.each_prompt)]
+    draws = torch.multinomial(counts.double(), args.count, replacement=True,
+                              generator=torch.Generator().manual_seed(args.seed))
+    return [model.prompts[index] for index in draws.tolist()]
+
+
+def label_of_prompt(prompt, model):
+    """{"label": its label}, looked up by the prompt's number, never read out of the text."""
+    if not model.config.labels or prompt not in model.prompts:
+        return {}
+    index = model.prompts.index(prompt)
+    return {"label": model.config.labels[index // (model.config.clusters or 1)]}
 
 
 # ---------------------------------------------------------------------------- tokens
@@ -146,14 +251,15 @@ def find_prototypes(args, model, tokens, folder):
 
 
 def generators(purpose, requests):
-    """One for each image; near seeds and other purposes share no random numbers."""
+    """One for each image: independent streams for each purpose and seed."""
     return [torch.Generator().manual_seed(step_seed(purpose, request.seed)) for request in requests]
 
 
-def make_condition(requests, args, model, read, centers):
+def make_condition(requests, args, model, read, table):
     """The condition of B requests: tokens (B, G, D), prompt ids (B, L), or None.
 
-    read: path -> image (3, H, W). centers: the prototypes (K, G, D), or None.
+    read: path -> image (3, H, W). table: (K, G, D), prototypes or standardised vectors, which
+    requests name by index.
     """
     if model.prompts:
         return model.prompt_ids([request.prompt for request in requests])
@@ -161,81 +267,99 @@ def make_condition(requests, args, model, read, centers):
         return None
     if args.random:
         return model.embedding_sampler.sample(generators("random", requests))
-    if args.prototypes:
-        return centers[[request.prototype for request in requests]]
+    if table is not None:
+        return table[[request.index for request in requests]]
 
     # Embed each source of this batch once.
     paths = list(dict.fromkeys(path for request in requests for path in request.sources))
     images = torch.stack([read(path) for path in paths])
     embedded = dict(zip(paths, model.embed(images.to(model.shift.device))))
 
-    # Each image's own mixture of them.
+    # The tokens of each image: its source's, a point between two, or a neighbour.
     tokens = torch.stack([embedded[request.sources[0]] for request in requests])
     if args.interpolate:
-        mix = lerp if args.mix == "lerp" else slerp
         end = [embedded[request.sources[1]] for request in requests]
-        tokens = torch.stack([mix(a, b, request.weight)
+        tokens = torch.stack([slerp(a, b, request.weight)
                               for a, b, request in zip(tokens, end, requests)])
     if args.perturb:
-        tokens = perturb(tokens, args.perturb, generators("perturb", requests))
+        noise = seeded_noise(generators("perturb", requests), tokens.shape, tokens)
+        tokens = tokens + args.perturb * noise
     return tokens
 
 
 # ---------------------------------------------------------------------------- images and files
 
-def make_images(requests, args, model, read, centers, dtype):
+def make_images(requests, args, model, read, table, dtype):
     """B requests -> images (B, 3, H, W) in [-1, 1] on the CPU; UserError if they hold NaN."""
     start = None
     if args.strength < 1:
         start = torch.stack([read(request.sources[0]) for request in requests])
     images = model.sample(
-        make_condition(requests, args, model, read, centers),
+        make_condition(requests, args, model, read, table),
         seeds=[request.seed for request in requests], steps=args.steps, sampler=args.sampler,
-        guidance_scale=args.guidance, guidance_rescale=args.guidance_rescale, eta=args.eta,
-        batch=args.batch, start=start, strength=args.strength, dtype=dtype).cpu()
+        guidance_scale=args.guidance_scale, guidance_rescale=args.guidance_rescale, eta=args.eta,
+        batch=args.batch, start=start, strength=args.strength, dtype=dtype,
+        refine=not args.no_refine).cpu()
     if not images.isfinite().all():
         raise UserError(f"images of seeds from {requests[0].seed} on are not finite",
-                        "need sound weights, moderate guidance",
-                        "lower --guidance, or pass another model")
+                        "sound weights and moderate guidance are needed",
+                        "lower --guidance-scale, or pass another model")
     return images
 
 
 def main(argv=None):
     join_ranks()
-    args = sample_flags(argv)
+    args = parse(argv)
     device = pick_device(args.device)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    model, training, held = load_model(checkpoint, device)
-    dtype = autocast_dtype(device, args.dtype)
-    if args.dtype == "auto" and device.type == "cpu":
-        dtype = torch.float32  # bf16 brings the U-Net nothing there
+    content = load_checkpoint(checkpoint)
+    with user_errors():
+        model = DinoDiffusion.from_checkpoint(content).to(device)
+    refuse_impossible(args, model)
+    dtype = torch.float32  # on a CPU bf16 is not faster
+    if device.type == "cuda":
+        dtype = autocast_dtype(device)
 
     @lru_cache(maxsize=args.batch)
     def read(path):
-        return load_image(path, model.config.image_size, training.get("depth"))
+        depth = content.get("training", {}).get("depth")
+        return load_image(path, model.config.image_size, depth)
 
     def read_sources(request):
         return [read(source) for source in request.sources if isinstance(source, Path)]
 
     # What to make; what cannot be made, or read, is refused before a folder is there.
-    check_sample_flags(args, model)
-    requests = plan(args, model)
-    centers = None
+    sources, labels = find_sources(args.from_image or args.interpolate or [], read) if (
+        args.from_image or args.interpolate) else ([], [])
+    if args.interpolate and len(sources) != 2:
+        raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
+                        "pass two files")
+    table = None
+    vectors = {}
     if args.prototypes:
-        centers = find_prototypes(args, model, held, checkpoint.parent)
-    sources = read_sources(requests[0])
+        table = find_prototypes(args, model, content.get("prototypes"), checkpoint.parent)
+    if args.from_vector:
+        vectors = read_vectors(args.from_vector)
+        table = torch.stack(list(vectors.values())).to(device)
+        if table.shape[1:] != model.token_mean.shape or (args.row or 0) >= len(table):
+            raise UserError(f"{args.from_vector} holds {len(table)} tokens of shape "
+                            f"{tuple(table.shape[1:])}", "this model needs "
+                            f"{tuple(model.token_mean.shape)}, and a --row that is there",
+                            "write them with the embedder that it was trained with")
+        table = model.standardise(table)
+    requests = plan(args, model, sources, labels, list(vectors))
     if checkpoint == BOX:
-        note_colour(sources)
+        note_colour(read_sources(requests[0]))
 
     # Where to put it: a folder that all ranks share.
     parent = Path() if checkpoint == BOX else checkpoint.parent
     out = Path(args.out or next_folder(parent / "samples", requests[0].strategy))
     out = all_ranks(out)[0]
     folder = SampleFolder(out, requests, {
-        "guidance": args.guidance, "guidance_rescale": args.guidance_rescale, "steps": args.steps,
-        "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
-        "perturb": args.perturb, "dtype": str(dtype).removeprefix("torch."),
-        "checkpoint": str(checkpoint)})
+        "guidance_scale": args.guidance_scale, "guidance_rescale": args.guidance_rescale,
+        "steps": args.steps, "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
+        "perturb": args.perturb, "refined": bool(model.refiner) and not args.no_refine,
+        "dtype": str(dtype).removeprefix("torch."), "checkpoint": str(checkpoint)})
 
     # Rounds, of a batch for each rank.
     status = StatusLine(len(requests), "sample")
@@ -244,8 +368,7 @@ def main(argv=None):
         mine = everyone[args.batch * rank():args.batch * (rank() + 1)]
         images = torch.empty(0)
         if mine:
-            images = make_images([requests[number] for number in mine], args, model, read, centers,
-                                 dtype)
+            images = make_images([requests[i] for i in mine], args, model, read, table, dtype)
         folder.add(mine, images, everyone)
         status.update(everyone.stop, images=len(everyone))
     status.close()

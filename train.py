@@ -1,4 +1,4 @@
-"""Train DiNO-Diffusion: embedder, VAE and conditional U-Net, by one loop.
+"""Train DiNO-Diffusion: embedder, autoencoder, conditional U-Net and refiner, by one loop.
 
     python train.py --data cxr                                     # a laptop
     python train.py --data FOLDER --preset base --out runs/mine    # your X-rays on a GPU
@@ -11,22 +11,24 @@ Stages, each a loss of a few lines around `fit`:
     3 cache     latents (mean and std) and tokens of every training image -> memory-mapped .npy
     4 unet      mean squared error of v (or eps)  on the cache alone, given the image's tokens or,
                 with --condition prompts, the words that K-means on the tokens gives it
+    5 refiner   the same loss on what the autoencoder loses of an image, given what it keeps
 
 A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (what
 sample.py reads), state.pt (what --resume reads), cache/, held_out/ (a few sources to try); with
-prompts also prompts.csv and morphologies.png; outliers.csv and unreadable.csv where images were
-left out; lock while it runs.
+prompts also prompts.csv and morphologies.png; unreadable.csv where images were left out.
 All randomness derives from (seed, stage, step), so a resumed run equals one that was never stopped
 (bit for bit on a CPU). Under torchrun each process (rank) computes its share of every batch with
-noise of its own: resumed on as many ranks, a run goes on exactly; on another number, it goes on.
+noise of its own: a run resumed on as many ranks is exact; on another number, its noise differs.
 """
+import argparse
 import json
 import math
 import shlex
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,68 +37,116 @@ import torchvision
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
-from prompts import BASELINE, ENRICHED, UNLABELLED, balance, kmeans
-from support.cache import (Latents, Pictures, are_files, build_cache, decode_once, fingerprint,
-                           loader, picture_arrays, row_bytes)
-from support.command import UserError, autocast_dtype, pick_device, run_script, user_errors
-from support.datasets import open_dataset
-from support.files import load_checkpoint, resolve_checkpoint, write_csv
+from prompts import (balance, draw_clusters, kmeans, labels_for_prompts, plan_prompts,
+                     prompt_indices, write_prompts)
+from support.cache import Latents, Pictures, build_cache, decode_once, fingerprint, loader
+from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
+                             user_errors)
+from support.files import load_checkpoint, read_vectors, resolve_checkpoint
 from support.pictures import save_grid
-from support.ranks import (all_ranks, average_gradients, join_ranks, rank, rows_of_rank,
+from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)
-from support.run import Run, Stopped, print_end, print_start
+from support.run import FREE_TO_CHANGE, Run, Stopped, print_end, print_start, saved_settings
 from support.seeds import batch_rows, step_seed
-from support.settings import reading_processes, train_settings
-from support.training_set import (draw_clusters, labels_for_prompts, open_training_set,
-                                  plan_prompts, write_choice, write_examples, write_prompts)
-from support.weights import PUBLISHED
+from support.training_set import open_training_set, write_choice, write_examples
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 
-STAGES = ("embedder", "vae", "unet")
-PRESETS = {  # tiny: a laptop, everything is trained. sd15: starts from Stable Diffusion 1.5
-    "tiny": dict(size=64, embedder="tiny", vae="train", unet="train",
-                 embedder_batch=32, embedder_steps=300, vae_batch=4, vae_steps=2000, vae_lr=3e-3,
-                 batch=16, unet_steps=1700, lr=1e-3),
-    "cxr128": dict(size=128, embedder="tiny", vae="train", unet="train",
-                   embedder_batch=32, embedder_steps=200, vae_batch=8, vae_steps=2500, vae_lr=2e-3,
-                   batch=16, unet_steps=3500, lr=1e-3),
-    "tissue64": dict(size=64, embedder="tiny", vae="train", unet="train",
-                     embedder_batch=32, embedder_steps=300, vae_batch=8, vae_steps=2000,
-                     vae_lr=2e-3, batch=16, unet_steps=1700, lr=1e-3),
-    "small": dict(size=128, embedder="dino_vits16", vae="train", unet="train",
-                  embedder_batch=128, embedder_steps=4000, vae_batch=32, vae_steps=10000,
-                  vae_lr=1e-3, batch=128, unet_steps=20000, lr=5e-4),
-    "base": dict(size=256, embedder="dino_vitb8", vae="sd-vae-ft-mse", unet="train",
-                 embedder_batch=128, embedder_steps=4000, vae_batch=16, vae_steps=20000,
-                 vae_lr=3e-4, batch=128, unet_steps=100000, lr=2e-4),
-    "sd15": dict(size=512, embedder="dino_vitb8", vae="sd15", unet="sd15",
-                 embedder_batch=128, embedder_steps=4000, vae_batch=8, vae_steps=20000,
-                 vae_lr=1e-4, batch=16, unet_steps=100000, lr=1e-5),
+STAGES = ("embedder", "vae", "unet", "refiner")
+
+
+# ---------------------------------------------------------------------------- presets
+
+@dataclass(frozen=True)
+class Preset:
+    """Every hyper-parameter of every stage. --set NAME=VALUE changes those that are no networks."""
+    size: int = 64                    # pixels of an image's side
+    previews: int = 5                 # sample grids drawn during a run
+
+    # Stage 1, DINO: "tiny" trains a ViT here; "random" leaves it as it starts; else a name or path.
+    embedder: str = "tiny"
+    embedder_steps: int = 300
+    embedder_batch: int = 32
+    embedder_lr: float = 1e-3
+
+    # Stage 2, the autoencoder: "train" it here, or a name or path; "decoder": that of --init alone.
+    vae: str = "train"
+    vae_config: VAEConfig = VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4),
+                                      layers_per_block=1)
+    vae_steps: int = 2000
+    vae_batch: int = 4                # small batches learn it faster
+    vae_lr: float = 3e-3
+    kl_weight: float = 1e-6
+    perceptual: float = 0.0           # weight of a distance in the embedder's features
+
+    # Stage 4, the diffusion model: "train" it here, or a name or path.
+    unet: str = "train"
+    unet_config: UNetConfig = UNetConfig(
+        base_channels=64, channel_multipliers=(1, 2, 2), layers_per_block=1,
+        attention_levels=(False, True, True), context_dim=192, num_heads=4)
+    unet_steps: int = 1700
+    batch: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    ema: float = 0.999                # decay of the averaged weights
+    prediction: str = "v"             # or eps, the classic
+    drop_condition: float = 0.1       # share of training samples without their condition
+    tokens: str = "global"            # which tokens condition; patch kinds let the model copy
+    clusters: int = 0                 # K of --condition prompts; 0: 33 with labels, 10 without
+    template: str = ""                # of prompts, with <label> and <index>; default: the paper's
+
+    # Stage 5, the refiner; 0 steps: none.
+    refiner_width: int = 48           # channels of its first level
+    refiner_steps: int = 1500
+    refiner_batch: int = 8
+    refiner_window: int = 96          # pixels of a side that it learns from
+    refiner_lr: float = 1e-3
+    refiner_noise: float = 0.2        # of latents, at most so many deviations: as samples err
+
+
+PRESETS = {
+    "tiny": Preset(),  # a laptop
+    "cxr128": Preset(  # the bundled model
+        size=128, embedder_steps=200,
+        vae_config=VAEConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 4),
+                             layers_per_block=1, stem=2),
+        vae_steps=2500, vae_batch=8, vae_lr=2e-3,
+        unet_config=UNetConfig(
+            in_channels=8, out_channels=8, base_channels=64, channel_multipliers=(1, 2, 2),
+            layers_per_block=1, attention_levels=(True, True, True), context_dim=192, num_heads=4),
+        unet_steps=3500, refiner_steps=4000),
+    "tissue64": Preset(  # colour patches
+        vae_config=VAEConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 4),
+                             layers_per_block=1),
+        vae_batch=8, vae_lr=2e-3,
+        unet_config=UNetConfig(
+            in_channels=8, out_channels=8, base_channels=64, channel_multipliers=(1, 2, 2),
+            layers_per_block=1, attention_levels=(False, True, True), context_dim=192,
+            num_heads=4)),
+    "small": Preset(  # one GPU
+        size=128, embedder="dino_vits16", embedder_steps=4000, embedder_batch=128,
+        vae_config=VAEConfig(base_channels=64, channel_multipliers=(1, 2, 4), layers_per_block=1),
+        vae_steps=10000, vae_batch=32, vae_lr=1e-3,
+        unet_config=UNetConfig(
+            base_channels=128, channel_multipliers=(1, 2, 3), attention_levels=(False, True, True),
+            context_dim=384),
+        unet_steps=20000, batch=128, lr=5e-4, refiner_steps=10000, refiner_batch=32),
+    "base": Preset(
+        size=256, embedder="dino_vitb8", embedder_steps=4000, embedder_batch=128,
+        vae="sd-vae-ft-mse",
+        vae_config=VAEConfig(base_channels=64),
+        vae_steps=20000, vae_batch=16, vae_lr=3e-4,
+        unet_config=UNetConfig(base_channels=192, channel_multipliers=(1, 2, 3, 4)),
+        unet_steps=100000, batch=128, lr=2e-4, refiner_steps=20000, refiner_batch=32),
+    "sd15": Preset(  # starts from Stable Diffusion 1.5
+        size=512, embedder="dino_vitb8", embedder_steps=4000, embedder_batch=128,
+        vae="sd15", vae_config=VAEConfig(), vae_steps=20000, vae_batch=8, vae_lr=1e-4,
+        unet="sd15", unet_config=UNetConfig(), unet_steps=100000, lr=1e-5, prediction="eps",
+        refiner_steps=20000, refiner_batch=16),
 }
 
-VAES = {  # channels of image and latent, base_channels, channel_multipliers, layers_per_block
-    "tiny": VAEConfig(3, 4, 16, (1, 2, 4), 1),
-    "cxr128": VAEConfig(3, 8, 32, (1, 2, 4), 1, stem=2),
-    "tissue64": VAEConfig(3, 8, 32, (1, 2, 4), 1),
-    "small": VAEConfig(3, 4, 64, (1, 2, 4), 1),
-    "base": VAEConfig(3, 4, 64, (1, 2, 4, 4), 2),
-    "sd15": VAEConfig(),
-}
 
-UNETS = {  # channels in and out, base_channels, multipliers, layers, attention, context_dim, heads
-    "tiny": UNetConfig(4, 4, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
-    "cxr128": UNetConfig(8, 8, 64, (1, 2, 2), 1, (True, True, True), 192, 4),
-    "tissue64": UNetConfig(8, 8, 64, (1, 2, 2), 1, (False, True, True), 192, 4),
-    "small": UNetConfig(4, 4, 128, (1, 2, 3), 2, (False, True, True), 384, 8),
-    "base": UNetConfig(4, 4, 192, (1, 2, 3, 4), 2, (True, True, True, False), 768, 8),
-    "sd15": UNetConfig(),
-}
-
-TEMPLATES = {"labels": BASELINE, "labels and clusters": ENRICHED, "clusters": UNLABELLED}
-
-
-# ---- The loop ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- the loop
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then half a cosine down to zero."""
@@ -106,8 +156,8 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def warmed_up(decay):
-    """The function step n -> decay of an EMA, min(decay, (1 + n) / (10 + n)): the random start is
-    soon forgotten."""
+    """The function step n -> decay of an EMA, min(decay, (1 + n) / (10 + n)), so that the average
+    is not dominated by the random start."""
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
@@ -116,16 +166,16 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def fit(stage, model, loss_fn, dataset, *, steps, upto=None, batch, lr, device, seed=0, run=None,
+def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, seed=0, run=None,
         ema=None, ema_decay=warmed_up(0.999), dtype=torch.float32, betas=(0.9, 0.99),
-        weight_decay=0.01, warmup=50, clip=1.0, accumulate=1, workers=0):
+        weight_decay=0.01, warmup=50, clip=1.0, accumulate=1):
     """The one training loop: from the step that `run` has saved, up to step `upto` of `steps`.
 
-    loss_fn(batch on the device, step, generator) -> (scalar loss, dict of values to log). The
-        generator is seeded by (seed, stage, step, rank, part).
+    loss_fn(batch on the device, step, generator) -> a scalar loss, or (loss, dict of values to
+        log). The generator is seeded by (seed, stage, step, rank, part).
     dataset: `__getitems__(rows)` -> tuple of tensors.
-    ema: name -> tensor for each trained parameter, moved in place: ema_decay(step) of itself, the
-        rest of the parameter.
+    ema: name -> tensor for each trained parameter, updated in place: ema = d * ema + (1 - d) * p
+        with d = ema_decay(step).
     batch: images a step, of all ranks together; each cuts its share into `accumulate` parts.
     Raises UserError when a loss is not finite, Stopped after a signal; the state is saved then, at
         the end, and every few minutes.
@@ -136,14 +186,14 @@ def fit(stage, model, loss_fn, dataset, *, steps, upto=None, batch, lr, device, 
     upto = upto or steps
     progress = (run or Run()).begin(stage, steps, upto, model, optimizer, ema)
 
-    # Which images each step sees: epochs in an order of their own.
+    # Which images each step sees: epochs, each in an order of its own.
     order = step_seed(seed, stage, "order")
     plan = (rows_of_rank(batch_rows(step, batch, len(dataset), order))
             for step in range(progress.done, upto))
     warmup = min(warmup, max(1, steps // 5))
 
     model.train()
-    for step, tensors in enumerate(loader(dataset, plan, workers, device), progress.done):
+    for step, tensors in enumerate(loader(dataset, plan, device), progress.done):
         rate = learning_rate(step, steps, lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -155,7 +205,8 @@ def fit(stage, model, loss_fn, dataset, *, steps, upto=None, batch, lr, device, 
             generator = torch.Generator(device)
             generator.manual_seed(step_seed(seed, stage, step, rank(), part))
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss, logs = loss_fn(x, step, generator)
+                loss = loss_fn(x, step, generator)
+            loss, logs = loss if isinstance(loss, tuple) else (loss, {})
             (loss / accumulate).backward()
             mean_loss = mean_loss + loss.detach() / accumulate
         average_gradients(params.values())
@@ -182,15 +233,15 @@ def load_trained(model, weights):
 @contextmanager
 def swapped(model, ema):
     """Inside, the model holds the EMA weights."""
-    kept = {name: p.detach().clone() for name, p in trainable(model).items()}
+    raw = {name: p.detach().clone() for name, p in trainable(model).items()}
     load_trained(model, ema)
     try:
         yield
     finally:
-        load_trained(model, kept)
+        load_trained(model, raw)
 
 
-# ---- The model ---------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- the model
 
 def new_vit(size):
     """The ViT that is trained here, with random weights."""
@@ -199,87 +250,113 @@ def new_vit(size):
     return VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
 
 
-def open_init(args):
+def load_init(path):
     """The DinoDiffusion that --init names, or None."""
-    if not args.init:
+    if not path:
         return None
-    return DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(args.init)))
-
-
-def goes_on(args):
-    """Whether the U-Net of --init goes on training."""
-    return bool(args.init) and args.unet == args.init
+    return DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(path)))
 
 
 def refuse_unlike(init, config):
-    """UserError if a U-Net trained by the one config cannot go on under the other."""
+    """UserError if a U-Net trained under the one config cannot be fine-tuned under the other."""
     for name in ("image_size", "condition", "tokens", "token_shape", "template", "labels",
-                 "clusters", "schedule", "prediction", "zero_terminal_snr"):
-        was, now = getattr(init, name), getattr(config, name)
-        if was != now:
-            raise UserError(f"--init was trained with {name} {was}, this run has {now}",
-                            "its U-Net can only go on with the same", "change the flag that sets "
-                            "it, or pass --unet train")
-    if (init.vae.factor, init.vae.latent_channels) != (config.vae.factor,
-                                                       config.vae.latent_channels):
+                 "clusters", "prediction", "zero_terminal_snr"):
+        before, now = getattr(init, name), getattr(config, name)
+        if before != now:
+            raise UserError(f"--init was trained with {name} {before}, this run has {now}",
+                            "they must match to fine-tune its U-Net",
+                            "change the flag that sets it, or pass --unet train")
+    shapes = [(vae.factor, vae.latent_channels) for vae in (init.vae, config.vae)]
+    if shapes[0] != shapes[1]:
         raise UserError("--vae has latents of another shape than that of --init",
-                        f"factor {init.vae.factor} and {init.vae.latent_channels} channels are "
-                        "needed", "leave --vae out, or pass --unet train")
+                        f"factor {shapes[0][0]} and {shapes[0][1]} channels are needed",
+                        "leave --vae out, or pass --unet train")
 
 
-def build_model(args, labels, rows):
-    """The bundle, with published weights where flags name them; everything that can be refused is
-    refused here, before anything is written."""
-    # The parts: random, trained by others, or those of --init.
-    template, values, clusters = plan_prompts(args, labels, rows, TEMPLATES)
-    init = open_init(args)
-    torch.manual_seed(step_seed(args.seed, "embedder") % 2 ** 31)
-    if args.embedder not in ("tiny", "random"):
-        vit = load_dino(args.embedder)
+def refiner_config(preset, is_grey):
+    """The U-Net of the refiner: four bands for each channel, no attention but in the middle."""
+    channels = 1 if is_grey else 3
+    width = preset.refiner_width
+    return UNetConfig(in_channels=8 * channels, out_channels=4 * channels, base_channels=width,
+                      channel_multipliers=(1, 2, 2), layers_per_block=1,
+                      attention_levels=(False, False, False), context_dim=width, num_heads=4)
+
+
+def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
+    """The bundle, with published weights where the preset or flags name them; all validation of
+    models is here, before anything is written.
+
+    init: the DinoDiffusion to start from, or None. prompts: template, labels and clusters, see
+    prompts.plan_prompts. vectors: name of an image -> (G, D) instead of a ViT, or None.
+    """
+    template, labels, clusters = prompts
+    parts = {}
+
+    # The embedder: vectors, or a ViT with random weights, trained by others, or that of --init.
+    torch.manual_seed(step_seed(seed, "embedder") % 2 ** 31)
+    if vectors:
+        vit = None
+        token_shape = next(iter(vectors.values())).shape
     else:
-        vit = init.embedder if init and args.embedder == "tiny" else new_vit(args.size)
-    parts = {"embedder": vit}
-    vae_config = VAES[args.preset]
-    if init or args.vae != "train":
-        is_trained = args.vae in ("train", "decoder")
-        parts["vae"] = init.vae if is_trained else AutoencoderKL.from_pretrained(args.vae)
+        if preset.embedder not in ("tiny", "random"):
+            vit = load_dino(preset.embedder)
+        else:
+            starts_from_init = init and preset.embedder == "tiny" and init.config.vit
+            vit = init.embedder.vit if starts_from_init else new_vit(preset.size)
+        images = torch.zeros(1, 3, preset.size, preset.size)
+        token_shape = conditioning_tokens(vit, images, preset.tokens).shape[1:]
+
+    # Autoencoder and U-Net.
+    vae_config = preset.vae_config
+    if init or preset.vae != "train":
+        is_trained = preset.vae in ("train", "decoder")
+        parts["vae"] = init.vae if is_trained else AutoencoderKL.from_pretrained(preset.vae)
         vae_config = parts["vae"].config
-    unet_config = UNETS[args.preset]
-    if args.unet != "train":
-        parts["unet"] = UNet.from_pretrained(args.unet)
+    unet_config = preset.unet_config
+    if preset.unet != "train":
+        parts["unet"] = UNet.from_pretrained(preset.unet)
         unet_config = parts["unet"].config
 
     # The whole.
-    torch.manual_seed(step_seed(args.seed, "weights") % 2 ** 31)
-    tokens = conditioning_tokens(vit, torch.zeros(1, 3, args.size, args.size), args.tokens)
+    torch.manual_seed(step_seed(seed, "weights") % 2 ** 31)
+    has_refiner = preset.refiner_steps > 0
+    if init and init.refiner:
+        refiner = init.config.refiner
+        parts["refiner"] = init.refiner
+    else:
+        refiner = refiner_config(preset, is_grey) if has_refiner else None
     model = DinoDiffusion(DinoDiffusionConfig(
-        image_size=args.size, vae=vae_config, unet=unet_config, vit=vit.config,
-        condition=args.condition, tokens=args.tokens, token_shape=tuple(tokens.shape[1:]),
-        template=template, labels=values, clusters=clusters, schedule=args.schedule,
-        prediction=args.prediction, zero_terminal_snr=args.zero_snr, min_snr_gamma=args.min_snr))
-    if goes_on(args):
+        image_size=preset.size, vae=vae_config, unet=unet_config, vit=vit and vit.config,
+        refiner=refiner, condition=condition, tokens=preset.tokens,
+        token_shape=tuple(token_shape), template=template, labels=labels, clusters=clusters,
+        prediction=preset.prediction, zero_terminal_snr=preset.prediction == "v",
+        drop_condition=preset.drop_condition))
+    if init and preset.unet != "train":
         refuse_unlike(init.config, model.config)
         parts["projection"] = init.projection
         for name in model.STATISTICS:
             getattr(model, name).copy_(getattr(init, name))
     for name, part in parts.items():
         getattr(model, name).load_state_dict(part.state_dict())
-    model.unet.checkpointing = args.checkpointing
+    if vectors:
+        model.embedder.table = vectors
+    else:
+        model.embedder.vit.load_state_dict(vit.state_dict())
     return model
 
 
-# ---- Stages 1 and 2: embedder and VAE ----------------------------------------------------------
+# ---------------------------------------------------------------------------- stages 1 and 2
 
-def train_embedder(args, run, model, pictures, dtype, workers):
-    """DINO on the training images; the teacher becomes model.embedder."""
+def train_embedder(preset, run, model, pictures, seed, dtype, from_init):
+    """DINO on the training images; the teacher becomes model.embedder.vit."""
     if "embedder" not in run.finished:
-        torch.manual_seed(step_seed(args.seed, "dino") % 2 ** 31)
+        torch.manual_seed(step_seed(seed, "dino") % 2 ** 31)
         device = model.shift.device
-        steps = args.embedder_steps
+        steps = preset.embedder_steps
         dino = DINO(model.config.vit)
-        if args.init:
+        if from_init:
             for network in (dino.student, dino.teacher):
-                network["backbone"].load_state_dict(model.embedder.state_dict())
+                network["backbone"].load_state_dict(model.embedder.vit.state_dict())
         dino = share_batch_norm(dino.to(device))
 
         def loss_fn(batch, step, generator):
@@ -290,127 +367,91 @@ def train_embedder(args, run, model, pictures, dtype, workers):
 
         # The teacher is an average of the student: an EMA.
         teacher = dict(zip(trainable(dino), dino.teacher.parameters()))
-        fit("embedder", dino, loss_fn, pictures, steps=steps, batch=args.embedder_batch, lr=1e-3,
-            device=device, seed=args.seed, run=run, ema=teacher, ema_decay=momentum, dtype=dtype,
-            betas=(0.9, 0.999), weight_decay=0.04, warmup=30, clip=3.0, workers=workers)
+        fit("embedder", dino, loss_fn, pictures, steps=steps, batch=preset.embedder_batch,
+            lr=preset.embedder_lr, device=device, seed=seed, run=run, ema=teacher,
+            ema_decay=momentum, dtype=dtype, betas=(0.9, 0.999), weight_decay=0.04, warmup=30,
+            clip=3.0)
         run.finish("embedder", dino.teacher_vit().state_dict())
-    model.embedder.load_state_dict(run.finished["embedder"])
+    model.embedder.vit.load_state_dict(run.finished["embedder"])
 
 
-def note_widths(config, device, dtype):
-    """oneDNN's bf16 convolutions want multiples of 16 channels: a base of 24 took 802 ms an image
-    on a CPU, one of 32 took 108 (measured)."""
-    odd = [width for width in config.widths if width % 16]
-    if odd and device.type == "cpu" and dtype == torch.bfloat16:
-        print(f"note: the autoencoder's widths {odd} are no multiples of 16, which is slow in bf16 "
-              "on a CPU: pass --dtype float32")
-
-
-def plain_layout(network, device, dtype):
-    """Off channels_last where that is slow: bf16 on a CPU, above all in group norms. A step of the
-    tiny autoencoder takes 0.16 s for 0.34, of the U-Net 0.25 for 0.32 (measured)."""
+def memory_format(device, dtype):
+    """channels_last, but for bf16 on a CPU, where group norms are slow in it: a step of the tiny
+    autoencoder takes 0.16 s for 0.34, of the U-Net 0.25 for 0.32 (measured)."""
     if device.type == "cpu" and dtype == torch.bfloat16:
-        network.to(memory_format=torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last
 
 
-def random_window(x, multiple, seed):
-    """A window of half the side of x (B, C, H, W), at one random place for all images; its side and
-    its place are multiples of `multiple`."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, or each step would wait for a GPU
-    side = max(multiple, x.shape[-1] // 2 // multiple * multiple)
-    places = (x.shape[-1] - side) // multiple + 1
-    top, left = (multiple * torch.randint(places, (2,), generator=generator)).tolist()
-    return x[..., top:top + side, left:left + side].contiguous()
-
-
-def train_vae(args, run, model, pictures, dtype, workers):
-    """L1 + KL, and with --perceptual a distance in the embedder's feature space: model.vae."""
+def train_vae(preset, run, model, pictures, seed, dtype):
+    """L1 + KL, and if asked for a distance in the embedder's feature space: model.vae."""
+    device = model.shift.device
     if "vae" not in run.finished:
-        device = model.shift.device
-        note_widths(model.config.vae, device, dtype)
         model.vae.requires_grad_(True)
-        if args.vae == "decoder":  # latents stay as they are, and so any U-Net of theirs
+        if preset.vae == "decoder":  # latents stay, so U-Nets trained on them stay valid
             model.vae.encoder.requires_grad_(False)
             model.vae.quant_conv.requires_grad_(False)
-        plain_layout(model.vae, device, dtype)
-
-        # Texture is learned from windows, a quarter of the work; the whole image comes at the end.
-        whole_from = int(args.vae_windows * args.vae_steps)
+        model.vae.to(memory_format=memory_format(device, dtype))
 
         def features(image):
-            return conditioning_tokens(model.embedder, image, "patch")
+            return conditioning_tokens(model.embedder.vit, image, "patch")
 
         def loss_fn(batch, step, generator):
             (image,) = batch
-            if step < whole_from:
-                image = random_window(image, model.vae.config.factor,
-                                      step_seed(args.seed, "window", step))
-            return vae_loss(model.vae, image, generator, perceptual_weight=args.perceptual,
-                            perceptual=features if args.perceptual else None)
+            return vae_loss(model.vae, image, generator, preset.kl_weight,
+                            perceptual=features if preset.perceptual else None,
+                            perceptual_weight=preset.perceptual)
 
-        fit("vae", model.vae, loss_fn, pictures, steps=args.vae_steps, batch=args.vae_batch,
-            lr=args.vae_lr, device=device, seed=args.seed, run=run, dtype=dtype, weight_decay=0.0,
-            warmup=20, workers=workers)
+        fit("vae", model.vae, loss_fn, pictures, steps=preset.vae_steps, batch=preset.vae_batch,
+            lr=preset.vae_lr, device=device, seed=seed, run=run, dtype=dtype, weight_decay=0.0,
+            warmup=20)
         run.finish("vae", model.vae.state_dict())
     model.vae.load_state_dict(run.finished["vae"])
     model.vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
-# ---- Stage 3: the cache ------------------------------------------------------------------------
-
-def latent_arrays(size, vae, token_shape):
-    """What the cache holds of an image: name -> (shape, dtype).
-
-    float16 rounds a latent by 0.05 %; tokens stay float32, for they differ from image to image by
-    a few per cent of their length only.
-    """
-    side = size // vae.factor
-    return {"latents": ((2, vae.latent_channels, side, side), np.float16),  # mean and std
-            "tokens": (token_shape, np.float32)}
-
-
-def trains_on_pictures(args):
-    """Whether a stage looks at every image many times."""
-    return args.embedder == "tiny" or args.vae in ("train", "decoder")
-
+# ---------------------------------------------------------------------------- stage 3: the cache
 
 @torch.no_grad()
-def cache_latents(args, run, model, found, pictures, workers):
-    """Latents and tokens of every training image; both nets in float32, as in sampling."""
-    def encode(images):
+def cache_latents(run, model, dataset, pictures):
+    """Latents and tokens of every training image; both networks in float32, as in sampling.
+
+    float16 rounds a latent by 0.05 %; tokens stay float32, because they differ by a few percent of
+    their norm.
+    """
+    config = model.config
+    files = [dataset.images.files[i] for i in dataset.train.tolist()]
+    side = config.image_size // config.vae.factor
+    arrays = {"latents": ((2, config.vae.latent_channels, side, side), np.float16),  # mean and std
+              "tokens": (config.token_shape, np.float32)}
+
+    def encode(images, rows):
         return {"latents": torch.stack(model.posterior(images), dim=1),
-                "tokens": conditioning_tokens(model.embedder, images, args.tokens)}
+                "tokens": model.embedder.tokens(images, [files[row] for row in rows])}
 
     weights = [*model.vae.parameters(), *model.embedder.parameters()]
-    made_by = args.tokens + fingerprint([found.train, *weights])
-    arrays = latent_arrays(args.size, model.config.vae, model.config.token_shape)
+    made_by = config.tokens + fingerprint([dataset.train, *weights])
     folder = run.folder / "cache"
-    build_cache(folder, arrays, pictures, encode, made_by, run, 4 * args.vae_batch, workers,
-                model.shift.device)
-    if run.writes:
-        rows = [[row, found.images.files[i]] for row, i in enumerate(found.train.tolist())]
-        write_csv(folder / "index.csv", [["row", "file"], *rows])
+    build_cache(folder, arrays, pictures, encode, made_by, run, device=model.shift.device)
     return Latents(folder)
 
 
-def measure_statistics(args, model, cache):
+def measure_statistics(model, cache, scale, keep_tokens):
     """Mean and deviation over the training set: of each latent channel, of each token entry.
 
-    A U-Net of --init keeps those that it was trained with, where the networks are still the same.
+    scale: "measure", "keep" what a U-Net of --init was trained with, or Stable Diffusion's number.
     """
     n = len(cache)
     chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
-    if goes_on(args) and args.vae in (args.init, "decoder"):
-        pass
-    elif "sd15" in (args.preset, args.unet):
-        model.scale.fill_(0.18215)  # what this U-Net was trained with
-    else:
-        shift, scale = latent_statistics(cache.__getitems__(list(rows))[:2] for rows in chunks)
+    if scale == "measure":
+        shift, deviation = latent_statistics(cache.__getitems__(list(rows))[:2] for rows in chunks)
         model.shift.copy_(shift.view_as(model.shift))
-        model.scale.copy_(scale.view_as(model.scale))
+        model.scale.copy_(deviation.view_as(model.scale))
+    elif scale != "keep":
+        model.scale.fill_(scale)
 
-    # Twice through the tokens, which need not fit into memory.
-    if goes_on(args) and args.embedder == args.init:
+    # Two passes over the tokens, which need not fit into memory.
+    if keep_tokens:
         return
     def tokens():
         return (torch.from_numpy(np.float64(cache.tokens[i.start:i.stop])) for i in chunks)
@@ -421,83 +462,56 @@ def measure_statistics(args, model, cache):
     model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
 
 
-# ---- Prompts from clusters ---------------------------------------------------------------------
+# ---------------------------------------------------------------------------- stage 4: the U-Net
 
-def prompt_numbers(config, labels, clusters):
-    """The number in `config.prompts` of images with these labels (list) and clusters (N,)."""
-    if not config.labels:
-        return clusters
-    label = torch.tensor([config.labels.index(label) for label in labels])
-    return label * (config.clusters or 1) + clusters
-
-
-def image_features(model, cache):
-    """The standardised tokens of each training image, flattened: (N, G*D), on model's device."""
+def derive_prompts(run, model, dataset, labels, cache, seed):
+    """The paper's step, label x cluster -> the number of each training image's prompt, (N,) int64;
+    the words of the prompts are initialised from their images."""
     tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
-    return model.standardise(tokens).flatten(1)
+    features = model.standardise(tokens).flatten(1)  # (N, G, D) -> (N, G*D)
 
-
-def find_clusters(args, run, model, cache):
-    """K-means on the standardised training tokens: model.centers, and the cluster of each image,
-    (N,) int64; all 0 where labels alone make the prompts."""
+    # K-means; rank 0 decides, because GPUs may round differently.
     if "prompts" not in run.finished:
         centers = model.centers
-        cluster = torch.zeros(len(cache), dtype=torch.int64)
+        cluster = torch.zeros(len(features), dtype=torch.int64)
         if model.config.clusters:
             with user_errors():
-                result = kmeans(image_features(model, cache), model.config.clusters, args.seed)
-            centers, cluster = all_ranks([x.cpu() for x in result])[0]  # GPUs may round apart
+                centers, cluster = kmeans(features, model.config.clusters, seed)
+            centers, cluster = all_ranks((centers.cpu(), cluster.cpu()))[0]
         run.finish("prompts", {"centers": centers, "cluster": cluster})
     model.centers.copy_(run.finished["prompts"]["centers"])
-    return run.finished["prompts"]["cluster"]
+    cluster = run.finished["prompts"]["cluster"]
 
-
-def derive_prompts(args, run, model, found, labels, cache):
-    """The paper's step: label x cluster -> the number of each training image's prompt, (N,) int64.
-    """
-    cluster = find_clusters(args, run, model, cache)
-    train_labels = [labels[i] for i in found.train] if labels else None
-    numbers = prompt_numbers(model.config, train_labels, cluster)
-    model.prompt_counts.copy_(numbers.bincount(minlength=len(model.prompts)))
+    # The prompt of each image.
+    train_labels = [labels[i] for i in dataset.train] if labels else None
+    prompt_of = prompt_indices(model.config, train_labels, cluster)
+    texts = [model.prompts[k] for k in prompt_of]
+    model.prompt_counts.copy_(prompt_of.bincount(minlength=len(model.prompts)))
     if run.writes:
         print(f"{(model.prompt_counts > 0).sum()} of {len(model.prompts)} prompts in use, e.g. "
-              f"{model.prompts[numbers[0]]!r}; balanced; {run.folder / 'prompts.csv'}")
-        texts = [model.prompts[number] for number in numbers]
-        shown = cluster.tolist() if model.config.clusters else [""] * len(cluster)
-        write_prompts(run.folder, found, labels, shown, texts)
+              f"{texts[0]!r}; balanced; {run.folder / 'prompts.csv'}")
+        write_prompts(run.folder, dataset, train_labels, cluster, texts)
         if model.config.clusters:
-            draw_clusters(run.folder / "morphologies.png", found, cluster, args.seed)
-    return numbers
+            draw_clusters(run.folder / "morphologies.png", dataset, cluster, seed)
+    return prompt_of, texts, features
 
 
-def start_words(args, run, model, numbers, cache):
-    """The words of the prompts start where their images lie; trained ones stay: those of --init and
-    of a run that goes on."""
-    if goes_on(args) or run.steps_done("unet") or "unet" in run.finished:
-        return
-    model.projection.start_from_images(
-        [model.prompts[number] for number in numbers], image_features(model, cache),
-        torch.Generator().manual_seed(step_seed(args.seed, "words")))
-
-
-# ---- Stage 4: the U-Net ------------------------------------------------------------------------
-
-def train_unet(args, run, model, cache, found, labels, dtype):
+def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumulate):
     """The diffusion model itself, on cached latents and tokens; the model ends with EMA weights."""
-    measure_statistics(args, model, cache)
+    device = model.shift.device
     if model.prompts:
-        numbers = derive_prompts(args, run, model, found, labels, cache)
-        start_words(args, run, model, numbers, cache)
-        counts = numbers.bincount()
-        n = int(counts.max() * (counts > 0).sum())  # one round for each image of the commonest
+        prompt_of, texts, features = derive_prompts(run, model, dataset, labels, cache, seed)
+        if preset.unet == "train" and not run.steps_done("unet") and "unet" not in run.finished:
+            model.projection.start_from_images(
+                texts, features, torch.Generator().manual_seed(step_seed(seed, "words")))
+        counts = prompt_of.bincount()
+        n = int(counts.max() * (counts > 0).sum())  # each image of the most frequent prompt once
         ids = model.prompt_ids(model.prompts).cpu()
-        cache = Latents(run.folder / "cache", ids[numbers], balance(numbers.tolist(), n, args.seed))
-    torch.set_float32_matmul_precision("high")  # not before: tokens need all of float32
+        cache = Latents(run.folder / "cache", ids[prompt_of], balance(prompt_of.tolist(), n, seed))
+    torch.set_float32_matmul_precision("high")  # only now: embedding needs full float32
     if model.config.condition == "none":  # of the projection, only the null context is in use
         model.projection.requires_grad_(False).null_context.requires_grad_(True)
-    if args.compile:
-        model.unet.compile()
-    plain_layout(model.unet, model.shift.device, dtype)
+    model.unet.to(memory_format=memory_format(device, dtype))
 
     def loss_fn(batch, step, generator):
         mean, std, condition = batch
@@ -505,143 +519,362 @@ def train_unet(args, run, model, cache, found, labels, dtype):
             condition = model.standardise(condition)
         return model.loss(mean, std, condition, generator)
 
-    # From one preview to the next.
+    # Train in segments between previews.
     if "unet" not in run.finished:
         trained = model.trained
         ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
-        steps = args.unet_steps
-        previews = sorted({max(1, steps * k // args.grids) for k in range(1, args.grids + 1)})
-        for upto in previews:
+        steps = preset.unet_steps
+        previews = {max(1, steps * k // preset.previews) for k in range(1, preset.previews + 1)}
+        for upto in sorted(previews) if steps else []:
             if upto < run.steps_done("unet"):
                 continue
-            fit("unet", trained, loss_fn, cache, steps=steps, upto=upto, batch=args.batch,
-                lr=args.lr, device=model.shift.device, seed=args.seed, run=run, ema=ema,
-                ema_decay=warmed_up(args.ema), dtype=dtype, accumulate=args.accumulate)
+            fit("unet", trained, loss_fn, cache, steps=steps, upto=upto, batch=preset.batch,
+                lr=preset.lr, device=device, seed=seed, run=run, ema=ema,
+                ema_decay=warmed_up(preset.ema), dtype=dtype, weight_decay=preset.weight_decay,
+                accumulate=accumulate)
             if run.writes:
                 with swapped(trained, ema):
-                    preview(args, run, model, found, labels, upto)
+                    preview(run, model, dataset, labels, upto)
         run.finish("unet", ema)
     load_trained(model.trained, run.finished["unet"])
     model.unet.to(memory_format=torch.channels_last)
 
 
-def preview(args, run, model, found, labels, step):
-    """grid_STEP.png: real held-out images, their VAE reconstructions, samples made from them, or
-    from the prompts that fit them. And model.pt as it is now."""
-    real = found.images.batch(found.examples).to(model.shift.device)
-    condition = None if model.config.condition == "none" else model.embed(real)
+def preview(run, model, dataset, labels, step, refined=False):
+    """grid_STEP.png: held-out images, their reconstructions, samples made from them, or from the
+    prompts that fit them; refined ones below, once there is a refiner. And model.pt as it is now.
+    """
+    images = dataset.images
+    real = images.batch(dataset.examples).to(model.shift.device)
+    condition = None
+    if model.config.condition != "none":
+        condition = model.embed(real, [images.files[i] for i in dataset.examples])
     if model.prompts:
         cluster = torch.zeros(len(real), dtype=torch.int64)
         if model.config.clusters:
             cluster = model.cluster_of(condition).cpu()
-        example_labels = [labels[i] for i in found.examples] if labels else None
-        numbers = prompt_numbers(model.config, example_labels, cluster)
-        condition = model.prompt_ids([model.prompts[number] for number in numbers])
+        example_labels = [labels[i] for i in dataset.examples] if labels else None
+        prompt_of = prompt_indices(model.config, example_labels, cluster)
+        condition = model.prompt_ids([model.prompts[k] for k in prompt_of])
 
-    samples = model.sample(condition, seeds=list(range(len(real))), steps=25, eta=0.5)
-    rows = [real.cpu(), model.decode(model.encode(real)).cpu(), samples.cpu()]
-    save_grid(run.folder / f"grid_{step:06d}.png", rows,
-              captions=["source", "VAE reconstruction", f"sample, step {step}"])
+    seeds = list(range(len(real)))
+    samples = model.sample(condition, seeds, refine=False)
+    rows = [real, model.decode(model.encode(real)), samples]
+    captions = ["source", "reconstruction", f"sample, step {step}"]
+    if refined:
+        rows += [model.refine(samples, seeds)]
+        captions += ["refined sample"]
+    name = "grid_refined.png" if refined else f"grid_{step:06d}.png"
+    save_grid(run.folder / name, [row.cpu() for row in rows], captions)
     run.write_model(model.to_checkpoint())
-    if args.keep_checkpoints:
-        run.write_model(model.to_checkpoint(), f"model_{step:06d}.pt")
     run.draw_curves(STAGES)
 
 
-# ---- The command line --------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- stage 5: the refiner
 
-def forecast_cache(args):
-    """For --dry-run, the bytes that the cache will take at most, from shapes alone."""
-    try:
-        with user_errors():
-            images = open_dataset(args.data, args.size, count=1)
-            n = len(images) if len(images.sources) else args.count  # phantoms have no sources
-            vae = VAES["sd15" if args.vae in PUBLISHED["vae"] else args.preset]
-            if args.init and args.vae in ("train", "decoder"):
-                vae = AutoencoderKL.from_pretrained(args.init).config
-            elif args.vae not in (*PUBLISHED["vae"], "train"):
-                vae = AutoencoderKL.from_pretrained(args.vae).config
-            if args.embedder in ("tiny", "random"):
-                vit = new_vit(args.size)
-            elif args.embedder in VISION_TRANSFORMERS:
-                with torch.device("meta"):  # shapes alone
-                    vit = VisionTransformer(VISION_TRANSFORMERS[args.embedder])
-            else:
-                vit = load_dino(args.embedder)
-    except UserError as error:
-        return {"note": f"no forecast: {error}"}
-    image = torch.zeros(1, 3, args.size, args.size, device=vit.cls_token.device)
-    tokens = conditioning_tokens(vit, image, args.tokens)
-    arrays = latent_arrays(args.size, vae, tokens.shape[1:])
-    if are_files(images) and trains_on_pictures(args):
-        arrays |= picture_arrays(args.size)
-    size = row_bytes(arrays)
-    return {"images": n, "bytes_an_image": size, "gigabytes": n * size / 1e9}
+class PicturesAndLatents:
+    """Training images beside their latents, by row: (image, mean, std)."""
+
+    def __init__(self, pictures, cache):
+        self.pictures = pictures
+        self.cache = cache
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitems__(self, rows):
+        return *self.pictures.__getitems__(rows), *self.cache.__getitems__(rows)[:2]
 
 
-def train_stages(args, run, model, found, labels):
-    """Stage after stage; the model ends trained, with all statistics."""
+def random_window(images, side, multiple, seed):
+    """The same random square of `side` pixels from each batch of images (B, 3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, or each step would wait for a GPU
+    places = (images[0].shape[-1] - side) // multiple + 1
+    top, left = (multiple * torch.randint(places, (2,), generator=generator)).tolist()
+    return [x[..., top:top + side, left:left + side] for x in images]
+
+
+def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dtype):
+    """Equation (8): the residual of the autoencoder, given its reconstruction from latents with as
+    much noise as the U-Net's samples have; model.refiner ends with EMA weights."""
+    refiner = model.refiner
+    pairs = PicturesAndLatents(pictures, cache)
     device = model.shift.device
-    workers = reading_processes(args.workers, device)
-    dtype = autocast_dtype(device, args.dtype)
-    pictures = Pictures(found.images, found.train)
-    if trains_on_pictures(args):
-        pictures = decode_once(pictures, run, workers)
-    if args.embedder == "tiny":
-        train_embedder(args, run, model, pictures, dtype, workers)
-    if args.vae in ("train", "decoder"):
-        train_vae(args, run, model, pictures, dtype, workers)
 
-    cache = cache_latents(args, run, model, found, pictures, workers)
-    train_unet(args, run, model, cache, found, labels, dtype)
-    if args.condition == "dino" and len(found.train) > 1:
-        tokens = torch.from_numpy(np.array(cache.tokens[:50_000]))
-        model.embedding_sampler = EmbeddingSampler.fit(model.cpu().standardise(tokens),
-                                                       seed=args.seed)
+    def decode_noisy(mean, std, generator):
+        """A decoded sample of the posterior, with noise of 0 to refiner_noise deviations."""
+        noise, error = torch.randn((2, *mean.shape), generator=generator, device=device)
+        amount = torch.rand(len(mean), 1, 1, 1, generator=generator, device=device)
+        x0 = (mean + std * noise - model.shift) * model.scale
+        with torch.autocast(device.type, enabled=False):
+            return model.decode(x0 + preset.refiner_noise * amount * error)
+
+    if "refiner" not in run.finished:
+        generator = torch.Generator(device).manual_seed(step_seed(seed, "residuals"))
+        rows = torch.linspace(0, len(pairs) - 1, min(256, len(pairs))).long()
+        if (refiner.residual_std == 1).all():  # else --init has measured them
+            batches = (pairs.__getitems__(part.tolist()) for part in rows.split(16))
+            refiner.measure((image.to(device), decode_noisy(mean.to(device), std.to(device),
+                                                            generator))
+                            for image, mean, std in batches)
+        refiner.unet.to(memory_format=memory_format(device, dtype))
+        multiple = 2 * model.config.refiner.factor
+        side = min(preset.refiner_window, preset.size) // multiple * multiple
+
+        def loss_fn(batch, step, generator):
+            image, mean, std = batch
+            images = image, decode_noisy(mean, std, generator)
+            window_seed = step_seed(seed, "window", step)
+            image, decoded = random_window(images, side, multiple, window_seed)
+            return refiner.loss(image, decoded, model.schedule, generator)
+
+        ema = {name: p.detach().clone() for name, p in trainable(refiner).items()}
+        fit("refiner", refiner, loss_fn, pairs, steps=preset.refiner_steps,
+            batch=preset.refiner_batch, lr=preset.refiner_lr, device=device, seed=seed, run=run,
+            ema=ema, ema_decay=warmed_up(preset.ema), dtype=dtype)
+        load_trained(refiner, ema)
+        run.finish("refiner", refiner.state_dict())
+    refiner.load_state_dict(run.finished["refiner"])
+    refiner.unet.to(memory_format=torch.channels_last)
+    if run.writes:
+        preview(run, model, dataset, labels, preset.unet_steps, refined=True)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def flags():
+    """The parser of train.py."""
+    parser = argparse.ArgumentParser(
+        description="Train DiNO-Diffusion. The default runs on a laptop without downloads.",
+        usage="%(prog)s [flags]", formatter_class=Help)
+
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data", default="cxr",
+         help="cxr, histology, phantoms, a folder of images, or a MedMNIST .npz")
+    flag("--table", help="CSV of labels, patients and split (default: labels.csv in the folder)")
+    flag("--file-column", default="file", help="its column of file names")
+    flag("--group-column", default="patient", help="its column of what must not be split")
+    flag("--patient-from", metavar="REGEX", help="the patient is what (...) matches in the path")
+    flag("--holdout", type=number(float, 0, 1), default=0.15,
+         help="share of patients that training never sees, where the set has no split")
+    flag("--count", type=number(int, 1), default=2400, help="how many phantoms to generate")
+
+    flag = parser.add_argument_group("model").add_argument
+    flag("--preset", choices=PRESETS, default="tiny", help="64 px: tiny, tissue64; 128: cxr128, "
+         "small; 256: base; 512: sd15")
+    flag("--init", help="start from a run, a model.pt, or box: its parts are kept and its U-Net "
+         "is fine-tuned; with --embedder tiny or --vae train that part is fine-tuned as well")
+    flag("--embedder", help="tiny, random, a file of vectors (.npz), a path, or one of: "
+         + ", ".join(VISION_TRANSFORMERS))
+    flag("--vae", help="train, a path, or a published name; decoder: that of --init alone, "
+         "latents stay")
+    flag("--unet", help="train, a path, or sd15")
+    flag("--condition", choices=("dino", "prompts", "labels", "none"), default="dino",
+         help="tokens; words from clusters of tokens (and labels); labels alone; unconditional")
+    flag("--label-column", help="column for prompts (default: label if there; or none)")
+
+    flag = parser.add_argument_group("training (default: the preset's)").add_argument
+    flag("--size", type=number(int, 8, 4096), help="image side in pixels")
+    flag("--steps", type=number(int, 1), help="caps every stage")
+    flag("--batch", type=number(int, 1), help="images a step of the U-Net")
+    flag("--lr", type=number(float, 1e-12), help="peak learning rate of the U-Net")
+    flag("--set", nargs="+", metavar="NAME=VALUE", default=[],
+         help="any field of Preset, e.g. vae_steps=6000 refiner_steps=0")
+    flag("--accumulate", type=number(int, 1), default=1, help="parts a batch is cut into")
+    flag("--checkpointing", action="store_true",
+         help="less memory for the U-Net, a third more time")
+    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of everything random")
+
+    flag = parser.add_argument_group("machine and files").add_argument
+    flag("--device", default="auto", help="auto, cuda, mps or cpu")
+    flag("--dtype", choices=("auto", "float32", "bf16"), default="auto", help="autocast")
+    flag("--compile", action="store_true", help="torch.compile the U-Net's blocks")
+    flag("--out", help="the run's folder (default: runs/NAME)")
+    flag("--resume", action="store_true", help="continue where the run stopped")
+    flag("--dry-run", action="store_true", help="print all settings as JSON and exit")
+    return parser
 
 
 def parse(argv=None):
-    """Flags -> Namespace; with --resume, what is not given is as the run began."""
-    return train_settings(argv, PRESETS, VISION_TRANSFORMERS, TOKEN_KINDS)
+    """Flags -> Namespace; with --resume, what is not given is as the run began.
+
+    Raises UserError for a folder that holds a run, and for a resume that changes a setting.
+    """
+    parser = flags()
+    args = parser.parse_args(argv)
+    args.out = args.out or f"runs/{Path(args.data).resolve().stem}"
+    if args.dry_run:
+        return args
+
+    before = saved_settings(args.out)
+    if before and not args.resume:
+        raise UserError(f"{args.out} already contains a run", "a new folder is needed, or --resume",
+                        "pass --out DIR or --resume")
+    out = args.out
+    flags_before = {name: value for name, value in before.items()
+                    if name in vars(args) and name not in ("out", "resume", "dry_run")}
+    args = parser.parse_args(argv, argparse.Namespace(**flags_before))
+    args.out = out
+    for name, value in flags_before.items():
+        now = getattr(args, name)
+        is_moved = name == "data" and Path(now).is_dir()  # split.csv tells whether it is the same
+        if now != value and not is_moved and (name not in FREE_TO_CHANGE or name == "data"):
+            raise UserError(f"--{name.replace('_', '-')} {now} differs from the run's {value}",
+                            "a resumed run keeps its settings",
+                            "leave the flag out, or start again with --out DIR")
+    return args
+
+
+def read_overrides(pairs):
+    """["vae_steps=6000", ...] -> {name: value}; UserError for an unknown name or a bad value."""
+    defaults = {field.name: field.default for field in fields(Preset)
+                if isinstance(field.default, (int, float, str))}
+    overrides = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in defaults:
+            raise UserError(f"--set {pair!r} names no setting", f"one of {', '.join(defaults)}",
+                            "pass NAME=VALUE")
+        kind = type(defaults[name])
+        with user_errors(f"--set {name} takes {kind.__name__}, 0 or more", f"pass {name}=VALUE"):
+            overrides[name] = kind(text)
+            if kind is not str and not 0 <= overrides[name] < math.inf:
+                raise ValueError(f"got {pair}")
+    return overrides
+
+
+def choose_preset(args, init):
+    """The Preset with all that flags change, and what --init implies where no flag says otherwise.
+
+    Raises UserError for settings that contradict each other.
+    """
+    preset = PRESETS[args.preset]
+    overrides = read_overrides(args.set)
+    capped = {name: min(getattr(preset, name), args.steps or math.inf)
+              for name in (f"{stage}_steps" for stage in STAGES)}
+    inherited = {}
+    if init:
+        inherited = {"embedder": args.init, "vae": args.init, "unet": args.init,
+                     "size": init.config.image_size, "prediction": init.config.prediction,
+                     "tokens": init.config.tokens}
+    given = {name: getattr(args, name) for name in ("size", "embedder", "vae", "unet", "batch",
+                                                    "lr")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("unet") == "sd15":
+        inherited["prediction"] = "eps"  # its weights were trained with it
+    preset = replace(preset, **capped | inherited | overrides | given)
+
+    if preset.vae == "decoder" and not init:
+        raise UserError("--vae decoder fine-tunes what --init names", "a trained autoencoder is "
+                        "needed", "pass --init RUN")
+    if preset.prediction not in ("v", "eps"):
+        raise UserError(f"--set prediction={preset.prediction}", "v or eps is needed", "pass one")
+    if preset.tokens not in TOKEN_KINDS:
+        raise UserError(f"--set tokens={preset.tokens}", f"need one of {', '.join(TOKEN_KINDS)}",
+                        "pass one")
+    may_be_0 = {"refiner_steps"} | ({"unet_steps"} if preset.unet != "train" else set())
+    for name in (field.name for field in fields(Preset)):
+        if name.endswith(("steps", "batch", "lr", "size", "previews", "width", "window")):
+            if not getattr(preset, name) and name not in may_be_0:
+                raise UserError(f"--set {name}=0", "more than 0 is needed", f"pass {name}=VALUE")
+
+    # Every rank needs equally many images: the mean of their means must be the batch's.
+    parts = {"batch": ranks() * args.accumulate, "vae_batch": ranks(),
+             "embedder_batch": ranks(), "refiner_batch": ranks()}
+    for name, count in parts.items():
+        if getattr(preset, name) % count:
+            raise UserError(f"{name} {getattr(preset, name)} cannot be cut into {count} equal "
+                            "parts (processes x --accumulate)", "need a multiple of it",
+                            f"pass --set {name}=N")
+    return preset
+
+
+def train_stages(args, preset, run, model, dataset, labels):
+    """Run all stages; the model ends trained, with all statistics."""
+    device = model.shift.device
+    dtype = autocast_dtype(device, args.dtype)
+    pictures = Pictures(dataset.images, dataset.train)
+    trains_embedder = preset.embedder == "tiny"
+    trains_vae = preset.vae in ("train", "decoder")
+    if trains_embedder or trains_vae or preset.refiner_steps:
+        pictures = decode_once(pictures, run)
+    if trains_embedder:
+        train_embedder(preset, run, model, pictures, args.seed, dtype, bool(args.init))
+    if trains_vae:
+        train_vae(preset, run, model, pictures, args.seed, dtype)
+
+    # Latents and tokens, with their statistics; a fine-tuned U-Net keeps those it was trained with.
+    cache = cache_latents(run, model, dataset, pictures)
+    fine_tunes_unet = bool(args.init) and preset.unet == args.init
+    scale = "measure"
+    if fine_tunes_unet and preset.vae in (args.init, "decoder"):
+        scale = "keep"
+    elif preset.unet == "sd15":
+        scale = 0.18215  # what this U-Net was trained with
+    measure_statistics(model, cache, scale, fine_tunes_unet and preset.embedder == args.init)
+
+    train_unet(preset, run, model, cache, dataset, labels, args.seed, dtype, args.accumulate)
+    if model.refiner and preset.refiner_steps:
+        train_refiner(preset, run, model, pictures, cache, dataset, labels, args.seed, dtype)
+    if args.condition == "dino" and len(dataset.train) > 1:
+        tokens = torch.from_numpy(np.array(cache.tokens[:50_000]))
+        model.cpu()
+        model.embedding_sampler = EmbeddingSampler.fit(model.standardise(tokens), seed=args.seed)
 
 
 def main(argv=None):
     join_ranks()
     args = parse(argv)
-    config = {**vars(args), "torch": str(torch.__version__),
+    with user_errors():
+        init = load_init(args.init)
+    preset = choose_preset(args, init)
+    config = {**vars(args), "settings": asdict(preset), "torch": str(torch.__version__),
               "torchvision": str(torchvision.__version__)}
     if args.dry_run:
-        networks = {"vae_config": asdict(VAES[args.preset]),
-                    "unet_config": asdict(UNETS[args.preset])}
-        print(json.dumps(config | networks | {"cache_forecast": forecast_cache(args)}, indent=2))
+        print(json.dumps(config, indent=2))
         return 0
 
     # Images and model: what can be refused is refused before a file is written.
     began = time.time()
     device = pick_device(args.device)
-    found = open_training_set(args)
-    labels = labels_for_prompts(args, found)
+    dataset = open_training_set(
+        Path(args.out), args.resume, preset.size, data=args.data, holdout=args.holdout,
+        seed=args.seed, table=args.table, file_column=args.file_column,
+        group_column=args.group_column, patient_from=args.patient_from, count=args.count)
+    images = dataset.images
+    rows = torch.cat([dataset.train, dataset.test]).tolist()
+    labels = labels_for_prompts(images.columns, args.label_column, args.condition, rows,
+                                images.name)
+    vectors = read_vectors(preset.embedder) if preset.embedder.endswith(".npz") else None
     with user_errors():
-        model = build_model(args, labels, torch.cat([found.train, found.test]).tolist()).to(device)
+        prompts = plan_prompts(labels, rows, args.condition, preset.clusters, preset.template)
+        model = build_model(preset, args.condition, init, prompts, vectors,
+                            is_grey(images.batch(dataset.examples)), args.seed)
+        if vectors:
+            model.embedder.tokens(torch.zeros(0), [images.files[i] for i in rows])
+    model.unet.checkpointing = args.checkpointing
+    if args.compile:
+        compile_blocks(model)
+    model.to(device)
 
-    # The run, until it is done or somebody stops it.
-    run = Run(args.out, config | {"depth": found.images.depth}, args.resume)
+    # Train.
+    run = Run(args.out, config | {"depth": images.depth}, args.resume)
     try:
         with run.signals_caught():
-            write_choice(run, found, args.group_column)
-            print_start(args, run, model, found, device)
-            train_stages(args, run, model, found, labels)
+            write_choice(run, dataset)
+            print_start(preset, run, model, dataset, device)
+            train_stages(args, preset, run, model, dataset, labels)
     except Stopped as stopped:
-        print(f"saved. Go on with: python train.py --resume --out {shlex.quote(args.out)}")
+        print(f"Saved. Resume with: python train.py --resume --out {shlex.quote(args.out)}")
         return 128 + stopped.args[0]
 
-    # What people take away.
+    # Outputs.
     if run.writes:
         run.write_model(model.to_checkpoint())
         run.draw_curves(STAGES)
-        example = write_examples(run.folder / "held_out", found)
+        example = write_examples(run.folder / "held_out", dataset)
         run.close()
-        print_end(args, run, model, example, (time.time() - began) / 60)
+        print_end(run, model, example, (time.time() - began) / 60)
     return 0
 
 

@@ -21,27 +21,6 @@ from support.ranks import all_ranks, rank, ranks, rows_of_rank
 from support.run import Stopped
 
 
-def reading_processes(device):
-    """How many processes decode images beside a GPU: one a CPU. On a CPU none, as it is busy."""
-    if device.type != "cuda":
-        return 0
-    return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def _ignore_ctrl_c(worker):
-    """A terminal sends Ctrl-C to the loader's processes as well; the run decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def loader(dataset, plan, workers=0, device=torch.device("cpu")):
-    """One batch, a tuple of tensors, for each list of rows in `plan`.
-
-    For a GPU the batches are in pinned memory, so that the copy is asynchronous.
-    """
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple,
-                      pin_memory=device.type == "cuda", worker_init_fn=_ignore_ctrl_c)
-
-
 def are_files(images):
     """Whether the pixels of an ImageSet are in files that must be decoded."""
     return isinstance(images.sources, list) and len(images.sources) > 0
@@ -108,7 +87,28 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64, workers=0,
+def reading_processes(dataset):
+    """How many processes read ahead: up to eight to decode files for a GPU; arrays need none."""
+    decodes = isinstance(dataset, Pictures) and are_files(dataset.images)
+    return min(8, os.cpu_count()) if decodes and torch.cuda.is_available() else 0
+
+
+def _ignore_ctrl_c(worker):
+    """A terminal sends Ctrl-C to the loader's processes as well; the run decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def loader(dataset, plan, device=torch.device("cpu"), workers=None):
+    """One batch, a tuple of tensors, for each list of rows in `plan`.
+
+    For a GPU the batches are in pinned memory, so that the copy is asynchronous.
+    """
+    workers = reading_processes(dataset) if workers is None else workers
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple,
+                      pin_memory=device.type == "cuda", worker_init_fn=_ignore_ctrl_c)
+
+
+def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
                 device=torch.device("cpu")):
     """Write encode(batch of the dataset) -> {name: (B, ...)} for every row.
 
@@ -140,7 +140,7 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64, workers
     plan += plan[-1:] * (-len(plan) % ranks())
     plan = rows_of_rank(plan)
     status = StatusLine(n, " and ".join(arrays))
-    for k, (x,) in enumerate(loader(dataset, plan, workers, device), 1):
+    for k, (x,) in enumerate(loader(dataset, plan, device), 1):
         for name, values in encode(x.to(device, non_blocking=True)).items():
             files[name][plan[k - 1]] = values.cpu().numpy()
         if stop := max(all_ranks(run.stop_signal)):
@@ -155,7 +155,7 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64, workers
         write_text_atomic(complete, made_by)
 
 
-def decode_once(pictures, run, workers=0):
+def decode_once(pictures, run):
     """The same pictures without decoding: those of files are kept in the run's cache/pictures/."""
     images = pictures.images
     if not are_files(images):
@@ -163,6 +163,5 @@ def decode_once(pictures, run, workers=0):
     folder = run.folder / "cache" / "pictures"
     arrays = {"pictures": ((3, images.size, images.size), np.float16)}
     made_by = f"{images.size} {images.depth} {fingerprint([pictures.indices])}"
-    build_cache(folder, arrays, pictures, lambda x: {"pictures": x.half()}, made_by, run,
-                workers=workers)
+    build_cache(folder, arrays, pictures, lambda x: {"pictures": x.half()}, made_by, run)
     return Arrays(folder, ["pictures"])

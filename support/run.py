@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from support.command import StatusLine, UserError
+from support.command import StatusLine, UserError, user_errors
 from support.files import (CHECKPOINT_VERSION, append_jsonl, load_checkpoint, make_folder,
                            read_jsonl, save_atomic, write_text_atomic)
 from support.pictures import line_chart
@@ -53,6 +53,15 @@ def lock(folder):
     except (ImportError, OSError):
         print(f"note: {folder} cannot be locked here; do not start a second run in it")
     return file
+
+
+def saved_settings(folder):
+    """The settings of the run in that folder, from config.json; {} if it contains no run."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return {}
+    with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
+        return dict(json.loads(path.read_text()))
 
 
 class Run:
@@ -256,7 +265,7 @@ class Progress:
             self.status.close()
 
 
-def print_start(args, run, model, dataset, device):
+def print_start(preset, run, model, dataset, device):
     """The first lines: what is trained, on what, where."""
     print(f"{len(dataset.train)} images to train on, {len(dataset.test)} held out; "
           f"{model.config.image_size} px; {device}, torch {torch.__version__}, "
@@ -265,10 +274,10 @@ def print_start(args, run, model, dataset, device):
     context, _ = model.context(None, 1)
     print(f"U-Net and projection: {parameters / 1e6:.1f} M parameters; context "
           f"{tuple(context.shape[1:])}; condition {model.config.condition}; tokens "
-          f"{model.config.token_shape} of embedder {args.embedder}")
+          f"{model.config.token_shape} of embedder {preset.embedder}")
 
 
-def print_end(args, run, model, example, minutes):
+def print_end(run, model, example, minutes):
     """The last lines: the result, and the command to run next."""
     if torch.cuda.is_available():
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")

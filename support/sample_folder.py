@@ -1,48 +1,38 @@
 """What sample.py asks for, and what it writes: images/*.png, samples.csv, grid.png.
 
 Ranks write images into it side by side; rank 0 writes the table, a round at a time, and the grid.
-The table names only files that are whole, and a call costs the same whatever is there already.
+The table names only files that are whole.
 """
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from support.command import UserError, user_errors
 from support.files import append_csv, make_folder
-from support.images import list_images
 from support.pictures import save_grid, save_pngs
 from support.ranks import all_ranks, rank
 
-GRID_LINES = 16
+GRID_ROWS = 16
 GRID_COLUMNS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """One image to make."""
-    strategy: str          # reconstruct, perturb, img2img, interpolate, prototype, random, prompt
-    line: int              # of the grid
+    strategy: str          # reconstruct, perturb, img2img, interpolate, prototype, random, ...
+    row: int               # of the grid
     seed: int              # of the noise
-    sources: tuple = ()    # files of images, at most two, or the name of a prototype
+    sources: tuple = ()    # image files, at most two, or the name of a prototype or vector
     weight: float = 0.0    # of the second source
-    prototype: int = -1    # number of the K-means centre
+    index: int = -1        # of the prototype or vector
     prompt: str = ""
     labels: dict = field(default_factory=dict)  # that the image inherits
-    label_rule: str = ""   # where from
-
-
-def find_sources(paths):
-    """Files named, or in named folders -> list of Path."""
-    files = []
-    for path in map(Path, paths):
-        files += list_images(path) if path.is_dir() else [path]
-    return files
+    label_rule: str = ""   # from where
 
 
 def read_training_tokens(folder, shape, most=50_000):
-    """The tokens that a run's cache holds, (N, *shape), N at most `most`; UserError for others."""
+    """The raw tokens in a run's cache, (N, *shape), at most `most`; UserError for others."""
     path = folder / "cache" / "tokens.npy"
     if not path.is_file():
         raise UserError(f"no {path}", "prototypes are centres of the training tokens, which stand "
@@ -56,7 +46,7 @@ def read_training_tokens(folder, shape, most=50_000):
 
 
 class SampleFolder:
-    """A new folder for the images of these requests (see sample.Request), in their order.
+    """A new folder for the images of these requests, in their order.
 
     settings: {name: value} of the columns that are the same for all images.
     Raises UserError if the folder holds samples, or cannot be made.
@@ -67,68 +57,65 @@ class SampleFolder:
         self.requests = requests
         self.settings = settings
         if (folder / "samples.csv").exists():
-            raise UserError(f"{folder} already holds samples", "need a new folder",
+            raise UserError(f"{folder} already contains samples", "a new folder is needed",
                             "pass another --out")
         make_folder(folder / "images")
         self.label_names = sorted({name for request in requests for name in request.labels})
 
-        # Numbers of the requests that the grid shows: {line: [numbers]}.
-        self.lines = {}
-        for number, request in enumerate(requests):
-            shown = self.lines.setdefault(request.line, [])
-            if request.line < GRID_LINES and len(shown) < GRID_COLUMNS:
-                shown.append(number)
-        self.images = {number: None for shown in self.lines.values() for number in shown}
+        # Which requests the grid shows: {row: [indices]}.
+        self.rows = {}
+        for i, request in enumerate(requests):
+            previews = self.rows.setdefault(request.row, [])
+            if request.row < GRID_ROWS and len(previews) < GRID_COLUMNS:
+                previews.append(i)
+        self.images = {i: None for previews in self.rows.values() for i in previews}
 
-    def file(self, number):
-        return f"images/{self.requests[number].strategy}_{number:05d}.png"
+    def file(self, i):
+        return f"images/{self.requests[i].strategy}_{i:05d}.png"
 
-    def add(self, numbers, images, round_numbers):
-        """Write this rank's images (B, 3, H, W) of these numbers, and rows for those of all ranks.
+    def add(self, indices, images, round_indices):
+        """Write this rank's images (B, 3, H, W), and table rows for those of all ranks.
 
-        Every rank calls it once a round. numbers may be empty; round_numbers: those of all ranks.
+        Every rank calls it once a round. indices may be empty; round_indices: those of all ranks.
         """
-        save_pngs([self.folder / self.file(number) for number in numbers], images)
-        shown = {number: image for number, image in zip(numbers, images) if number in self.images}
-        for made in all_ranks(shown):  # they meet here: all files of the round are whole
-            self.images.update(made)
+        save_pngs([self.folder / self.file(i) for i in indices], images)
+        previews = {i: image for i, image in zip(indices, images) if i in self.images}
+        for part in all_ranks(previews):  # they meet here: all files of the round are whole
+            self.images.update(part)
         if not rank():
-            rows = [self.row(number) for number in round_numbers]
-            append_csv(self.folder / "samples.csv", rows if 0 not in round_numbers
-                       else [self.head(), *rows])
+            rows = [self.table_row(i) for i in round_indices]
+            append_csv(self.folder / "samples.csv",
+                       rows if 0 not in round_indices else [self.table_head(), *rows])
 
-    def head(self):
+    def table_head(self):
         """Names of the columns; those of labels are `label` or begin with `label_`."""
         labels = [name if name == "label" else f"label_{name}" for name in self.label_names]
         return ["file", "strategy", "sources", "weights", "prompt", "seed", *self.settings,
                 "label_rule", *labels]
 
-    def row(self, number):
-        """Where an image comes from."""
-        request = self.requests[number]
-        weights = ""
-        if len(request.sources) == 1:
-            weights = "1"
-        elif len(request.sources) == 2:
-            weights = f"{1 - request.weight:.3f}|{request.weight:.3f}"
+    def table_row(self, i):
+        """Provenance of an image."""
+        request = self.requests[i]
+        weights = ["", "1", f"{1 - request.weight:.3f}|{request.weight:.3f}"][len(request.sources)]
         labels = [request.labels.get(name, "") for name in self.label_names]
-        return [self.file(number), request.strategy, "|".join(map(str, request.sources)), weights,
-                request.prompt, request.seed, *self.settings.values(), request.label_rule, *labels]
+        rule = request.label_rule if request.labels else ""
+        return [self.file(i), request.strategy, "|".join(map(str, request.sources)), weights,
+                request.prompt, request.seed, *self.settings.values(), rule, *labels]
 
     def write_grid(self, read_sources, with_prompts):
-        """The first lines as one picture, each behind its source; a second source ends its line.
+        """The first rows as one picture, each behind its source; a second source ends its row.
 
         read_sources: request -> list of at most two images (3, H, W).
-        with_prompts: whether the words of its prompt stand before a line.
+        with_prompts: whether the words of its prompt stand before a row.
         """
         rows = []
         captions = []
-        for numbers in list(self.lines.values())[:GRID_LINES]:
-            first = self.requests[numbers[0]]
+        for indices in list(self.rows.values())[:GRID_ROWS]:
+            first = self.requests[indices[0]]
             sources = read_sources(first)
-            samples = [self.images[number] for number in numbers]
+            samples = [self.images[i] for i in indices]
             rows.append(torch.stack([*sources[:1], *samples, *sources[1:]]))
-            captions.append(first.prompt.rpartition(" image of ")[2])  # what differs
+            captions.append(first.prompt.rpartition(" image of ")[2])  # the part that differs
         save_grid(self.folder / "grid.png", rows, captions if with_prompts else None)
-        if len(self.lines) > GRID_LINES:
-            print(f"grid.png shows the first {GRID_LINES} of {len(self.lines)} sources or prompts")
+        if len(self.rows) > GRID_ROWS:
+            print(f"grid.png shows the first {GRID_ROWS} of {len(self.rows)} sources or prompts")

@@ -24,12 +24,14 @@ def write_run(folder, **config):
     model = DinoDiffusion(DinoDiffusionConfig(**SMALL, **config)).eval()
     for p in model.unet.parameters():  # zero-initialised outputs would hide everything
         torch.nn.init.normal_(p, std=0.2)
+    for p in model.refiner.parameters() if model.refiner else ():
+        torch.nn.init.normal_(p, std=0.2)
     images = open_dataset("phantoms", 32, count=8)
     for i in range(8):
         save_png(folder / "held_out" / f"{i}.png", images[i])
     files.write_csv(folder / "held_out" / "labels.csv", [["file", "finding"], *(
         [f"{i}.png", ("none", "effusion")[i % 2]] for i in range(8))])
-    tokens = model.embed(images.batch(range(8))).repeat(3, 1, 1)
+    tokens = model.embedder.tokens(images.batch(range(8))).repeat(3, 1, 1)
     tokens += 0.1 * tokens.std(0) * torch.randn(tokens.shape)
     (folder / "cache").mkdir()
     np.save(folder / "cache" / "tokens.npy", tokens.numpy())

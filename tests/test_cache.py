@@ -107,7 +107,7 @@ def test_the_loader_follows_its_plan(context):
         before = torch.multiprocessing.get_start_method(allow_none=True)
         torch.multiprocessing.set_start_method(context, force=True)
     try:
-        batches = list(loader(Numbers(6), plan, 0 if context == "here" else 1))
+        batches = list(loader(Numbers(6), plan, workers=0 if context == "here" else 1))
     finally:
         if context != "here":
             torch.multiprocessing.set_start_method(before, force=True)

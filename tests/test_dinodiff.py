@@ -7,9 +7,9 @@ import torch
 
 import dinodiff
 from dino import ViTConfig
-from dinodiff import (DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler, NoiseSchedule,
-                      TokenProjection, ddim_sample, ddpm_sample, dpm_sample, guided, lerp,
-                      make_betas, perturb, prototypes, seeded_noise, slerp)
+from dinodiff import (DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler, NoiseSchedule, Refiner,
+                      TokenProjection, VectorEmbedder, ddim_sample, ddpm_sample, dpm_sample,
+                      from_bands, guided, make_betas, prototypes, seeded_noise, slerp, to_bands)
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -108,15 +108,13 @@ def test_dpm_gains_a_factor_of_four(prediction, zero_snr):
 
 
 @pytest.mark.parametrize("prediction,zero_snr", [("v", True), ("eps", False)])
-def test_dpm_of_first_order_is_ddim(prediction, zero_snr):
-    """Order 1 equals DDIM at eta 0 on one list; order 2 leaves its path after two steps; one step
-    from pure noise (log-SNR minus infinity) is the data's mean, and nothing is NaN."""
+def test_dpm_starts_as_ddim(prediction, zero_snr):
+    """Lists of two steps equal DDIM at eta 0, longer ones leave its path; one step from pure noise
+    (log-SNR minus infinity) is the data's mean, and nothing is NaN."""
     schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=zero_snr)
     model, x = gaussian_model(schedule), start_noise(50)
     for timesteps in ([999, 700, 400, 50], [999], [600, 300, 0]):
         ddim = ddim_sample(model, x, schedule, timesteps=timesteps)
-        first = dpm_sample(model, x, schedule, timesteps=timesteps, order=1)
-        assert torch.allclose(first, ddim, atol=1e-6)  # the schedule is float32
         second = dpm_sample(model, x, schedule, timesteps=timesteps)
         assert second.isfinite().all()
         assert torch.allclose(second, ddim, atol=1e-6) == (len(timesteps) < 3)
@@ -147,12 +145,11 @@ def test_timesteps_that_close_in_on_x0(steps):
 
 
 def test_schedules_match_their_definitions():
-    """Known ends: scaled linear 0.0047 (root 0.068), linear 4.0e-5, cosine 2.4e-9; zero SNR 0."""
+    """Known ends: scaled linear 0.0047 (root 0.068), linear 4.0e-5; zero SNR 0."""
     last = {kind: NoiseSchedule(kind=kind, zero_terminal_snr=False).alphas_cumprod[-1].item()
-            for kind in ("scaled_linear", "linear", "cosine")}
+            for kind in ("scaled_linear", "linear")}
     assert math.isclose(last["scaled_linear"], 0.0047, rel_tol=0.02)
     assert math.isclose(last["linear"], 4.04e-5, rel_tol=0.01)
-    assert last["cosine"] < 1e-8
     before = NoiseSchedule(zero_terminal_snr=False).alphas_cumprod
     after = NoiseSchedule(zero_terminal_snr=True).alphas_cumprod
     assert after[-1] == 0 and torch.isclose(after[0], before[0])
@@ -166,9 +163,8 @@ def test_schedules_match_their_definitions():
 
 def test_eps_refuses_schedules_that_end_in_noise():
     """eps would be divided by sqrt(a_T) = 0: the error says what to use."""
-    for wrong in (dict(zero_terminal_snr=True), dict(kind="cosine", zero_terminal_snr=False)):
-        with pytest.raises(ValueError, match="use prediction 'v'"):
-            NoiseSchedule(prediction="eps", **wrong)
+    with pytest.raises(ValueError, match="use prediction 'v'"):
+        NoiseSchedule(prediction="eps", zero_terminal_snr=True)
     NoiseSchedule(prediction="eps", zero_terminal_snr=False)
     NoiseSchedule(prediction="eps", kind="linear", zero_terminal_snr=False)
 
@@ -184,26 +180,13 @@ def test_target_and_back(prediction, zero_snr):
     assert torch.allclose(back, x0, atol=2e-3) and torch.allclose(eps, noise, atol=2e-3)
 
 
-def test_min_snr_weights():
-    """min(SNR, 5) / SNR for eps and / (SNR + 1) for v, at a t of small and one of large noise."""
-    a = NoiseSchedule(zero_terminal_snr=False).alphas_cumprod.double()
-    snr = (a / (1 - a))[[10, 900]]
-    t = torch.tensor([10, 900])
-    eps = NoiseSchedule(prediction="eps", zero_terminal_snr=False).min_snr_weight(t)
-    v = NoiseSchedule(prediction="v", zero_terminal_snr=False).min_snr_weight(t)
-    assert torch.allclose(eps.double(), torch.stack([5 / snr[0], torch.ones(())]), rtol=1e-4)
-    expected = torch.stack([5 / (snr[0] + 1), snr[1] / (snr[1] + 1)])
-    assert torch.allclose(v.double(), expected, rtol=1e-4)
-
-
 def test_guidance_one_is_the_conditional_run_and_scales_linearly():
     """Scale 1 never calls the null half; scale s is null + s (conditional - null), all channels."""
     calls = []
 
     def unet(x, t, context, mask=None):
         calls.append(len(context))
-        repeated = x.repeat(len(context) // len(x), 1, 1, 1)
-        return repeated * context.mean(dim=(1, 2))[:, None, None, None]
+        return x * context.mean(dim=(1, 2))[:, None, None, None]
     x, t = torch.randn(2, 4, 3, 3), torch.zeros(2, dtype=torch.long)
     context, null = torch.full((2, 5, 6), 2.0), torch.full((2, 5, 6), 0.5)
     assert torch.equal(guided(unet, context, null, 1.0)(x, t), unet(x, t, context))
@@ -216,8 +199,7 @@ def test_rescaled_guidance_has_the_width_of_the_conditional_run():
     """Equation (6'): at phi = 1 each image's deviation is the conditional one's, and the direction
     is that of plain guidance; phi = 0.5 lies half way; 0 changes nothing."""
     def unet(x, t, context, mask=None):
-        repeated = x.repeat(len(context) // len(x), 1, 1, 1)
-        return repeated * context.mean(dim=(1, 2))[:, None, None, None] + 0.1
+        return x * context.mean(dim=(1, 2))[:, None, None, None] + 0.1
     x, t = torch.randn(2, 4, 3, 3), torch.zeros(2, dtype=torch.long)
     x[1] *= 5
     context, null = torch.full((2, 5, 6), 2.0), torch.full((2, 5, 6), 0.5)
@@ -245,17 +227,15 @@ def test_slerp_keeps_angle_and_length():
     cosines = [(middle * end.flatten(1)).sum(1) for end in unit]
     assert torch.allclose(*cosines, atol=1e-5)
     assert torch.allclose(slerp(a, a, 0.3), a, atol=1e-5) and slerp(a, -a, 0.3).isfinite().all()
-    assert torch.allclose(lerp(a, b, 0.25), 0.75 * a + 0.25 * b, atol=1e-6)
 
 
-def test_perturb_and_noise_depend_on_their_own_generator_only():
+def test_noise_depends_on_its_own_generator_only():
     """Row i of the noise is the same whatever stands beside it."""
-    tokens = torch.zeros(3, 2, 4)
     one = lambda seed: torch.Generator().manual_seed(seed)
-    three = perturb(tokens, 0.5, [one(1), one(2), one(3)])
-    assert torch.equal(three[1:2], perturb(tokens[:1], 0.5, [one(2)]))
-    assert 0.2 < three.std() < 0.8
-    assert torch.equal(seeded_noise([one(7)], (1, 3), tokens), torch.randn(1, 3, generator=one(7)))
+    like = torch.zeros(1)
+    three = seeded_noise([one(1), one(2), one(3)], (3, 2, 4), like)
+    assert torch.equal(three[1:2], seeded_noise([one(2)], (1, 2, 4), like))
+    assert torch.equal(seeded_noise([one(7)], (1, 3), like), torch.randn(1, 3, generator=one(7)))
 
 
 def test_prototypes_are_the_centres_of_clusters():
@@ -289,9 +269,18 @@ def test_embedding_sampler_has_the_moments_of_its_data():
 def test_one_token_is_spread_over_several_context_tokens():
     """With one context token queries and keys would get no gradient; so one token becomes four."""
     one, five = TokenProjection(1, 8, 6), TokenProjection(5, 8, 6)
-    assert one(torch.randn(2, 1, 8)).shape == (2, 4, 6) == one.null(2).shape
-    assert five(torch.randn(2, 5, 8)).shape == (2, 5, 6)
+    assert one(torch.randn(2, 1, 8))[0].shape == (2, 4, 6) == one.null(2)[0].shape
+    assert five(torch.randn(2, 5, 8))[0].shape == (2, 5, 6)
     assert 0.3 < five.positions.std() < 0.7
+
+
+def test_dropped_rows_get_the_null_context():
+    """drop marks rows; the others are as without it."""
+    projection, tokens = TokenProjection(5, 8, 6), torch.randn(3, 5, 8)
+    torch.nn.init.normal_(projection.null_context)
+    context, _ = projection(tokens, torch.tensor([False, True, False]))
+    assert torch.equal(context[1:2], projection.null(1)[0])
+    assert torch.equal(context[::2], projection(tokens)[0][::2])
 
 
 CONFIG = DinoDiffusionConfig(
@@ -318,14 +307,17 @@ def test_image_of_a_seed_does_not_depend_on_the_batch(model):
     """Seeds 4..8 sampled together, alone, and in another order: the same images (1e-4: sums of
     convolutions are ordered differently for other batch sizes)."""
     tokens = model.embed(pictures(5))
-    for settings in (dict(), dict(sampler="ddpm"), dict(sampler="dpm"),
-                     dict(eta=1.0, guidance_scale=2.0)):
+    for settings in (dict(), dict(sampler="ddpm"),
+                     dict(sampler="ddim", eta=1.0, guidance_scale=2.0)):
         together = model.sample(tokens, [4, 5, 6, 7, 8], steps=4, **settings)
         split = model.sample(tokens, [4, 5, 6, 7, 8], steps=4, batch=2, **settings)
         alone = model.sample(tokens[3:4], [7], steps=4, **settings)
         assert torch.allclose(together, split, atol=1e-4)
         assert torch.allclose(together[3:4], alone, atol=1e-4)
         assert not torch.allclose(together[0], together[1], atol=1e-2)
+    for wrong in (dict(condition=tokens, seeds=[0]), dict(condition=tokens[:1], seeds=[0] * 70)):
+        with pytest.raises(ValueError, match="rows for"):
+            model.sample(**wrong, guidance_scale=2.0)
 
 
 def test_strength_keeps_more_or_less_of_the_start(model):
@@ -337,7 +329,7 @@ def test_strength_keeps_more_or_less_of_the_start(model):
     assert far[0] < far[1]
     with pytest.raises(ValueError, match="strength"):
         model.sample(tokens, [0, 1], strength=0.0)
-    with pytest.raises(ValueError, match="use ddim, ddpm or dpm"):
+    with pytest.raises(ValueError, match="use dpm, ddim, ddpm"):
         model.sample(tokens, [0, 1], sampler="euler")
 
 
@@ -355,7 +347,7 @@ def test_decoding_in_slices_changes_nothing(model, monkeypatch):
     """Five latents, two at a time: the VAE sees 2, 2 and 1, and the images are the same."""
     x0, sizes = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(0)), []
     whole, decode = model.decode(x0), model.vae.decode
-    monkeypatch.setattr(dinodiff, "VAE_PIXELS", 2 * 32 * 32 + 1)
+    monkeypatch.setattr(dinodiff, "PIXELS_AT_ONCE", 2 * 32 * 32 + 1)
     monkeypatch.setattr(model.vae, "decode", lambda z: (sizes.append(len(z)), decode(z))[1])
     assert torch.allclose(model.decode(x0), whole, atol=1e-5) and sizes == [2, 2, 1]
 
@@ -366,7 +358,7 @@ def test_the_vae_encodes_in_slices(model, monkeypatch):
     encode = model.vae.encode
     images = pictures(5)
     whole = model.posterior(images)
-    monkeypatch.setattr(dinodiff, "VAE_PIXELS", 2 * images[0, 0].numel() + 1)
+    monkeypatch.setattr(dinodiff, "PIXELS_AT_ONCE", 2 * images[0, 0].numel() + 1)
     monkeypatch.setattr(model.vae, "encode", lambda x: (sizes.append(len(x)), encode(x))[1])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.posterior(images), whole))
     assert sizes == [2, 2, 1] and model.encode(images).shape == whole[0].shape
@@ -392,8 +384,8 @@ def test_every_trained_parameter_gets_a_gradient(model):
     """U-Net, projection, positions and null context learn; VAE and embedder are frozen."""
     x = pictures(16)
     posterior = model.vae.encode(x)
-    loss, _ = model.loss(posterior.mean, posterior.std, model.embed(x),
-                         torch.Generator().manual_seed(0))
+    loss = model.loss(posterior.mean, posterior.std, model.embed(x),
+                      torch.Generator().manual_seed(0))
     loss.backward()
     trained = dict(model.trained.named_parameters())
     missing = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -407,7 +399,7 @@ def test_unconditional_model_ignores_tokens():
     torch.manual_seed(0)
     model = DinoDiffusion(replace(CONFIG, condition="none"))
     mean = torch.randn(4, 4, 16, 16)
-    losses = [model.loss(mean, 0 * mean, tokens, torch.Generator().manual_seed(1))[0]
+    losses = [model.loss(mean, 0 * mean, tokens, torch.Generator().manual_seed(1))
               for tokens in (torch.zeros(4, 5, 16), torch.randn(4, 5, 16))]
     assert torch.equal(*losses)
 
@@ -434,7 +426,7 @@ def test_prompts_condition_as_ids():
     assert torch.equal(model.sample(ids[5:], [0], steps=2), model.sample(None, [0], steps=2))
 
     mean = torch.randn(4, 4, 16, 16)
-    loss, _ = model.loss(mean, 0 * mean, ids[:4], torch.Generator().manual_seed(0))
+    loss = model.loss(mean, 0 * mean, ids[:4], torch.Generator().manual_seed(0))
     loss.backward()
     missing = [name for name, p in model.projection.named_parameters()
                if p.grad is None or not p.grad.abs().sum() > 0]
@@ -443,6 +435,108 @@ def test_prompts_condition_as_ids():
 
 def test_image_side_error_has_three_parts():
     """A side that the two nets cannot halve is refused with the next one that works."""
-    message = r"image side 250 is not a multiple of 64 \(VAE 8 x U-Net 8\): pass --size 256"
+    message = r"image side 250 is not a multiple of 64 \(VAE 8 x U-Net 8, refiner\): pass --size 256"
     with pytest.raises(ValueError, match=message):
         DinoDiffusionConfig(image_size=250, vit=CONFIG.vit)
+
+
+# ---- the refiner
+
+REFINER = UNetConfig(in_channels=8, out_channels=4, base_channels=16, channel_multipliers=(1, 2),
+                     layers_per_block=1, attention_levels=(False, False), context_dim=16,
+                     num_heads=2)
+
+
+def test_bands_are_orthonormal_and_come_back():
+    """Haar bands keep the sum of squares; a flat image has one band; the inverse is exact."""
+    image = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    bands = to_bands(image)
+    assert bands.shape == (2, 12, 4, 3)
+    assert torch.allclose(bands.square().sum(), image.square().sum())
+    assert torch.allclose(from_bands(bands), image, atol=1e-6)
+    flat = to_bands(torch.ones(1, 1, 4, 4))
+    assert torch.equal(flat[0, :, 0, 0], torch.tensor([2.0, 0.0, 0.0, 0.0]))
+
+
+def test_refined_images_have_the_spectrum_of_their_texture(monkeypatch):
+    """x = y + Gaussian texture whose bands have known deviations, doubled where y is bright, and
+    the exact prediction for it: variance of each band, on each side, comes back within 5 %."""
+    refiner, schedule = Refiner(REFINER), NoiseSchedule()
+    g = torch.Generator().manual_seed(0)
+    band_std = torch.tensor([0.08, 0.05, 0.04, 0.02])[:, None, None]
+    decoded = torch.full((64, 3, 16, 16), -0.5)
+    decoded[..., 8:] = 0.5
+    local = 1.0 + (to_bands(decoded[:, :1])[:, :1] > 0)  # (B, 1, 8, 8): deviation is 1, or 2
+    texture = from_bands(band_std * local * torch.randn(64, 4, 8, 8, generator=g))
+    images = decoded + texture
+    refiner.measure([(images, decoded)])
+
+    # For r ~ N(0, s^2): E[v | rt] = sqrt(a) sigma (1 - s^2) / (a s^2 + sigma^2) rt.
+    s = local * band_std / refiner.residual_std
+
+    def exact(x, t, context):
+        rt, condition = x.chunk(2, dim=1)
+        assert torch.equal(condition, to_bands(decoded[:, :1]) / refiner.decoded_std)
+        sqrt_a, sigma = schedule.roots(t, rt)
+        return sqrt_a * sigma * (1 - s ** 2) / (sqrt_a ** 2 * s ** 2 + sigma ** 2) * rt
+
+    monkeypatch.setattr(refiner.unet, "forward", exact)
+    refined = refiner.refine(decoded, schedule, list(range(64)), steps=50)
+    assert torch.equal(refined[:, 0], refined[:, 2])
+    bands = to_bands((refined - decoded)[:, :1])
+    for side, factor in ((slice(0, 4), 1), (slice(4, 8), 2)):
+        variance = bands[..., side].var((0, 2, 3))
+        assert torch.allclose(variance, (factor * band_std[:, 0, 0]) ** 2, rtol=0.05), variance
+
+
+def test_every_parameter_of_the_refiner_gets_a_gradient():
+    """But for those that one constant context token cannot reach: queries and keys of it."""
+    torch.manual_seed(0)
+    refiner = Refiner(REFINER)
+    for p in refiner.unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    refiner.loss(pictures(4), pictures(4, 1), NoiseSchedule(),
+                 torch.Generator().manual_seed(0)).backward()
+    missing = [name for name, p in refiner.named_parameters()
+               if p.grad is None or not p.grad.abs().sum() > 0]
+    assert all("attn2" in name or "norm2" in name for name in missing), missing
+
+
+def test_a_bundle_refines_by_seed(model):
+    """Samples of a model with a refiner: the decoder's image plus detail that depends on the seed
+    alone; refine=False is the decoder; a checkpoint keeps it."""
+    torch.manual_seed(0)
+    whole = DinoDiffusion(replace(CONFIG, refiner=REFINER)).eval()
+    for p in [*whole.unet.parameters(), *whole.refiner.parameters()]:
+        torch.nn.init.normal_(p, std=0.1)
+    whole.refiner.residual_std.fill_(0.05)
+    tokens = whole.embed(pictures(3))
+    soft = whole.sample(tokens, [1, 2, 3], steps=2, refine=False)
+    sharp = whole.sample(tokens, [1, 2, 3], steps=2)
+    assert torch.allclose(sharp, whole.refine(soft, [1, 2, 3]), atol=1e-6)
+    assert torch.allclose(sharp[1:2], whole.sample(tokens[1:2], [2], steps=2), atol=1e-4)
+    assert 0.005 < (sharp - soft.mean(1, keepdim=True)).std() < 0.5
+    again = DinoDiffusion.from_checkpoint(whole.to_checkpoint())
+    assert torch.equal(again.sample(tokens, [1, 2, 3], steps=2), sharp)
+    assert torch.equal(model.refine(soft, [1, 2, 3]), soft)  # a model that has none
+
+
+# ---- an embedder of one's own
+
+def test_vectors_take_the_place_of_the_vit():
+    """Tokens of 48 numbers by the image's name: training loss and samples follow them; an image
+    without a vector is named."""
+    torch.manual_seed(0)
+    model = DinoDiffusion(replace(CONFIG, vit=None, token_shape=(1, 48))).eval()
+    model.embedder.table = {f"{i}.png": torch.randn(1, 48) for i in range(3)}
+    assert isinstance(model.embedder, VectorEmbedder)
+    tokens = model.embed(pictures(2), ["2.png", "0.png"])
+    assert torch.equal(tokens[0], model.embedder.table["2.png"])
+    with pytest.raises(ValueError, match="1 images have no vector .first: x.png"):
+        model.embed(pictures(2), ["0.png", "x.png"])
+    for p in model.unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    one, other = model.sample(tokens, [0, 0], steps=2)
+    assert (one - other).abs().mean() > 1e-5
+    again = DinoDiffusion.from_checkpoint(model.to_checkpoint())
+    assert again.config.vit is None and again.embedder.token_shape == (1, 48)

@@ -1,6 +1,4 @@
 """train.py --init, and the model in the box: where a training starts, and what is refused."""
-import hashlib
-
 import numpy as np
 import pytest
 import torch
@@ -11,17 +9,17 @@ import hubconf
 import sample
 import train
 from dinodiff import DinoDiffusion
-from support import box
 from support.command import UserError
-from support.files import load_checkpoint, save_atomic
+from support.files import BOX, load_checkpoint, save_atomic
 
-FLAGS = ["--data", "phantoms", "--count", "12", "--unet-steps", "2", "--batch", "2", "--vae-batch",
-         "2", "--grids", "1", "--device", "cpu"]
+FLAGS = ["--data", "phantoms", "--count", "12", "--batch", "2", "--device", "cpu"]
+SET = ["--set", "unet_steps=2", "vae_batch=2", "previews=1", "refiner_steps=0"]
 
 
-def train_from(init, out, *flags):
+def train_from(init, out, *flags, settings=()):
     """The content of the model.pt that came of it."""
-    assert train.main(["--init", str(init), "--out", str(out), *FLAGS, *map(str, flags)]) == 0
+    flags = [*FLAGS, *map(str, flags), *SET, *settings]
+    assert train.main(["--init", str(init), "--out", str(out), *flags]) == 0
     return load_checkpoint(out / "model.pt")
 
 
@@ -35,7 +33,7 @@ def test_it_goes_on_from_the_other_model(small_run, tmp_path):
     after = train_from(small_run, tmp_path / "same", "--lr", 1e-12)
     for part in ("unet", "projection", "vae", "statistics"):
         assert distance(before[part], after[part]) < 1e-3, part
-    assert distance(before["embedder"]["model"], after["embedder"]["model"]) == 0
+    assert distance(before["embedder"], after["embedder"]) == 0
     assert after["config"] == before["config"]
 
     moved = train_from(small_run, tmp_path / "moved", "--lr", 1e-2)
@@ -45,8 +43,8 @@ def test_it_goes_on_from_the_other_model(small_run, tmp_path):
 def test_the_decoder_alone_may_go_on(small_run, tmp_path):
     """Latents stay as they are, and their statistics."""
     before = load_checkpoint(small_run / "model.pt")
-    after = train_from(small_run, tmp_path / "run", "--vae", "decoder", "--vae-steps", 2,
-                       "--lr", 1e-12)
+    after = train_from(small_run, tmp_path / "run", "--vae", "decoder", "--lr", 1e-12,
+                       settings=["vae_steps=2"])
     for name, was in before["vae"].items():
         same = torch.equal(was, after["vae"][name])
         assert same == name.startswith(("encoder.", "quant_conv.")), name
@@ -56,10 +54,10 @@ def test_the_decoder_alone_may_go_on(small_run, tmp_path):
 def test_the_embedder_may_go_on(small_run, tmp_path):
     """A few steps away from --init's it is still near it, and tokens are measured anew."""
     before = load_checkpoint(small_run / "model.pt")
-    after = train_from(small_run, tmp_path / "run", "--embedder", "tiny", "--embedder-steps", 3,
-                       "--embedder-batch", 4)
-    key = "patch_embed.proj.weight"
-    was, now = (x["embedder"]["model"][key] for x in (before, after))
+    after = train_from(small_run, tmp_path / "run", "--embedder", "tiny",
+                       settings=["embedder_steps=3", "embedder_batch=4"])
+    key = "vit.patch_embed.proj.weight"
+    was, now = (x["embedder"][key] for x in (before, after))
     assert 0 < (now - was).abs().max() < 0.01 < was.std()
     assert distance(before["statistics"], after["statistics"]) > 0
 
@@ -67,9 +65,9 @@ def test_the_embedder_may_go_on(small_run, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     (["--size", "48"], "image_size 32, this run has 48"),
     (["--condition", "none"], "condition dino, this run has none"),
-    (["--tokens", "patch2", "--data", "phantoms"], "tokens global, this run has patch2"),
+    (["--set", "tokens=patch2"], "tokens global, this run has patch2"),
     (["--vae", "OTHER"], "latents of another shape"),
-    (["--prediction", "eps", "--no-zero-snr"], "prediction v, this run has eps"),
+    (["--set", "prediction=eps"], "prediction v, this run has eps"),
 ])
 def test_what_does_not_fit_is_refused(small_run, tmp_path, flags, said):
     """In one line, before a folder is there."""
@@ -91,36 +89,28 @@ def test_a_decoder_needs_a_start(tmp_path):
 
 # ---- the box -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("content", [None, b"not the model"])
-def test_a_box_that_is_missing_or_changed(monkeypatch, tmp_path, content, small_run):
-    path = tmp_path / "cxr128.pt"
-    if content:
-        path.write_bytes(content)
-    monkeypatch.setattr(box, "BOX", path)
-    for call in (lambda: sample.main(["--checkpoint", "box", "--random"]),
-                 lambda: train.main(["--init", "box", "--out", str(tmp_path / "run"), *FLAGS])):
-        with pytest.raises(UserError, match="was changed" if content else "there is no"):
-            call()
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_box_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
-    """No run, no flag: two images that follow a source, into samples/; a photograph gets a note."""
+def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
+    """No run, no flag: two sharp images that follow a source, into samples/; a photograph gets a
+    note; --no-refine gives softer ones."""
     monkeypatch.chdir(tmp_path)
-    assert hashlib.sha256(box.BOX.read_bytes()).hexdigest() == box.BOX_SHA256
-    assert box.BOX.stat().st_size < 25e6
+    assert BOX.stat().st_size < 30e6
     photograph = np.random.default_rng(0).integers(0, 255, (140, 150, 3), np.uint8)
     Image.fromarray(photograph).save("x.png")
-    assert sample.main(["--from-image", "x.png", "--count", "2", "--steps", "2", "--device",
-                        "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "model in the box" in said and "not for clinical use" in said
-    assert "knows only chest X-rays" in said
-    assert len(list((tmp_path / "samples" / "reconstruct" / "images").glob("*.png"))) == 2
+    flags = ["--from-image", "x.png", "--count", "2", "--steps", "2", "--device", "cpu"]
+    assert sample.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "not for clinical use" in printed and "knows only chest X-rays" in printed
+    assert sample.main([*flags, "--no-refine"]) == 0
+    sharpness = []
+    for folder in ("reconstruct", "reconstruct_2"):
+        paths = sorted((tmp_path / "samples" / folder / "images").glob("*.png"))
+        assert len(paths) == 2
+        pixels = np.stack([np.asarray(Image.open(path).convert("L"), float) for path in paths])
+        sharpness.append(np.diff(pixels, axis=2).std())
+    assert sharpness[0] > 1.2 * sharpness[1]
 
     assert sample.main(["--prototypes", "3", "--steps", "2", "--device", "cpu"]) == 0
     assert len(list((tmp_path / "samples" / "prototype" / "images").glob("*.png"))) == 3
-
     assert hubconf.cxr128().config.image_size == 128
     assert not hubconf.dino_cxr().training
 
@@ -130,7 +120,6 @@ def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
     from experiments import __main__ as experiments
     path = tmp_path / "p" / "model.pt"
     experiments.main(["pack", str(small_run), str(path), "--prototypes", "6"])
-    assert "SHA-256" in capsys.readouterr().out
     packed = load_checkpoint(path)
     assert packed["unet"]["conv_in.weight"].dtype == torch.float16
     assert packed["prototypes"].shape == (6, 5, 12) and "data" not in packed["training"]
@@ -148,5 +137,6 @@ def test_embed_writes_what_the_model_sees(small_run, tmp_path):
                       str(tmp_path / "x.npz"), "--device", "cpu"])
     found = np.load(tmp_path / "x.npz")
     model = DinoDiffusion.from_checkpoint(load_checkpoint(small_run / "model.pt"))
-    first = load_image(small_run / "held_out" / str(found["files"][0]), 32)
-    np.testing.assert_allclose(found["tokens"][0], model.embed(first[None])[0], atol=1e-4)
+    first = load_image(small_run / "held_out" / str(found["file"][0]), 32)
+    np.testing.assert_allclose(found["tokens"][0], model.embedder.tokens(first[None])[0],
+                               atol=1e-4)

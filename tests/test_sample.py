@@ -1,5 +1,4 @@
 """sample.py: every way to sample, from small models with random weights; tables, errors, memory."""
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,13 @@ from PIL import Image
 
 import sample
 from small_run import make, pixels, write_run
-from support import files, sample_folder
+from dinodiff import DinoDiffusion
+from support import files
 from support.command import UserError
 from support.datasets import open_dataset
+from support.pictures import save_png
 from support.seeds import step_seed
+from unet import UNetConfig
 
 WORDS = "Histology image of cancer tissue, morphology type"
 
@@ -35,12 +37,13 @@ def unconditional(tmp_path_factory):
 @pytest.mark.parametrize("arguments,says,count", [
     (["--from-image", "IMAGE", "--count", "2"], "reconstruct", 2),
     (["--from-image", "FOLDER", "--perturb", "0.5"], "perturb", 8),
-    (["--from-image", "IMAGE", "--strength", "0.5", "--guidance", "2", "--guidance-rescale", "0.7"],
+    (["--from-image", "IMAGE", "--strength", "0.5", "--guidance-scale", "2",
+      "--guidance-rescale", "0.7"],
      "img2img", 1),
     (["--interpolate", "IMAGE", "IMAGE2", "--frames", "3", "--count", "2"], "interpolate", 6),
     (["--prototypes", "2", "--count", "2"], "prototype", 4),
     (["--random", "--count", "2", "--sampler", "ddpm"], "random", 2),
-    (["--random", "--count", "2", "--sampler", "dpm", "--dtype", "bf16"], "random", 2),
+    (["--random", "--count", "2", "--sampler", "ddim", "--eta", "1"], "random", 2),
 ])
 def test_every_way_to_sample_writes_images_grid_and_table(small_run, tmp_path, arguments, says,
                                                           count):
@@ -56,27 +59,43 @@ def test_every_way_to_sample_writes_images_grid_and_table(small_run, tmp_path, a
     if says == "interpolate":
         assert [row["weights"] for row in rows[:3]] == ["1.000|0.000", "0.500|0.500", "0.000|1.000"]
         assert rows[0]["sources"] == f"{small_run}/held_out/0.png|{small_run}/held_out/1.png"
-        assert rows[0]["label_rule"] == "of the nearer source"
     if says == "prototype":
         assert [row["sources"][:11] for row in rows] == ["prototype 0"] * 2 + ["prototype 1"] * 2
 
 
-def test_labels_are_inherited_from_the_source(small_run, tmp_path, monkeypatch):
-    """labels.csv beside a source: its cells come back in samples.csv, with the rule."""
+def test_labels_are_inherited_from_a_folders_own_table(small_run, tmp_path):
+    """Of a folder, its labels.csv or its subfolders' names come back in samples.csv, with the rule;
+    a file alone has none, whatever tables lie around it."""
     rows = make(small_run, tmp_path / "out", "--from-image", "FOLDER", steps=1)
     assert [row["label_finding"] for row in rows] == ["none", "effusion"] * 4
     assert {row["label_rule"] for row in rows} == {"of the source"}
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "a.png").write_bytes((small_run / "held_out" / "0.png").read_bytes())
-    rows = make(small_run, tmp_path / "bare", "--from-image", str(tmp_path / "x"), steps=1)
+    rows = make(small_run, tmp_path / "bare", "--from-image", "IMAGE", steps=1)
     assert rows[0]["label_rule"] == "" and "label_finding" not in rows[0]
+    for i, name in enumerate(("NORMAL", "PNEUMONIA")):
+        save_png(tmp_path / "set" / name / "x.png", torch.full((3, 32, 32), i - 0.5))
+    rows = make(small_run, tmp_path / "named", "--from-image", str(tmp_path / "set"), steps=1)
+    assert [row["label"] for row in rows] == ["NORMAL", "PNEUMONIA"]
+
+
+def test_a_broken_source_is_left_out_and_named(small_run, tmp_path, capsys):
+    """Before the first image is made; if none is left, the line is an error."""
+    (tmp_path / "set").mkdir()
+    whole = (small_run / "held_out" / "0.png").read_bytes()
+    for i in range(4):
+        (tmp_path / "set" / f"{i}.png").write_bytes(whole[:len(whole) // 2] if i == 2 else whole)
+    rows = make(small_run, tmp_path / "out", "--from-image", str(tmp_path / "set"), steps=1)
+    assert [Path(row["sources"]).name for row in rows] == ["0.png", "1.png", "3.png"]
+    assert "2.png" in capsys.readouterr().out
+    with pytest.raises(UserError, match="2.png"):
+        make(small_run, tmp_path / "no", "--from-image", str(tmp_path / "set" / "2.png"))
+    assert not (tmp_path / "no").exists()
 
 
 # ---- what an image depends on
 
 @pytest.mark.parametrize("arguments", [
     ["--random", "--count", "5"], ["--from-image", "FOLDER", "--perturb", "0.3"],
-    ["--interpolate", "IMAGE", "IMAGE2", "--frames", "5", "--guidance", "20"],
+    ["--interpolate", "IMAGE", "IMAGE2", "--frames", "5", "--guidance-scale", "20"],
     ["--from-image", "FOLDER", "--strength", "0.5", "--sampler", "dpm"]])
 def test_same_seed_same_file_whatever_the_batch(small_run, tmp_path, arguments):
     """At batch 5 and at batch 2 images differ by at most one grey level of rounding."""
@@ -102,66 +121,19 @@ def test_perturbation_and_start_noise_are_different_draws():
     assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5
 
 
-def test_bf16_differs_by_less_than_a_grey_level_on_average(small_run, tmp_path):
-    """--dtype bf16 rounds the U-Net's products alone; the table says which it was. On a CPU auto
-    means float32."""
-    whole, half, auto = (make(small_run, tmp_path / dtype, "--random", "--count", "4", "--dtype",
-                              dtype, "--sampler", "dpm") for dtype in ("float32", "bf16", "auto"))
-    assert whole[0]["dtype"] == auto[0]["dtype"] == "float32" and half[0]["dtype"] == "bfloat16"
-    gap = (pixels(tmp_path / "float32", whole) - pixels(tmp_path / "bf16", half)).abs()
-    assert 0 < gap.float().mean() < 1
-    assert torch.equal(pixels(tmp_path / "float32", whole), pixels(tmp_path / "auto", auto))
-
-
-def test_each_source_is_read_once_as_the_model_was_trained(small_run, tmp_path, monkeypatch):
-    """Three images of each of eight sources in batches of four: eight reads in order, by the grey
-    rule of the training images, and no image that was written is read again."""
-    checkpoint = torch.load(small_run / "model.pt", weights_only=True)
-    checkpoint["training"]["depth"] = {"rule": "of the set"}
-    files.save_atomic(tmp_path / "model.pt", checkpoint)
-    read, load = [], sample.load_image
-
-    def load_and_note(path, size, depth):
-        assert size == 32 and depth == {"rule": "of the set"}
-        read.append(path.name)
-        return load(path, size, None)
-    monkeypatch.setattr(sample, "load_image", load_and_note)
-    monkeypatch.setattr(sample_folder, "GRID_LINES", 0)
-    monkeypatch.setattr(sample.SampleFolder, "write_grid", lambda *arguments, **names: None)
-    sample.main(["--from-image", str(small_run / "held_out"), "--count", "3", "--strength", "0.5",
-                 "--batch", "4", "--steps", "2", "--checkpoint", str(tmp_path / "model.pt"),
-                 "--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert read == [f"{i}.png" for i in range(8)]
-
-
-def test_memory_does_not_grow_with_the_number_of_sources(small_run, tmp_path, monkeypatch):
-    """2,000 sources of 512 x 512 pixels would be 6 GB as tensors; they pass one batch at a time."""
-    source = small_run / "held_out" / "0.png"
-    (tmp_path / "many").mkdir()
-    for i in range(2000):
-        (tmp_path / "many" / f"{i}.png").hardlink_to(source)
-    alive = 0
-    most = 0
-
-    class Held(torch.Tensor):
-        def __del__(self):
-            nonlocal alive
-            alive -= 1
-
-    def load(path, size, depth):
-        nonlocal alive, most
-        alive += 1
-        most = max(most, alive)
-        return torch.zeros(3, 32, 32).as_subclass(Held)
-    monkeypatch.setattr(sample, "load_image", load)
-    monkeypatch.setattr(sample, "make_images",
-                        lambda requests, args, model, read, centers, dtype: torch.stack(
-                            [read(request.sources[0]).as_subclass(torch.Tensor)
-                             for request in requests]))
-    monkeypatch.setattr(sample_folder, "save_pngs", lambda paths, images: None)
-    rows = make(small_run, tmp_path / "out", "--from-image", str(tmp_path / "many"), "--batch",
-                "50")
-    assert len(rows) == 2000 and most <= 120
+def test_a_refined_sample_says_so(small_run, tmp_path):
+    """With a refiner, detail by default and the decoder alone with --no-refine; the table says
+    which; a model without one refuses --no-refine."""
+    refiner = UNetConfig(in_channels=8, out_channels=4, base_channels=8,
+                         channel_multipliers=(1, 2), layers_per_block=1,
+                         attention_levels=(False, False), context_dim=8, num_heads=2)
+    run = write_run(tmp_path / "run", refiner=refiner)
+    sharp = make(run, tmp_path / "a", "--random", "--count", "2")
+    soft = make(run, tmp_path / "b", "--random", "--count", "2", "--no-refine")
+    assert sharp[0]["refined"] == "True" and soft[0]["refined"] == "False"
+    assert (pixels(tmp_path / "a", sharp) != pixels(tmp_path / "b", soft)).any()
+    with pytest.raises(UserError, match="has no refiner"):
+        make(small_run, tmp_path / "c", "--random", "--no-refine")
 
 
 # ---- prompts
@@ -173,15 +145,17 @@ def test_samples_by_prompt_and_a_balanced_labelled_set(prompted, tmp_path, capsy
     assert [(r["prompt"], r["label"], r["seed"]) for r in rows] == [
         (f"{WORDS} two", "cancer", str(i)) for i in range(3)]
     rows = make(prompted, tmp_path / "b", "--each-prompt", "2")
-    model, *_ = sample.load_model(prompted, torch.device("cpu"))
+    model = DinoDiffusion.from_checkpoint(files.load_checkpoint(prompted / "model.pt"))
     used = model.prompts[:5]
     assert [row["prompt"] for row in rows] == [prompt for prompt in used for _ in range(2)]
     assert Image.open(tmp_path / "b" / "grid.png").height == 2 + 5 * 130
-    made = open_dataset(tmp_path / "b", 32)
-    assert sorted(made.columns["prompt"]) == sorted([*used, *used])
-    assert all(label in prompt for label, prompt in zip(made.columns["label"],
-                                                        made.columns["prompt"]))
-    rows = make(prompted, tmp_path / "c", "--random", "--count", "4", "--guidance", "3")
+    dataset = open_dataset(tmp_path / "b", 32, table=tmp_path / "b" / "samples.csv")
+    assert sorted(dataset.columns["prompt"]) == sorted([*used, *used])
+    assert all(label in prompt for label, prompt in zip(dataset.columns["label"],
+                                                        dataset.columns["prompt"]))
+    rows = make(prompted, tmp_path / "e", "--prompt", f"{WORDS} two".upper())
+    assert rows[0]["prompt"] == f"{WORDS} two" and rows[0]["label"] == "cancer"
+    rows = make(prompted, tmp_path / "c", "--random", "--count", "4", "--guidance-scale", "3")
     assert {row["prompt"] for row in rows} <= set(used)
     assert "note" not in capsys.readouterr().out
     rows = make(prompted, tmp_path / "d", "--prompt", "healthy tissue")
@@ -229,8 +203,8 @@ def test_other_models_refuse_what_they_cannot_follow(small_run, unconditional, t
 def test_guidance_and_one_step(small_run, tmp_path, guidance, sampler):
     """Guidance 0, 1 and 50, in one step and in three: images that are no flat black."""
     for steps in (1, 3):
-        rows = make(small_run, tmp_path / str(steps), "--random", "--count", "2", "--guidance",
-                    guidance, "--sampler", sampler, steps=steps)
+        rows = make(small_run, tmp_path / str(steps), "--random", "--count", "2",
+                    "--guidance-scale", guidance, "--sampler", sampler, steps=steps)
         assert all(image.float().std() > 0 for image in pixels(tmp_path / str(steps), rows))
 
 
@@ -269,56 +243,33 @@ def test_prototypes_need_the_runs_tokens(small_run, tmp_path, monkeypatch, conte
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
-BAD_LINES = [
-    ("", "--from-image"), ("--random --prototypes 2", "not allowed with"),
-    ("--from-image /nowhere.png", "replace or remove"), ("--from-image TEXT", "replace or remove"),
-    ("--from-image EMPTY", "name another folder"), ("--interpolate TEXT", "expected 2 arguments"),
-    ("--interpolate TEXT TEXT", "replace or remove"), ("--prototypes 0", "pass 1"),
-    ("--prototypes 25", "lower k"), ("--random --perturb 1", "pass it, or leave"),
-    ("--random --perturb x", "pass"), ("--random --strength 0", "pass e.g. 0.6"),
-    ("--random --frames 0", "pass 1"), ("--random --mix add", "choose from"),
-    ("--random --count 0", "pass 1"), ("--random --count 99999999999", "pass 1"),
-    ("--random --steps 0", "pass 1"), ("--random --steps 1001", "1 to 1000"),
-    ("--random --sampler euler", "choose"), ("--random --guidance -1", "pass 0"),
-    ("--random --guidance nan", "pass 0"),
-    ("--random --guidance-rescale 2", "from 0 to 1"), ("--random --eta 2", "from 0 to 1"),
-    ("--random --seed -1", "pass 0"), ("--random --batch 0", "pass 1"),
-    ("--random --device tpu", "--device auto"), ("--random --dtype half", "choose"),
-    ("--random --checkpoint nowhere", "python train.py"),
-    ("--random --checkpoint TEXT", "python train.py"),
-    ("--random --out TEXT", "pass another --out"),
-    ("--random --out FULL", "pass another --out"), ("--random --nonsense", "--nonsense"),
-]
-
-
-@pytest.mark.parametrize("line,says", BAD_LINES)
-def test_bad_command_lines(small_run, tmp_path, monkeypatch, capsys, line, says):
-    """Each ends with code 2 and a message that says what to pass, without a traceback, and leaves
-    nothing behind."""
+@pytest.mark.parametrize("line,says", [
+    ("--from-image /nowhere.png", "/nowhere.png"), ("--interpolate TEXT TEXT", "TEXT"),
+    ("--from-image EMPTY", "EMPTY"), ("--prototypes 25", "25"), ("--random --steps 1001", "1 to"),
+    ("--random --device tpu", "--device auto"), ("--from-vector TEXT", "TEXT"),
+    ("--random --out FULL", "pass another --out")])
+def test_requests_that_cannot_be_met(small_run, tmp_path, monkeypatch, line, says):
+    """One line that says what to pass; nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "samples.csv").write_text("file\n")
     (tmp_path / "TEXT").write_text("hello")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "small").symlink_to(small_run)
-    flags = line.split() + ([] if "--steps" in line else ["--steps", "1"])
-    if "--out" not in line:
-        flags += ["--out", "new"]
+    flags = line.split() + ["--checkpoint", str(small_run)]
+    flags += [] if "--out" in line else ["--out", "new"]
+    with pytest.raises(UserError, match=says):
+        sample.main(flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "FULL", "TEXT"]
+
+
+@pytest.mark.parametrize("line", [
+    "", "--random --prototypes 2", "--random --perturb 1", "--random --strength 0", "--random "
+    "--frames 0", "--random --row 2", "--random --count 0", "--random --sampler euler",
+    "--random --guidance-scale nan", "--random --eta 0.5", "--random --nonsense"])
+def test_bad_command_lines(line, capsys):
     with pytest.raises(SystemExit) as end:
-        sample.run_script(lambda: sample.main(flags))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and says in error and "Traceback" not in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "FULL", "TEXT", "runs"]
-
-
-def test_help_fits_two_screens(monkeypatch, capsys):
-    """At most 100 lines of 80 columns; every flag has a text."""
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        sample.main(["--help"])
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 100 and not re.search(r"\n  --[a-z-]+\n", text)
+        sample.main(line.split())
+    assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
 def test_the_newest_run_is_the_default(small_run, tmp_path, monkeypatch, capsys):

@@ -33,7 +33,7 @@ def test_the_grid_shows_sources_and_samples(small_run, tmp_path):
 
 def test_a_long_call_shows_the_first_lines(small_run, tmp_path, monkeypatch, capsys):
     """The grid, and what is kept in memory for it, has a limit; a note says so."""
-    monkeypatch.setattr(sample_folder, "GRID_LINES", 2)
+    monkeypatch.setattr(sample_folder, "GRID_ROWS", 2)
     monkeypatch.setattr(sample_folder, "GRID_COLUMNS", 3)
     rows = make(small_run, tmp_path / "out", "--random", "--count", "20", steps=1)
     assert len(rows) == 20
@@ -57,7 +57,7 @@ def test_the_table_grows_by_a_batch_and_names_whole_files(small_run, tmp_path, m
     assert appended == [3, 3, 1]
     assert [row["file"] for row in rows] == [f"images/random_{i:05d}.png" for i in range(7)]
     assert not list((tmp_path / "out" / "images").glob(".*"))
-    with pytest.raises(UserError, match="already holds samples"):
+    with pytest.raises(UserError, match="already contains samples"):
         make(small_run, tmp_path / "out", "--random")
 
 

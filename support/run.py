@@ -271,7 +271,7 @@ def print_start(preset, run, model, dataset, device):
           f"{model.config.image_size} px; {device}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads; run: {run.folder}")
     parameters = sum(p.numel() for p in model.trained.parameters())
-    context, _ = model.context(None, 1)
+    context, _ = model.null_context(1)
     print(f"U-Net and projection: {parameters / 1e6:.1f} M parameters; context "
           f"{tuple(context.shape[1:])}; condition {model.config.condition}; tokens "
           f"{model.config.token_shape} of embedder {preset.embedder}")

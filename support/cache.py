@@ -110,7 +110,7 @@ def loader(dataset, plan, device=torch.device("cpu"), workers=None):
 
 def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
                 device=torch.device("cpu")):
-    """Write encode(batch of the dataset) -> {name: (B, ...)} for every row.
+    """Write encode(batch of the dataset, its rows) -> {name: (B, ...)} for every row.
 
     arrays: name -> (shape of a row, NumPy dtype), one file NAME.npy each. made_by: a text that
     changes with the weights and the images; a complete cache with the same text is kept.
@@ -141,8 +141,9 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
     plan = rows_of_rank(plan)
     status = StatusLine(n, " and ".join(arrays))
     for k, (x,) in enumerate(loader(dataset, plan, device), 1):
-        for name, values in encode(x.to(device, non_blocking=True)).items():
-            files[name][plan[k - 1]] = values.cpu().numpy()
+        rows = plan[k - 1]
+        for name, values in encode(x.to(device, non_blocking=True), rows).items():
+            files[name][rows] = values.cpu().numpy()
         if stop := max(all_ranks(run.stop_signal)):
             raise Stopped(stop)
         status.update(min(n, k * ranks() * batch), images=len(x) * ranks())
@@ -163,5 +164,6 @@ def decode_once(pictures, run):
     folder = run.folder / "cache" / "pictures"
     arrays = {"pictures": ((3, images.size, images.size), np.float16)}
     made_by = f"{images.size} {images.depth} {fingerprint([pictures.indices])}"
-    build_cache(folder, arrays, pictures, lambda x: {"pictures": x.half()}, made_by, run)
+    build_cache(folder, arrays, pictures, lambda x, rows: {"pictures": x.half()},
+                made_by, run)
     return Arrays(folder, ["pictures"])

@@ -29,7 +29,7 @@ class Numbers:
         return (torch.tensor(rows, dtype=torch.float32)[:, None].expand(-1, 3),)
 
 
-def encode(x):
+def encode(x, rows):
     return {"half": x / 2, "sums": x.sum(1)}
 
 
@@ -53,9 +53,9 @@ def test_a_stopped_cache_is_not_taken_for_a_whole_one(tmp_path):
     build_cache(tmp_path, ARRAYS, Numbers(23), encode, "old", Run(), batch=5)
     run, numbers = Run(), Numbers(23)
 
-    def encode_and_stop(x):
+    def encode_and_stop(x, rows):
         run.stop_signal = signal.SIGINT if len(numbers.read) > 5 else 0
-        return encode(x)
+        return encode(x, rows)
     with pytest.raises(Stopped):
         build_cache(tmp_path, ARRAYS, numbers, encode_and_stop, "a", run, batch=5)
     assert numbers.read == list(range(10))
@@ -82,7 +82,7 @@ def test_latents_give_mean_std_and_condition(tmp_path):
     """Tokens, or given conditions in their place; rows may be images in another order."""
     arrays = {"latents": ((2, 1, 1, 1), np.float16), "tokens": ((1, 3), np.float32)}
 
-    def both(x):
+    def both(x, rows):
         return {"latents": torch.stack([x[:, :1], -x[:, :1]], 1)[..., None, None],
                 "tokens": x[:, None]}
     build_cache(tmp_path, arrays, Numbers(6), both, "a", Run())

@@ -111,8 +111,8 @@ def test_a_batch_cut_in_parts_gives_the_step_of_the_whole(tmp_path):
     """Two ranks, --accumulate and both: the weights after five clipped steps are those of one
     process (rounding: 1e-6), and both ranks hold the same ones. A cache is equal bit for bit."""
     def cached(folder):
-        build_cache(folder, {"x": ((1,), np.float32)}, First(), lambda x: {"x": x.exp()}, "a",
-                    Run(), batch=3)
+        build_cache(folder, {"x": ((1,), np.float32)}, First(), lambda x, rows: {"x": x.exp()},
+                    "a", Run(), batch=3)
         return Arrays(folder, ["x"]).__getitems__(list(range(8)))[0].tolist()
 
     def work():

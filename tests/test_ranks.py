@@ -156,7 +156,7 @@ def test_samples_are_those_of_one_process(together, tmp_path):
 def test_batches_that_ranks_cannot_share_are_refused(tmp_path, flags):
     """Every rank needs the same number of images: the means of the parts must be the whole's."""
     def work():
-        with pytest.raises(UserError, match="--batch"):
+        with pytest.raises(UserError, match="cannot be cut into"):
             train.main([*SHARED, *flags, "--out", str(tmp_path / "run")])
         return sorted(tmp_path.iterdir())
     assert on_two_ranks(work) == [[], []]

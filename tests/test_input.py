@@ -39,7 +39,8 @@ BAD_LINES = [
     (train, "--set nonsense=1", "nonsense"), (train, "--set vae_steps=x", "vae_steps"),
     (train, "--set vae_steps", "vae_steps"), (train, "--set tokens=all", "tokens"),
     (train, "--device tpu", "pass --device auto"), (train, "--dtype fp16", "choose from"),
-    (train, "--data RUN/held_out --patient-from (", "--patient-from"), (train, "--out TEXT", "--out"),
+    (train, "--data RUN/held_out --patient-from (", "--patient-from"),
+    (train, "--out TEXT", "--out"),
     (train, "--out RUN", "--resume"),
     (sample, "--random --count 0", "--count"), (sample, "--random --steps 1001", "1000"),
     (sample, "--random --sampler euler", "choose from"),
@@ -67,7 +68,7 @@ def desk(tmp_path, monkeypatch):
     (tmp_path / "BAD.npz").write_text("hello")
     Image.fromarray(np.full((40, 40), 99, np.uint8)).save(tmp_path / "GOOD.png")
     write_run(tmp_path / "RUN")
-    (tmp_path / "RUN" / "config.json").write_text("{}")
+    (tmp_path / "RUN" / "config.json").write_text('{"seed": 0}')
     return tmp_path
 
 

@@ -42,13 +42,14 @@ from prompts import (balance, draw_clusters, kmeans, labels_for_prompts, plan_pr
 from support.cache import Latents, Pictures, build_cache, decode_once, fingerprint, loader
 from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
                              user_errors)
-from support.files import load_checkpoint, read_vectors, resolve_checkpoint
+from support.files import load_checkpoint, resolve_checkpoint
 from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)
 from support.run import FREE_TO_CHANGE, Run, Stopped, print_end, print_start, saved_settings
 from support.seeds import batch_rows, step_seed
 from support.training_set import open_training_set, write_choice, write_examples
+from support.vectors import read_vectors
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 
@@ -862,7 +863,7 @@ def main(argv=None):
     try:
         with run.signals_caught():
             write_choice(run, dataset)
-            print_start(args, preset, run, model, dataset, device)
+            print_start(preset, run, model, dataset, device)
             train_stages(args, preset, run, model, dataset, labels)
     except Stopped as stopped:
         print(f"Saved. Resume with: python train.py --resume --out {shlex.quote(args.out)}")
@@ -874,7 +875,7 @@ def main(argv=None):
         run.draw_curves(STAGES)
         example = write_examples(run.folder / "held_out", dataset)
         run.close()
-        print_end(args, run, model, example, (time.time() - began) / 60)
+        print_end(run, model, example, (time.time() - began) / 60)
     return 0
 
 

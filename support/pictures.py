@@ -1,13 +1,15 @@
-"""Pictures out: PNGs, grids of images, line charts."""
+"""PNGs, grids of images, line charts."""
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
 
 from support.files import atomic_file
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito
 
 
 def to_picture(image):
@@ -23,97 +25,79 @@ def save_png(path, image):
         picture.save(file, format="PNG")
 
 
-def save_pngs(paths, images, threads=4):
-    """Write images (N, 3 or 1, H, W) in [-1, 1] to N paths, fast: by a few threads, hardly
-    compressed, and with the system in charge of when they reach the disk. Each is whole or not
-    there, and all are there on return."""
+def save_pngs(paths, images):
+    """Write images (N, 3 or 1, H, W) in [-1, 1] to N paths with a few threads, lightly compressed.
+    """
     def save(path, image):
         with atomic_file(path, sync=False) as file:
             to_picture(image).save(file, format="PNG", compress_level=1)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(save, paths, images))  # the list waits, and raises what went wrong
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, paths, images))  # waits, and raises errors
 
 
 def save_grid(path, rows, captions=None):
     """Write rows of images, each (N, 3 or 1, H, W) in [-1, 1], as one PNG, captions at the left."""
     height, width = rows[0].shape[-2:]
-    scale = -(-128 // height)  # small images are repeated to whole multiples, for people to see
-    gap = 2
-    left = gap
-    font = ImageFont.load_default(size=14)
-    if captions:
-        left = max(math.ceil(font.getlength(text)) for text in captions) + 12
+    scale = -(-128 // height)  # small images are enlarged by a whole factor
+    columns = max(map(len, rows))
+    cells = []
+    for row in rows:
+        row = row.detach().float().cpu().expand(-1, 3, -1, -1).clamp(-1, 1)
+        blank = torch.ones(columns - len(row), 3, height, width)
+        cells += [*row, *blank]
+    large = F.interpolate(torch.stack(cells), scale_factor=scale)
+    grid = to_picture(make_grid(large, columns, padding=2, pad_value=1))
 
-    # A white canvas, a cell for each image.
-    down = height * scale + gap
-    across = width * scale + gap
-    sides = left + max(map(len, rows)) * across, gap + len(rows) * down
-    canvas = Image.new("RGB", sides, "white")
-    for y, row in enumerate(rows):
-        if captions:
-            middle = (6, (y + 0.5) * down)
-            ImageDraw.Draw(canvas).text(middle, captions[y], "black", font, "lm")
-        for x, image in enumerate(row):
-            large = to_picture(image).resize((width * scale, height * scale), Image.NEAREST)
-            canvas.paste(large, (left + x * across, gap + y * down))
+    # Each caption in a margin, in the middle of its row.
+    font = ImageFont.load_default(size=14)
+    left = max(math.ceil(font.getlength(text)) for text in captions) + 10 if captions else 0
+    canvas = Image.new("RGB", (left + grid.width, grid.height), "white")
+    canvas.paste(grid, (left, 0))
+    for y, text in enumerate(captions or []):
+        place = (6, (y + 0.5) * grid.height / len(rows))
+        ImageDraw.Draw(canvas).text(place, text, "black", font, "lm")
     save_png(path, canvas)
 
 
 def line_chart(path, series, title, xlabel, ylabel, log_y=False):
-    """Write a PNG line chart of at most five name -> (xs, ys), from x = 0: see draw_chart."""
-    save_png(path, draw_chart(series, title, xlabel, ylabel, log_y))
-
-
-def draw_chart(series, title, xlabel, ylabel, log_y=False, dots=False):
-    """A chart of at most five name -> (xs, ys), as a Pillow image: lines from x = 0, or dots."""
-    # What is drawn, and its range.
-    shown = {}
+    """Write a PNG chart of at most five lines name -> (xs, ys), from x = 0."""
+    # The lines, and their range.
+    lines = {}
     for name, (xs, ys) in series.items():
         if log_y:
             ys = [math.log10(max(y, 1e-9)) for y in ys]
-        shown[name] = list(zip(xs, ys))
-    points = sum(shown.values(), []) or [(0, 0)]
-    across = [x for x, _ in points]
+        lines[name] = list(zip(xs, ys))
+    points = sum(lines.values(), []) or [(0, 0)]
     heights = [y for _, y in points]
     margin = 0.05 * (max(heights) - min(heights)) or 0.5
     bottom = min(heights) - margin
     top = max(heights) + margin
-    left = 0
-    right = max(1, *across)
-    if dots:
-        margin = 0.05 * (max(across) - min(across)) or 0.5
-        left = min(across) - margin
-        right = max(across) + margin
+    right = max(1, *(x for x, _ in points))
 
     def place(x, y):
-        return 160 + 1580 * (x - left) / (right - left), 960 - 780 * (y - bottom) / (top - bottom)
+        return 160 + 1580 * x / right, 960 - 780 * (y - bottom) / (top - bottom)
 
     # Grid lines with their values.
-    picture = Image.new("RGB", (1800, 1080), "white")  # halved in the end, so lines are smooth
+    picture = Image.new("RGB", (1800, 1080), "white")  # halved at the end, for smooth lines
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=28)
     for k in range(6):
-        x = left + (right - left) * k / 5
+        x = right * k / 5
         y = bottom + (top - bottom) * k / 5
         draw.line([place(x, bottom), place(x, top)], "#dddddd", 2)
-        draw.line([place(left, y), place(right, y)], "#dddddd", 2)
-        value = 10 ** y if log_y else y
-        label = f"{x:.2g}" if dots else f"{x:g}"  # steps are whole
-        draw.text((place(x, y)[0], 974), label, "black", font, "ma")
-        draw.text((146, place(x, y)[1]), f"{value:.3g}", "black", font, "rm")
+        draw.line([place(0, y), place(right, y)], "#dddddd", 2)
+        draw.text((place(x, y)[0], 974), f"{x:g}", "black", font, "ma")
+        draw.text((146, place(x, y)[1]), f"{10 ** y if log_y else y:.3g}", "black", font, "rm")
     draw.text((900, 20), title, "black", font, "ma")
     draw.text((160, 166), ylabel, "black", font, "lb")
     draw.text((1740, 1060), xlabel, "black", font, "rd")
 
-    # The lines or dots, and above them their names, each in its colour.
+    # The lines, and above them their names in the same colours.
     key = 160
-    for colour, (name, points) in zip(COLOURS, shown.items()):
+    for colour, (name, points) in zip(COLOURS, lines.items()):
         draw.text((key, 100), name, colour, font, "lm")
         key += font.getlength(name) + 50
-        if dots:
-            for point in points:
-                draw.circle(place(*point), 6, colour)
-        elif len(points) > 1:
+        if len(points) > 1:
             draw.line([place(*point) for point in points], colour, 4, "curve")
-    return picture.reduce(2)
+    save_png(path, picture.reduce(2))

@@ -1,7 +1,7 @@
-"""Several processes that train or sample together, started by torchrun.
+"""Several processes, called ranks, that train or sample together, started by torchrun.
 
-Each process, called a rank, computes its share of every batch; gradients are averaged before each
-step of the optimizer, so that all ranks hold the same weights. With one process nothing is done.
+Each computes its share of every batch; gradients are averaged before each step of the optimizer,
+so that all hold the same weights. With one process these functions do nothing.
 """
 import atexit
 import os
@@ -12,26 +12,26 @@ import torch.distributed as dist
 
 
 def join_ranks():
-    """Under torchrun, join the other processes, called ranks; from now on rank 0 alone prints."""
+    """Under torchrun, join the other processes; from now on only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ranks() == 1:
-        dist.init_process_group(timeout=timedelta(days=1))  # rank 0 draws and writes, others wait
+        dist.init_process_group(timeout=timedelta(days=1))  # others wait while rank 0 draws
         atexit.register(dist.destroy_process_group)
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def ranks():
-    """How many processes work together; 1 without torchrun."""
+    """The number of processes; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
-    """The number of this process among them, from 0; rank 0 writes all files but the cache."""
+    """The index of this process, from 0; rank 0 writes all files except the cache."""
     return dist.get_rank() if ranks() > 1 else 0
 
 
 def all_ranks(value=None):
-    """What each rank passes, as a list by rank. Every rank must call it, and waits for the rest."""
+    """The values of all ranks, as a list. Every rank must call it, and waits for the others."""
     values = [value] * ranks()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -39,7 +39,7 @@ def all_ranks(value=None):
 
 
 def rows_of_rank(rows):
-    """The rows of a batch that this rank computes: all of them, where it is alone."""
+    """The rows of a batch that this rank computes."""
     return rows[rank()::ranks()]
 
 
@@ -55,7 +55,7 @@ def average_gradients(parameters):
 
 
 def share_batch_norm(model):
-    """On several GPUs, let each batch norm see the batch of all ranks; returns the model."""
+    """On several GPUs, batch norms use the statistics of the whole batch; returns the model."""
     if ranks() > 1 and next(model.parameters()).is_cuda:
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

@@ -1,4 +1,4 @@
-"""Where random numbers come from, and the order in which data are read."""
+"""Random seeds, and the order in which data are read."""
 import hashlib
 from functools import lru_cache
 
@@ -12,13 +12,13 @@ def step_seed(*parts):
 
 @lru_cache(maxsize=4)
 def epoch_order(n, seed, epoch):
-    """The rows 0..n-1 as one epoch shuffles them, (n,) int64."""
+    """The rows 0..n-1 in the order of one epoch, (n,) int64."""
     generator = torch.Generator().manual_seed(step_seed(seed, epoch))
     return torch.randperm(n, generator=generator)
 
 
 def batch_rows(step, batch, n, seed):
-    """Rows of the data for one step: epochs of reshuffled 0..n-1, cut into batches."""
+    """Rows of the data for one step: each epoch shuffles 0..n-1 again, cut into batches."""
     rows = []
     while len(rows) < batch:
         epoch, offset = divmod(step * batch + len(rows), n)

@@ -1,5 +1,5 @@
-"""One thread for all tests: their tensors are tiny, and two threads on a busy machine wait for each
-other, which once made these tests thirty times slower."""
+"""Fixtures of several tests. One thread for all: their tensors are tiny, and on a busy machine
+threads contend for cores, which makes these tests many times slower."""
 import os
 from functools import lru_cache
 
@@ -9,6 +9,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Flags of the smallest training; use them with the fixture small_networks.
+TINY = ["--data", "phantoms", "--count", "12", "--size", "32", "--batch", "2", "--steps", "3",
+        "--device", "cpu", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="session")
@@ -21,23 +25,24 @@ def drawn_once():
 
 @pytest.fixture(scope="module")
 def small_networks(drawn_once):
-    """train.py with networks of 0.2 M parameters and previews of two steps, for tests of files and
-    not of pictures; phantoms are drawn once."""
+    """train.py with networks of 0.2 M parameters, for tests of files and not of pictures; phantoms
+    are drawn once."""
+    from dataclasses import replace
+
     import train
     from dino import DINO, DINOConfig, ViTConfig
-    from dinodiff import NoiseSchedule
     from support import phantoms
     from unet import UNetConfig
     from vae import VAEConfig
-    timesteps = NoiseSchedule.sampling_timesteps
+    small = replace(
+        train.PRESETS["tiny"], vae_config=VAEConfig(3, 4, 8, (1, 2, 4), 1),
+        unet_config=UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2), previews=1,
+        embedder_batch=2, vae_batch=2, refiner_batch=2, refiner_width=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.VAES, "tiny", VAEConfig(3, 4, 8, (1, 2, 4), 1))
-        patch.setitem(train.UNETS, "tiny", UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2))
+        patch.setitem(train.PRESETS, "tiny", small)
         patch.setitem(train.VISION_TRANSFORMERS, "tiny", ViTConfig(8, 48, 2, 3))
         head = DINOConfig(head_dim=32, bottleneck=8, prototypes=16)
         patch.setattr(train, "DINO", lambda vit_config: DINO(vit_config, head))
-        patch.setattr(NoiseSchedule, "sampling_timesteps", lambda self, steps, power=1: timesteps(
-            self, 2 if steps == 25 else steps, power))
         for name, draw in drawn_once.items():
             patch.setattr(phantoms, name, draw)
         yield

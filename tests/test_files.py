@@ -1,5 +1,7 @@
-"""support/files.py: checkpoints, tables and logs are whole or not there, and hold no code."""
+"""support/files.py: checkpoints, tables and logs are complete or absent, and contain no code."""
 import csv
+import errno
+import gzip
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,39 +21,53 @@ class Payload(str):
 def test_checkpoints(tmp_path):
     """A saved dict comes back; foreign, cut, older and malicious files are refused, and not run."""
     path = tmp_path / "runs" / "a" / "model.pt"
-    files.save_atomic(path, {"version": files.CHECKPOINT_VERSION, "w": torch.arange(3.0)})
+    version = files.CHECKPOINT_VERSION
+    files.save_atomic(path, {"version": version, "w": torch.arange(3.0)})
     assert torch.equal(files.load_checkpoint(path)["w"], torch.arange(3.0))
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:-200])
     (tmp_path / "text.pt").write_text("hello")
-    torch.save({"version": 0}, tmp_path / "old.pt")
-    torch.save({"version": 2, "x": Payload(tmp_path / "ran")}, tmp_path / "evil.pt")
+    torch.save({"version": version - 1}, tmp_path / "old.pt")
+    torch.save({"version": version, "x": Payload(tmp_path / "ran")}, tmp_path / "evil.pt")
     for bad in ("cut", "text", "old", "evil", "missing"):
         with pytest.raises(UserError, match=f"{bad}.pt"):
             files.load_checkpoint(tmp_path / f"{bad}.pt")
+    with pytest.raises(UserError, match="it lacks state"):
+        files.load_checkpoint(path, ("w", "state"))
     assert not (tmp_path / "ran").exists()
 
 
-def test_newest_checkpoint(tmp_path, monkeypatch):
-    """Without an argument the newest run is taken; if neither it nor the box is there, the error
-    says what to run."""
-    monkeypatch.setattr("support.files.BOX", tmp_path / "none.pt")
-    for argument in (None, tmp_path):
+def test_which_checkpoint(tmp_path, monkeypatch, capsys):
+    """The newest run; without one the bundled model, which is said; a file or folder by name."""
+    monkeypatch.setattr(files, "BOX", tmp_path / "box.pt")
+    for argument in (None, "box", tmp_path):
         with pytest.raises(UserError, match="python train.py --data cxr"):
             files.resolve_checkpoint(argument, root=tmp_path)
+    (tmp_path / "box.pt").write_text("x")
+    capsys.readouterr()
+    assert files.resolve_checkpoint(root=tmp_path) == tmp_path / "box.pt"
+    assert "not for clinical use" in capsys.readouterr().out
     new, old = (tmp_path / name / "model.pt" for name in ("new", "old"))
     for path, age in ((new, 0), (old, 1)):
         files.write_text_atomic(path, "x")
         os.utime(path, (1000 - age, 1000 - age))
     assert files.resolve_checkpoint(root=tmp_path) == new
     assert files.resolve_checkpoint(str(old.parent)) == files.resolve_checkpoint(old) == old
+    assert files.resolve_checkpoint("box", root=tmp_path) == tmp_path / "box.pt"
 
 
-def test_a_failed_save_keeps_the_old_file(tmp_path):
-    """If writing fails half-way the old file stays whole and no temporary file is left;
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    """If writing fails half-way, or the disk is full, the old file stays and no other is left;
     next_folder names none that exists."""
     files.save_atomic(tmp_path / "x.pt", {"a": 1})
     with pytest.raises(Exception, match="pickle"):
         files.save_atomic(tmp_path / "x.pt", {"a": torch.zeros(1000), "b": lambda: 0})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="x.pt cannot be written.*No space.*pass another --out"):
+            files.save_atomic(tmp_path / "x.pt", {"a": 2})
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"a": 1}
     for name in ("x", "x_2", "x_3"):
         assert files.next_folder(tmp_path, "x") == tmp_path / name
@@ -62,14 +78,12 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["x", "x.pt", "x_2", "x_3"]
 
 
-def test_tables_grow_by_whole_lines(tmp_path):
-    """Rows come back in order, with commas, line ends and names that are no UTF-8; a folder that is
-    gone is one line of error."""
+def test_tables_come_back(tmp_path):
+    """Rows written and appended come back in order, with commas, line ends and odd file names."""
     path = tmp_path / "samples.csv"
     name = b"latin-\xe9.png".decode("utf-8", "surrogateescape")
-    files.append_csv(path, [["file", "label"], ["a.png", "x, y"]])
+    files.write_csv(path, [["file", "label"], ["a.png", "x, y"]])
     files.append_csv(path, [[name, "two\nlines"]])
-    files.append_csv(path, [])
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert list(csv.reader(file)) == [["file", "label"], ["a.png", "x, y"],
                                           [name, "two\nlines"]]
@@ -77,9 +91,31 @@ def test_tables_grow_by_whole_lines(tmp_path):
         files.append_csv(tmp_path / "gone" / "samples.csv", [["file"]])
 
 
+@pytest.mark.parametrize("text", [
+    'file,label,age\na.png,"x, y",4\nb.png,ü,\n',
+    "\ufefffile;label;age\r\na.png;x, y;4\r\nb.png;ü\r\n",
+    "file\tlabel\tage\na.png\tx, y\t4\t\n\nb.png\tü\t\n",
+    'file, label ,age\na.png, "x, y", 4\nb.png, ü,'])
+def test_tables_of_others(tmp_path, text):
+    """Commas, semicolons and tabs; Excel's mark; spaces, short rows and empty lines; compressed."""
+    rows = [{"file": "a.png", "label": "x, y", "age": "4"},
+            {"file": "b.png", "label": "ü", "age": ""}]
+    (tmp_path / "x.csv").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(text.encode()))
+    assert files.read_csv(tmp_path / "x.csv") == files.read_csv(tmp_path / "x.csv.gz") == rows
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"file,file\na,b\n", b"file,\xe9\n1,2\n", b"file\n\xff\n"])
+def test_no_tables(tmp_path, content):
+    """Empty, with two equal columns, not in UTF-8: one line."""
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(UserError, match="x.csv cannot be read.*UTF-8"):
+        files.read_csv(tmp_path / "x.csv")
+
+
 def test_atomic_files_of_threads_do_not_meet(tmp_path):
-    """Two threads write in one folder at the same time: each file has its own bytes, synced or not.
-    """
+    """Four threads write in one folder at the same time: each file has its own bytes."""
     def write(number):
         for _ in range(20):
             with files.atomic_file(tmp_path / f"{number}", sync=False) as file:
@@ -92,7 +128,7 @@ def test_atomic_files_of_threads_do_not_meet(tmp_path):
 
 
 def test_jsonl(tmp_path):
-    """Rows come back, none of a missing file; a line cut short is left out."""
+    """Rows come back, none of a missing file; a line cut short is skipped."""
     path = tmp_path / "log.jsonl"
     assert files.read_jsonl(path) == []
     files.append_jsonl(path, {"step": 1})

@@ -1,18 +1,18 @@
 """Ours beside the library that a user would pick instead: equal results first, then time.
 
     pip install diffusers timm scikit-learn pytorch-fid        # for this script alone
-    python tests/benchmark.py all                              # two CPU cores, about 15 minutes
-    python tests/benchmark.py unet sample --repeats 15         # or single parts
-    python tests/benchmark.py modes                            # float32, bf16, torch.compile
-    python tests/benchmark.py cost --out cost.png              # cost against work, a picture
-    python tests/benchmark.py mil                              # slides: cost against patches
+    python tools/benchmark.py all                              # two CPU cores, about 15 minutes
+    python tools/benchmark.py unet sample --repeats 15         # or single parts
+    python tools/benchmark.py modes                            # float32, bf16, torch.compile
+    python tools/benchmark.py cost --out cost.png              # cost against work, a picture
+    python tools/benchmark.py mil                              # slides: cost against patches
 
-Not collected by pytest. Both sides get the same weights (parameter names agree), inputs, threads,
+Both sides get the same weights (parameter names agree), inputs, threads,
 float32 and fused AdamW, and nothing else is set: the networks alone differ. Pairs alternate in one
 run, and each leads in turn; a ratio is peer time / our time, the median over pairs, above 1 means
 that ours is faster. A busy machine spoils times, and ratios less; least of all with one thread:
 
-    OMP_NUM_THREADS=1 python tests/benchmark.py all --threads 1
+    OMP_NUM_THREADS=1 python tools/benchmark.py all --threads 1
 """
 # ruff: noqa: B023 - closures are called in the round of the loop that makes them
 import argparse
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "reference")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "reference")]
 from dino import VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens, preprocess
 from dinodiff import NoiseSchedule, ddim_sample, guided
 from evaluate import frechet_distance, kernel_distance, prdc

@@ -1,9 +1,9 @@
 """What a GPU does with this project: one line of JSON a figure, each beside its goal or its peer.
 
-    python tests/gpu_check.py               # in the repository's root; 8 to 10 minutes on an H100
-    python tests/gpu_check.py --smoke       # all of it on a CPU with tiny sizes: does it run?
-    python tests/gpu_check.py --only sampling memory
-    python tests/gpu_check.py --whole       # also preset small, trained whole on 112,120 images
+    python tools/gpu_check.py               # in the repository's root; 8 to 10 minutes on an H100
+    python tools/gpu_check.py --smoke       # all of it on a CPU with tiny sizes: does it run?
+    python tools/gpu_check.py --only sampling memory
+    python tools/gpu_check.py --whole       # also preset small, trained whole on 112,120 images
 
 Needs no network and nothing beyond requirements.txt; diffusers is timed beside where it is there.
 Sections come in order of worth; those that no longer fit into --budget seconds say so. One that

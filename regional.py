@@ -174,7 +174,7 @@ class RegionalMIL(nn.Module):
         self.head = nn.Linear(d, 1)
 
     def attention(self, x, present):
-        """Tokens (B, n, d), present (B, n) -> (B, n), which sums to 1, or to 0 if all are absent."""
+        """Tokens (B, n, d), present (B, n) -> (B, n), summing to 1, or to 0 if all are absent."""
         score = self.score(self.value(x).tanh() * self.gate(x).sigmoid())[..., 0]
         if self.config.pool == "mean":
             score = torch.zeros_like(score)

@@ -125,9 +125,10 @@ def read_labels(folder):
     if not path.is_file():
         path = folder.resolve().parent / "labels.csv"
     rows = read_csv(path)
-    column = "slide" if rows and "slide" in rows[0] else "file"
-    if not rows or column not in rows[0]:
-        raise UserError(f"{path} has the columns {', '.join(rows[0]) if rows else 'none'}",
+    columns = list(rows[0]) if rows else []
+    column = next((name for name in ("slide", "slide_id", "file") if name in columns), None)
+    if column is None:
+        raise UserError(f"{path} has the columns {', '.join(columns) or 'none'}",
                         "file (or slide) and a label are needed", "rename a column")
     by_name = {Path(row[column]).name: row for row in rows}
     if len(by_name) < len(rows):

@@ -271,8 +271,8 @@ def test_models_learn_a_planted_focus(name):
 
 
 def marked(n, seed, kind):
-    """Bags of 36 standard normal patches; feature 0 of the marked patches is raised by 5. Kinds:
-    negative has none, "one" has one in positive bags."""
+    """Bags of 36 standard normal patches; in positive bags feature 0 of one patch is raised by 5.
+    kind: "train" (every second bag is positive) or "positive" (all are)."""
     slides = []
     for i in range(n):
         slide = slide_of(36, 6, seed * 1000 + i, f"{seed}_{i}", i % 2 if kind == "train" else 1)
@@ -296,21 +296,22 @@ def test_what_a_mil_model_should_satisfy(name):
 
     positive = marked(30, 2, "positive")
     with_one = logits(positive)
-    for slide in positive:  # more negatives, on rows below the bag
-        more = slide_of(36, 6, int(slide.name.split("_")[1]) + 9000)
+    for i, slide in enumerate(positive):
+        slide.read()[0][i % 36, 0] -= 5.0
+    without = logits(positive)
+    for i, slide in enumerate(positive):  # more negatives, on rows below the bag
+        slide.read()[0][i % 36, 0] += 5.0
+        more = slide_of(36, 6, i + 9000)
         features = torch.cat([slide.read()[0], more.read()[0]])
         slide.read = partial(tuple, (features, None))
         slide.grid = torch.cat([slide.grid, more.grid + torch.tensor([6, 0])])
         slide.rows = torch.arange(72)
     diluted = logits(positive)
-    for i, slide in enumerate(positive):
-        slide.read()[0][i % 36, 0] -= 5.0
-    without = logits(positive)
     if name == "mean":
         assert (with_one - diluted).mean() > 0.3 * (with_one - without).mean()
     else:
-        assert (with_one > 0).float().mean() > 0.9 and (without < 0).float().mean() > 0.9
-        assert (diluted > 0).float().mean() > 0.8
+        assert (with_one > 0).float().mean() > 0.9 and (without < 0).float().mean() > 0.75
+        assert (diluted > 0).float().mean() > 0.9
 
 
 # ---- what a run makes of its slides ----
@@ -350,11 +351,13 @@ def test_run_on_generated_slides_and_explain(drawn_once, tmp_path, monkeypatch, 
     monkeypatch.setattr(phantoms, "_histology", drawn_once["_histology"])
     monkeypatch.setattr(mil, "load_dino", lambda name: vit)
     monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))
-    flags = ["--count", "30", "--embedder", "small", "--steps", "2", "--batch", "2", "--models", "mean", "abmil", "2x2"]
-    for out in ("a", "b"):
-        mil.main([*flags, "--device", "cpu", "--out", str(tmp_path / out)])
+    flags = ["--count", "30", "--embedder", "small", "--steps", "2", "--batch", "2", "--models",
+             "mean", "abmil", "2x2"]
+    mil.main([*flags, "--device", "cpu", "--out", str(tmp_path / "a")])
+    mil.main([*flags[:-3], "abmil", "--device", "cpu", "--out", str(tmp_path / "b")])
     a, b = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in "ab")
-    assert a == b and len(a["table"]) == 3 + 4 + 4 and len(a["scores"]) == 11 * 6
+    assert len(a["table"]) == 3 + 4 + 4 and len(a["scores"]) == 11 * 6
+    assert b["scores"] == [row for row in a["scores"] if row["model"] == "abmil"]
     for name in ("curves.png", "heat_2x2.png", "log.jsonl", "config.json"):
         assert (tmp_path / "a" / name).stat().st_size > 0
     monkeypatch.setattr(mil, "fit", None)  # nothing may be trained

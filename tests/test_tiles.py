@@ -1,6 +1,6 @@
 """support/tiles.py: tissue and tiles of plain images and whole slides."""
-import struct
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,48 +9,7 @@ from PIL import Image
 from test_slides import mean_colour, tiling_of
 
 from support.command import UserError
-from support.tiles import otsu_level, tile_image
-
-
-# ---- whole slides ----
-
-def write_pyramid(path, pixels, levels=3, tile=64):
-    """A tiled pyramid TIFF of RGB pixels (H, W, 3) uint8, each level half of the one before."""
-    def entry(tag, kind, values):
-        size = {3: 2, 4: 4}[kind]
-        data = struct.pack(f"<{len(values)}{' HI'[size // 2]}", *values)
-        if len(data) <= 4:
-            return struct.pack("<HHI", tag, kind, len(data) // size) + data.ljust(4, b"\0")
-        body.extend(data)
-        return struct.pack("<HHII", tag, kind, len(data) // size, 8 + len(body) - len(data))
-
-    body = bytearray()
-    directories = []
-    for level in range(levels):
-        height, width = pixels.shape[:2]
-        offsets = []
-        for top in range(0, height, tile):
-            for left in range(0, width, tile):
-                block = np.zeros((tile, tile, 3), np.uint8)
-                part = pixels[top:top + tile, left:left + tile]
-                block[:part.shape[0], :part.shape[1]] = part
-                offsets.append(8 + len(body))
-                body.extend(block.tobytes())
-        entries = [entry(254, 4, [int(level > 0)]), entry(256, 4, [width]),
-                   entry(257, 4, [height]), entry(258, 3, [8, 8, 8]), entry(259, 3, [1]),
-                   entry(262, 3, [2]), entry(277, 3, [3]), entry(284, 3, [1]),
-                   entry(322, 4, [tile]), entry(323, 4, [tile]), entry(324, 4, offsets),
-                   entry(325, 4, [tile * tile * 3] * len(offsets))]
-        directories.append(struct.pack("<H", len(entries)) + b"".join(entries))
-        pixels = np.asarray(Image.fromarray(pixels).reduce(2))
-
-    # a directory points to the next one
-    start = first = 8 + len(body)
-    for number, directory in enumerate(directories):
-        start += len(directory) + 4
-        body.extend(directory + struct.pack("<I", start if number + 1 < levels else 0))
-    path.write_bytes(b"II*\0" + struct.pack("<I", first) + bytes(body))
-    return path
+from support.tiles import _read_tile, otsu_level, tile_image
 
 
 def tissue_pixels():
@@ -103,14 +62,47 @@ def test_openslide_is_named(tmp_path, monkeypatch):
         tile_image(tmp_path / "b.svs", tmp_path / "b.npz", tiling_of())
 
 
-def test_whole_slides_at_two_levels(tmp_path):
-    """Levels 0 and 1 of a pyramid give the same tiles; level 3 of 3 is refused."""
-    pytest.importorskip("openslide")
-    path = write_pyramid(tmp_path / "a.tif", tissue_pixels())
+class Pyramid:
+    """The interface of openslide.OpenSlide over an image of three levels, RGBA as openslide's."""
+
+    level_downsamples = (1.0, 2.0, 4.0)
+    level_dimensions = ((1024, 768), (512, 384), (256, 192))
+    dimensions = (1024, 768)
+
+    def __init__(self, path):
+        self.image = Image.open(path).convert("RGBA")
+
+    @staticmethod
+    def detect_format(path):
+        return "generic-tiff" if path.endswith(".tif") else None
+
+    def get_thumbnail(self, size):
+        return self.image.convert("RGB").resize((256, 192))
+
+    def read_region(self, corner, level, size):
+        scale = 2 ** level
+        return self.image.reduce(scale).crop((corner[0] // scale, corner[1] // scale,
+                                              corner[0] // scale + size[0],
+                                              corner[1] // scale + size[1]))
+
+
+def test_whole_slides_at_two_levels(tmp_path, monkeypatch):
+    """Levels 0 and 1 of a pyramid give the same tiles; level 3 of 3 and a slide without a small
+    level are refused; what the scanner skipped (transparent) is white."""
+    monkeypatch.setitem(sys.modules, "openslide", SimpleNamespace(OpenSlide=Pyramid))
+    path = tmp_path / "a.tif"
+    Image.fromarray(tissue_pixels()).save(path)
     check_tiles(path, tmp_path / "0.npz", side=128)
     check_tiles(path, tmp_path / "1.npz", side=64, level=1)
     with pytest.raises(UserError, match="--level 3 of 3 levels"):
         tile_image(path, tmp_path / "2.npz", tiling_of(level=3))
+    monkeypatch.setattr(Pyramid, "level_dimensions", ((10 ** 5, 10 ** 5),))
+    with pytest.raises(UserError, match="coarsest level has 100000 x 100000 pixels"):
+        tile_image(path, tmp_path / "2.npz", tiling_of())
+
+    pixels = Pyramid(path)
+    pixels.image.putalpha(0)
+    assert (_read_tile(pixels, (256, 128), tiling_of()) == 255).all()
 
 
 def test_otsu_splits_two_groups():

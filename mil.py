@@ -6,18 +6,16 @@
     python mil.py --data FOLDER --explain SLIDE  # heat map of one slide, by the finished run
 
 A slide becomes a bag of embeddings of its patches, with one label. Mean pooling, ABMIL and regional
-transformers are trained on random bags of it, and tested on random bags, on bags of two passes, of
-which the second is focused, and on whole ones.
+transformers are trained on random bags, and tested on random bags, on two passes, of which the
+second is focused, and on whole bags.
 
-Our choices, as the paper's (arXiv 2308.12634) are not known: training sees random bags as large as
-both passes, and their halves; of stacked windows every second batch is of 2x2 windows alone.
+Our choices, because the paper (arXiv 2308.12634) gives no details: training bags are as large as
+both passes, and their halves count too; for stacked windows every second batch is of 2x2 windows.
 """
 import argparse
 import json
 import math
-import time
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -25,33 +23,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dino import ViTConfig, VisionTransformer, conditioning_tokens, load_dino
+from dino import VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens, load_dino
 from evaluate import bootstrap_interval, roc_auc
 from regional import MILConfig, RegionalMIL, draw_regions, predict
 from support.cache import fingerprint
-from support.command import (Help, UserError, not_negative_int, pick_device, positive_float,
-                             positive_int, print_table, run_script, share_above_zero, user_errors)
-from support.files import write_json
-from support.mosaic import FOCI, mosaic_slides, open_patches
+from support.command import (Help, UserError, number, pick_device, print_table, run_script,
+                             user_errors)
+from support.files import load_checkpoint, read_jsonl, write_json
 from support.pictures import line_chart, save_grid
 from support.run import Run
 from support.seeds import step_seed
-from support.slides import generated_slides, open_slides, paint_patches, split_slides
+from support.slides import (FOCI, generated_slides, mosaic_slides, open_patches, open_slides,
+                            paint_patches, split_slides)
 from support.tiles import Tiling
 from train import fit
 
-ALL = 10 ** 9         # patches that a pass may see: the whole bag
+WHOLE_BAG = 10 ** 9   # patches of a pass: all
 VISITS = 32           # how often training sees a slide, at most ...
-LEAST_STEPS = 150     # ... but for so many steps at least
+LEAST_STEPS = 150     # ... but minimum steps
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model of this file and how it is trained."""
+    """A model and its training."""
     windows: tuple
     pool: str
     lr: float      # peak
-    steps: int     # on 700 slides or more
+    steps: int     # upper limit, reached from about 350 slides
 
 
 MODELS = {
@@ -69,7 +67,7 @@ MODELS = {
 @dataclass(frozen=True)
 class Trial:
     """One model to train and to test."""
-    stage: str     # its name in the run's files
+    stage: str     # its name in state.pt and log.jsonl
     name: str      # of MODELS
     seed: int
     fold: int
@@ -78,9 +76,9 @@ class Trial:
 
 
 class Bags(torch.utils.data.Dataset):
-    """Random bags, new ones each time: x (B, R, T, D), present (B, R, T), labels (B,). Of stacked
-    windows every second batch, by chance, holds regions of the first level alone, as pass 1 does:
-    many small places find the tumour sooner than a few large ones, most of which miss it."""
+    """Random bags: x (B, R, T, D), present (B, R, T), labels (B,). For stacked windows half of the
+    batches hold windows of the first level only, like pass 1: many small regions find the tumour
+    sooner than a few large ones, most of which miss it."""
 
     def __init__(self, slides, windows, patches, seed):
         self.slides = slides
@@ -91,8 +89,8 @@ class Bags(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.slides)
 
-    def __getitems__(self, numbers):
-        slides = [self.slides[i] for i in numbers]
+    def __getitems__(self, indices):
+        slides = [self.slides[i] for i in indices]
         windows = self.windows
         if len(windows) > 1 and torch.rand((), generator=self.generator) < 0.5:
             windows = windows[:1]
@@ -107,49 +105,66 @@ class Bags(torch.utils.data.Dataset):
 
 
 def plan_steps(name, slides, args):
-    """(steps, slides a step) of training, on small sets fewer of both.
-
-    There a slide is seen VISITS times, which else would be hundreds, and small batches make more
-    steps of the same work: 60 slides need them, or regions do not learn in time.
-    """
+    """(steps, batch) of training, both scaled down on small sets: a slide is seen VISITS times
+    (otherwise hundreds), and small batches give more steps for the same work."""
     batch = args.batch or min(16, max(4, len(slides) // 12))
     few = max(LEAST_STEPS, VISITS * len(slides) // batch)
     return args.steps or min(MODELS[name].steps, few), batch
 
 
-def train_model(trial, args, run, device):
-    """The RegionalMIL of a trial, trained on random bags of twice --patches patches."""
-    recipe = MODELS[trial.name]
-    seed = step_seed(trial.seed, trial.stage)
-    bags = Bags(trial.train, recipe.windows, 2 * args.patches, seed)
-    sample = torch.cat([slide.take(torch.randperm(len(slide.grid), generator=bags.generator)[:64])
-                        for slide in trial.train[:400]])
-    torch.manual_seed(seed % 2 ** 31)
-    model = RegionalMIL(MILConfig(sample.shape[1], recipe.windows, recipe.pool)).to(device)
-    model.shift.copy_(sample.mean(dim=0))
-    model.scale.copy_(sample.std(dim=0, correction=0).clamp(min=1e-6))
-
-    def loss_fn(batch, step, generator):
-        return model.loss(*batch), {}
-
-    if trial.stage not in run.finished:
-        steps, batch = plan_steps(trial.name, trial.train, args)
-        fit(trial.stage, model, loss_fn, bags, steps=steps, batch=batch, lr=args.lr or recipe.lr,
-            device=device, seed=trial.seed, run=run, betas=(0.9, 0.999))
-        run.finish(trial.stage, model.state_dict())
-    model.load_state_dict(run.finished[trial.stage])
+def new_model(name, width, state=None):
+    """An untrained RegionalMIL of a recipe, or one with a trained state."""
+    model = RegionalMIL(MILConfig(width, MODELS[name].windows, MODELS[name].pool))
+    if state:
+        model.load_state_dict(state)
     return model.eval()
+
+
+def train_model(trial, args, run, device):
+    """The RegionalMIL of a trial, trained on random bags of twice --patches patches. Of several
+    starts the one with the least loss on training bags is returned."""
+    recipe = MODELS[trial.name]
+    steps, batch = plan_steps(trial.name, trial.train, args)
+    trained = []
+    for start in range(args.starts):
+        stage = f"{trial.stage}, start {start}" if start else trial.stage
+        seed = step_seed(trial.seed, stage)
+        bags = Bags(trial.train, recipe.windows, 2 * args.patches, seed)
+        sample = torch.cat([
+            slide.take(torch.randperm(len(slide.grid), generator=bags.generator)[:64])
+            for slide in trial.train[:400]])
+        torch.manual_seed(seed % 2 ** 31)
+        model = new_model(trial.name, sample.shape[1]).to(device)
+        model.shift.copy_(sample.mean(dim=0))
+        deviation = sample.std(dim=0, correction=0)
+        model.scale.copy_(torch.where(deviation < 1e-3, 1, deviation))
+
+        def loss_fn(batch, step, generator, model=model):
+            return model.loss(*batch), {}
+
+        fit(stage, model, loss_fn, bags, steps=steps, batch=batch, lr=args.lr or recipe.lr,
+            device=device, seed=trial.seed, run=run, betas=(0.9, 0.999))
+        trained.append(model.eval())
+
+    best = 0
+    if args.starts > 1:
+        bags = Bags(trial.train, recipe.windows, 2 * args.patches, seed=0)
+        bag = [x.to(device) for x in bags.__getitems__(range(min(128, len(trial.train))))]
+        with torch.no_grad():
+            best = int(np.argmin([model.loss(*bag).item() for model in trained]))
+    run.finish(trial.stage, trained[best].state_dict())
+    return trained[best]
 
 
 # ---- results -----------------------------------------------------------------------------------
 
 def test_model(model, trial, args):
-    """A row a slide and sampling: its logit, and whether the attention's peak hits a true focus."""
+    """A row per slide and sampling: logit, and whether attention peaks in a true focus."""
     samplings = {str(args.patches): (args.patches, False),
                  str(2 * args.patches): (2 * args.patches, False)}
-    if args.focus and model.config.pool == "attention" and all(s.has_places for s in trial.test):
+    if args.focus and model.config.pool == "attention":
         samplings[f"{args.patches} + {args.patches} focused"] = (args.patches, True)
-    samplings["all"] = (ALL, False)
+    samplings["all"] = (WHOLE_BAG, False)
 
     rows = []
     for sampling, (patches, focused) in samplings.items():
@@ -165,9 +180,9 @@ def test_model(model, trial, args):
 
 
 def write_results(out, scores, log):
-    """Print and write the AUC of each model and sampling over the seeds, and draw the losses.
+    """Print and write the AUC of each model and sampling (mean over seeds), draw the losses.
 
-    scores: rows of test_model. log: rows of the run's log.
+    scores: rows of test_model. log: rows of log.jsonl.
     """
     by_model = {}
     for row in scores:
@@ -202,18 +217,18 @@ def write_results(out, scores, log):
 
 
 def heat_maps(path, model, slides, args, seed):
-    """PNG, a column a slide: picture, attention, what both passes saw; true foci outlined."""
+    """PNG, a column per slide: picture, attention, regions of both passes; true foci outlined."""
     shape = [1 + max(int(slide.grid[:, axis].max()) for slide in slides) for axis in (0, 1)]
     columns = []
     for slide in slides:
-        _, seen, attention, _ = predict(model, slide, ALL, seed=seed)
+        _, seen, attention, _ = predict(model, slide, WHOLE_BAG, seed=seed)
         heat = torch.zeros(len(slide.grid))
         heat[seen[seen >= 0]] = (attention / attention.max()).sqrt()[seen >= 0]
 
         _, seen, _, first = predict(model, slide, args.patches, args.focus, seed)
         passes = torch.zeros(2, len(slide.grid))
-        for number, regions in enumerate((seen[:first], seen[first:])):
-            passes[number, regions[regions >= 0]] = 0.7
+        for row, regions in zip(passes, (seen[:first], seen[first:])):
+            row[regions[regions >= 0]] = 0.7
         columns.append(paint_patches(slide, shape, heat, passes))
     save_grid(path, [torch.stack(row) for row in zip(*columns)], captions=[
         "slide, true foci green", "attention, all regions", "pass 1 blue, 2 orange"])
@@ -227,187 +242,139 @@ def parse(argv=None):
                                      formatter_class=Help)
     add = parser.add_argument
 
-    # slides, and how their pixels become features
+    # Slides, and how their pixels become features.
     add("--data", default="slides", help="slides (generated), mosaic (made of --patches-of), or a "
-        "folder of images, whole slides or features")
-    add("--patches-of", metavar="FOLDER", help="of mosaic: labelled patches, whose table names "
-        "patients")
-    add("--positive", metavar="LABEL", help="of mosaic: a focus's (default: the later of two)")
-    add("--foci", type=share_above_zero, nargs=2, default=FOCI, metavar=("LEAST", "LARGEST"),
-        help="of mosaic: share of the tissue that a focus takes")
-    add("--embedder", default="random", help="of images: random, a published DINO, or a file")
-    add("--tile", type=positive_int, default=96, help="side in pixels of the tiles of an image")
-    add("--level", type=not_negative_int, default=0, help="of a whole slide's pyramid, 0 is finest")
-    add("--mpp", type=positive_float, help="microns a pixel of the tiles, in place of --level")
-    add("--label-column", default="label", help="of the table; the later of two values is positive")
+        "folder of images, whole slides or features, with labels.csv")
+    add("--patches-of", metavar="FOLDER", help="for mosaic: labelled patches with patients")
+    add("--positive", metavar="LABEL", help="for mosaic: the label of a focus (default: the second "
+        "value in sorted order)")
+    add("--foci", type=number(float, 1e-6, 1), nargs=2, default=FOCI, metavar=("LEAST", "LARGEST"),
+        help="for mosaic: share of the tissue that a focus takes")
+    add("--embedder", default="random", help="for images: random, a published DINO, or a file")
+    add("--tile", type=number(int, 8), default=96, help="side of a tile in pixels")
+    add("--level", type=number(int), default=0, help="of a whole slide's pyramid, 0 is the finest")
+    add("--label-column", default="label", help="the second value in sorted order is positive")
 
-    # what is compared
-    add("--folds", type=positive_int, default=5, help="of cross-validation, if nothing is split")
-    add("--count", type=positive_int, default=1500, help="how many slides or mosaics to generate")
+    # Models and evaluation.
+    add("--folds", type=number(int, 2), default=5, help="of cross-validation, without a split")
+    add("--count", type=number(int, 10), default=1500, help="generated slides or mosaics")
     add("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "2x2"])
-    add("--patches", type=positive_int, default=256, help="that one pass sees")
-    add("--focus", action=argparse.BooleanOptionalAction, default=True, help="the second pass")
+    add("--patches", type=number(int, 1), default=256, help="per pass")
+    add("--focus", action=argparse.BooleanOptionalAction, default=True, help="a second pass")
 
-    # training and the run
-    add("--steps", type=positive_int, help="of training (default: of each model its own, fewer on "
-        "small sets)")
-    add("--batch", type=positive_int, help="slides a step (default: 16, 4 or more on small sets)")
-    add("--lr", type=positive_float, help="peak learning rate (default: of each model its own)")
-    add("--seeds", type=not_negative_int, nargs="+", default=[0], help="of everything random")
+    # Training and the run.
+    add("--steps", type=number(int, 1), help="(default: by model, fewer on small sets)")
+    add("--batch", type=number(int, 1), help="slides per step (default: 4 to 16)")
+    add("--lr", type=number(float, 1e-9), help="peak learning rate (default: by model)")
+    add("--starts", type=number(int, 1), default=1, help="random starts of each model; the one "
+        "with the least training loss counts")
+    add("--seeds", type=number(int), nargs="+", default=[0], help="of everything random")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--out", help="the run's folder (default: runs/mil_NAME); a run in it is replaced")
+    add("--out", help="the run's folder (default: runs/mil_NAME)")
     add("--explain", metavar="SLIDE", help="draw this slide by the finished run")
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/mil_{Path(args.data).resolve().stem}"
-    if args.explain:  # as it was run; all its models are in the run's state, so nothing is trained
-        with user_errors():
-            saved = json.loads(Path(args.out, "config.json").read_text("utf-8"))
-        changed = {"device": args.device, "out": args.out, "explain": args.explain}
-        return argparse.Namespace(**{**vars(args), **saved, **changed})
+    if args.explain:
+        return args
     if (args.data == "mosaic") != (args.patches_of is not None):
         raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a "
                         "folder of labelled patches go together", "pass both or neither")
     if args.foci[0] > args.foci[1]:
-        raise UserError(f"--foci {args.foci[0]} {args.foci[1]}", "the least comes first",
-                        "exchange them")
+        raise UserError(f"--foci {args.foci[0]} {args.foci[1]}", "LEAST comes first", "swap them")
+    if Path(args.out, "metrics.json").exists():
+        raise UserError(f"{args.out} already contains a finished run", "a new folder is needed",
+                        "pass another --out, or --explain SLIDE")
     return args
 
 
-def random_vit():
-    """The tiny ViT with random weights, equal in every run."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return VisionTransformer(ViTConfig())
-
-
 def load_embedder(args, device):
-    """The Tiling that --embedder, --tile, --level and --mpp ask for: a frozen ViT's tokens."""
-    with user_errors():
-        vit = random_vit() if args.embedder == "random" else load_dino(args.embedder)
+    """The Tiling of --embedder, --tile and --level: features are a frozen ViT's global tokens."""
+    if args.embedder == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vit = VisionTransformer(VISION_TRANSFORMERS["tiny"])
+    else:
+        with user_errors():
+            vit = load_dino(args.embedder)
     vit = vit.to(device).eval()
 
     @torch.no_grad()
     def embed(images):
-        """Images (n, 3, side, side) in [-1, 1] -> global tokens, a row each (n, D)."""
+        """Images (n, 3, side, side) in [-1, 1] -> global tokens in a row (n, D)."""
         return conditioning_tokens(vit, images.to(device)).flatten(1).cpu()
 
     return Tiling(embed, fingerprint(vit.parameters()), Path(args.out, "features"),
-                  side=args.tile, level=args.level, mpp=args.mpp)
+                  side=args.tile, level=args.level)
 
 
-def plan_trials(args, slides_of):
-    """Every trial of the run. slides_of: seed -> slides, which is where generated ones are made."""
-    for seed in args.seeds:
-        seed_slides = slides_of(seed)
-        for fold, (train, test) in enumerate(split_slides(seed_slides, args.folds, seed)):
-            for name in args.models:
-                yield Trial(f"{name}, seed {seed}, fold {fold}", name, seed, fold, train, test)
+def slide_source(args, device):
+    """The function seed -> slides."""
+    tiling = load_embedder(args, device)
+    if args.data == "slides":
+        return partial(generated_slides, count=args.count, embed=tiling.embed)
+    if args.data == "mosaic":
+        bank = open_patches(args.patches_of, tiling.embed, args.label_column, args.positive)
+        return partial(mosaic_slides, bank, count=args.count, foci=args.foci)
+    slides = open_slides(args.data, tiling, args.label_column)
+    return lambda seed: slides
 
 
-def leave_out_windows(names, slides):
-    """The models that can see these slides: without coordinates, only those without windows."""
-    if all(slide.has_places for slide in slides):
-        return names
-    usable = [name for name in names if not MODELS[name].windows]
-    if not usable:
-        raise UserError(f"--models {' '.join(names)}", "windows of neighbours need coordinates",
-                        "pass --models mean abmil, or bring the .h5 files with coords")
-    return usable
+def explain(args):
+    """Heat maps of one slide by each model of the finished run that was tested on it."""
+    out = Path(args.out)
+    name = args.explain
+    with user_errors(f"{out} holds no finished run", "run mil.py without --explain first"):
+        config = json.loads((out / "config.json").read_text("utf-8"))
+        scores = json.loads((out / "metrics.json").read_text("utf-8"))["scores"]
+    tested = {(row["model"], row["seed"], row["fold"]) for row in scores if row["slide"] == name}
+    if not tested:
+        raise UserError(f"{name} is no tested slide of {out}", "a name in metrics.json is needed",
+                        f"pass one, e.g. --explain {scores[0]['slide']}")
+
+    args = argparse.Namespace(**{**config, "device": args.device, "out": args.out})
+    device = pick_device(args.device)
+    slides_of = slide_source(args, device)
+    finished = load_checkpoint(out / "state.pt", ("finished",), "train again")["finished"]
+    for model_name, seed, fold in sorted(tested):
+        slides = [slide for slide in slides_of(seed) if slide.name == name]
+        state = finished[stage_name(model_name, seed, fold)]
+        model = new_model(model_name, len(state["shift"]), state).to(device)
+        heat_maps(out / f"{name}_{stage_name(model_name, seed, fold)}.png", model, slides, args,
+                  seed)
 
 
-class TotalTime:
-    """How many fits a run makes, and the time that is left for all of them together."""
-
-    def __init__(self, args, train, folds):
-        self.work = {name: forecast_fit(name, train, args) for name in args.models}  # seconds
-        rounds = folds * len(args.seeds)
-        self.left = rounds * sum(self.work.values())
-        self.done = 0.0
-        self.count = 0
-        self.total = rounds * len(args.models)
-        self.began = time.monotonic()
-        print(f"{self.total} fits (models: {len(args.models)}, folds: {folds}, seeds: "
-              f"{len(args.seeds)}), about {timedelta(seconds=round(self.left))} in all")
-
-    def fit_done(self, name):
-        self.count += 1
-        self.done += self.work[name]
-        self.left -= self.work[name]
-        seconds = round((time.monotonic() - self.began) / self.done * self.left)
-        print(f"{self.count} of {self.total} fits done, {timedelta(seconds=seconds)} left in all",
-              flush=True)
-
-
-def forecast_fit(name, slides, args):
-    """Seconds of one fit, by the fastest of five steps of an untrained model on the CPU."""
-    recipe = MODELS[name]
-    steps, batch = plan_steps(name, slides, args)
-    bags = Bags(slides, recipe.windows, 2 * args.patches, seed=0)
-    width = slides[0].read()[0].shape[1]
-    model = RegionalMIL(MILConfig(width, recipe.windows, recipe.pool))
-    rows = [i % len(slides) for i in range(batch)]
-    seconds = []
-    for _ in range(5):
-        began = time.monotonic()
-        model.loss(*bags.__getitems__(rows)).backward()
-        seconds.append(time.monotonic() - began)
-    return steps * min(seconds)
-
-
-def explain(args, run, trials, device):
-    """Heat maps of one slide by each finished model that was tested on it."""
-    drawn = False
-    for trial in trials:
-        shown = [slide for slide in trial.test if slide.name == args.explain and slide.has_places]
-        if not shown or trial.stage not in run.finished:
-            continue
-        model = train_model(trial, args, run, device)
-        path = Path(args.out, f"{args.explain}_{trial.name}.png")
-        heat_maps(path, model, shown, args, trial.seed)
-        drawn = True
-    if not drawn:
-        raise UserError(f"{args.explain} was not drawn", "a slide with coordinates that a finished "
-                        "run tested is needed", "correct --explain, or finish the run")
+def stage_name(name, seed, fold):
+    return f"{name}, seed {seed}, fold {fold}"
 
 
 def main(argv=None):
     args = parse(argv)
-    device = pick_device(args.device)
-    tiling = load_embedder(args, device)
-    run = Run(args.out, {**vars(args), "explain": None}, resume=bool(args.explain))
-
-    folds = 1
-    if args.data == "slides":
-        slides_of = partial(generated_slides, count=args.count, embed=tiling.embed)
-    elif args.data == "mosaic":
-        bank = open_patches(args.patches_of, tiling.embed, args.label_column, args.positive)
-        slides_of = partial(mosaic_slides, bank, count=args.count, foci=args.foci)
-    else:
-        slides = open_slides(args.data, tiling, args.label_column)
-        args.models = leave_out_windows(args.models, slides)
-        folds = len(split_slides(slides, args.folds, args.seeds[0]))
-
-        def slides_of(seed):
-            return slides
-    trials = plan_trials(args, slides_of)
-
     if args.explain:
-        explain(args, run, trials, device)
-    else:
-        scores = []
-        for number, trial in enumerate(trials):
-            if number == 0:
-                clock = TotalTime(args, trial.train, folds)
-            model = train_model(trial, args, run, device)
-            scores += test_model(model, trial, args)
+        return explain(args)
 
-            # two tested slides of each label, by the first model of each kind
-            if trial.fold == 0 and all(slide.has_places for slide in trial.test):
-                shown = [slide for label in (1, 0)
-                         for slide in [s for s in trial.test if s.label == label][:2]]
-                heat_maps(Path(args.out, f"heat_{trial.name}.png"), model, shown, args, trial.seed)
-            clock.fit_done(trial.name)
-        write_results(Path(args.out), scores, run.rows())
+    # All checks come first, so that a refused command writes nothing.
+    device = pick_device(args.device)
+    slides_of = slide_source(args, device)
+    slides = slides_of(args.seeds[0])
+    split_slides(slides, args.folds, args.seeds[0])
+    run = Run(args.out, vars(args), resume=False)
+
+    scores = []
+    for seed in args.seeds:
+        if seed != args.seeds[0]:
+            slides = slides_of(seed)
+        for fold, (train, test) in enumerate(split_slides(slides, args.folds, seed)):
+            for name in args.models:
+                trial = Trial(stage_name(name, seed, fold), name, seed, fold, train, test)
+                model = train_model(trial, args, run, device)
+                scores += test_model(model, trial, args)
+
+                # Two test slides of each label.
+                if fold == 0:
+                    examples = [slide for label in (1, 0)
+                                for slide in [s for s in test if s.label == label][:2]]
+                    heat_maps(Path(args.out, f"heat_{name}.png"), model, examples, args, seed)
+    write_results(Path(args.out), scores, read_jsonl(Path(args.out, "log.jsonl")))
     run.close()
 
 

@@ -1,25 +1,24 @@
 """The hierarchical regional transformer for whole slides, and its focused inference.
 
-A slide is a bag of patch features (N, D) with places (N, 2) and one label for all of them:
+A slide is a bag of patch features (N, D) with grid positions (N, 2) and one label for the bag:
 
     patches -> windows of neighbours -> class token of each -> windows of those -> ... -> logit
 
-Inference is focused: pass 1 sees random regions, pass 2 as many around those it attended to most.
-Without windows the model is ABMIL, or mean pooling.
+Inference is focused: pass 1 sees random regions, pass 2 the same number of regions around those
+with the strongest evidence of tumour. Without windows the model is ABMIL, or mean pooling.
 
-Shapes: B slides, R regions of a slide, T patches of a region, D numbers of a patch, d inside, n
-tokens of any level, M regions of all slides in a row.
+Shapes: B slides, R regions per slide, T patches per region, D feature width, d width inside,
+n tokens of any level, M regions of all slides in a row.
 
-Sources: arXiv 2308.12634, of which only ideas are known (self-attention inside regions, stacked;
-focused inference; 256 patches: random ones, 64 regions of 2x2 or 4 of 8x8). ABMIL: Ilse et al.
-2018, equation 9.
+Sources: arXiv 2308.12634, details unpublished (self-attention inside regions, stacked; focused
+inference; 256 patches per pass: random, 64 regions of 2x2 or 4 of 8x8). ABMIL: Ilse et al. 2018,
+equation 9.
 
-Our choices, as the paper's are not known: learned relative biases, two blocks a level, gated
-attention over regions (one query: cost grows linearly with the bag), the same attention as the
-start of each class token, a loss at every level, and the focus: pass 2 goes where what pass 1
-attended to as a sign of tumour, smoothed over its places, is highest; the logit is of both passes.
-Stacked windows (8x8) scan in pass 1 by 64 windows of 2x2, for four large regions miss most of a
-slide.
+Our choices: learned relative position biases, two blocks per level, gated attention over regions
+(one query, so cost grows linearly with the bag), class tokens initialised by the same attention, a
+loss at every level. Pass 2 goes where pass 1's evidence of tumour, smoothed over positions, is
+highest; the logit pools both passes. For stacked windows (8x8) pass 1 scans 64 windows of 2x2,
+because four large regions miss most of a slide.
 """
 import math
 from dataclasses import dataclass
@@ -30,28 +29,27 @@ from torch import nn
 
 from support.seeds import step_seed
 
-CHUNK = 16384  # patches encoded at once, which bounds the memory of whole bags
+CHUNK = 16384  # patches per call, which bounds the memory of whole bags
 
 
 @dataclass(frozen=True)
 class MILConfig:
-    in_dim: int                # D, width of the features
+    in_dim: int                # D
     windows: tuple = (2,)      # sides of the windows, patches first; () is a baseline
     pool: str = "attention"    # or "mean"
-    dim: int = 64              # d, width inside
+    dim: int = 64              # d
     num_heads: int = 4
-    depth: int = 2             # blocks of each level
+    depth: int = 2             # blocks per level
 
 
 # ---- regions and focus -------------------------------------------------------------------------
 
 def region_table(grid, windows, shift=(0, 0)):
-    """Patches (R, T) of each region, -1 where one is missing, and places (R, 2) of the regions.
+    """Patch indices (R, T) of each region, -1 where one is missing, and the regions' places (R, 2).
 
-    grid (N, 2) int64. The T cells are in such an order that each window of each level lies in one
-    stretch.
+    grid (N, 2) int64. The T cells are ordered so that each window of each level is contiguous.
     """
-    # the cells of a region: windows of the first level one after the other, and so on
+    # The cells of a region, window by window.
     cells = [(0, 0)]
     side = 1
     for window in windows:
@@ -61,12 +59,12 @@ def region_table(grid, windows, shift=(0, 0)):
     slot = torch.empty(side, side, dtype=torch.int64)
     slot[tuple(torch.tensor(cells).T)] = torch.arange(side ** 2)
 
-    # places as single numbers are told apart much faster than as pairs, and in the same order
+    # One integer per place, because unique() is much faster on scalars than on pairs.
     moved = grid + torch.as_tensor(shift)
     rows, columns = (moved // side).T
     width = int(columns.max()) + 1 if len(grid) else 1
-    numbers, region = torch.unique(rows * width + columns, return_inverse=True)
-    places = torch.stack([numbers // width, numbers % width], dim=1)
+    index, region = torch.unique(rows * width + columns, return_inverse=True)
+    places = torch.stack([index // width, index % width], dim=1)
 
     table = torch.full((len(places), side ** 2), -1)
     table[region, slot[tuple((moved % side).T)]] = torch.arange(len(grid))
@@ -74,8 +72,8 @@ def region_table(grid, windows, shift=(0, 0)):
 
 
 def draw_regions(slide, windows, generator):
-    """(table (R, T), centres (R, 2), in patches) of a slide's regions in random order, at a random
-    offset."""
+    """A slide's regions at a random offset, in random order: table (R, T) of patch indices, and
+    centres (R, 2) in patches."""
     side = math.prod(windows)
     shift = torch.randint(side, (2,), generator=generator)
     table, places = region_table(slide.grid, windows, shift)
@@ -84,11 +82,12 @@ def draw_regions(slide, windows, generator):
 
 
 def focus(seen, evidence, unseen, count, reach):
-    """The `count` unseen regions of highest expected evidence, as rows of `unseen` (R, 2).
+    """The `count` unseen regions with the highest expected evidence, as rows of `unseen` (R, 2).
 
-    seen (S, 2), evidence (S,): regions of pass 1; centres and reach in patches. Expected is the
-    mean over seen regions, each weighted by a Gaussian of its distance (deviation: reach), and,
-    with weight 0.3, the mean of all."""
+    seen (S, 2), evidence (S,): centres in patches and evidence of the regions of pass 1. The
+    expected evidence is a Gaussian-weighted mean over them (standard deviation `reach` patches),
+    shrunk towards the overall mean with weight 0.3.
+    """
     near = (-(torch.cdist(unseen, seen) / reach).square() / 2).exp()
     expected = (near @ evidence + 0.3 * evidence.mean()) / (near.sum(dim=1) + 0.3)
     return expected.topk(min(count, len(expected))).indices
@@ -98,8 +97,8 @@ def focus(seen, evidence, unseen, count, reach):
 
 class RegionBlock(nn.Module):
     """ViT block on windows of side x side cells: x (M, 1 + T, d), absent (M, 1 + T) bool -> the
-    first `wanted` tokens (None: all). A missing neighbour is never attended to. Starts as the
-    identity (see RegionalMIL)."""
+    first `wanted` tokens (None: all). Absent patches are masked. Initialised as the identity (see
+    RegionalMIL)."""
 
     def __init__(self, config, side):
         super().__init__()
@@ -114,9 +113,9 @@ class RegionBlock(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-        # one bias a head and offset; 0 to 2 are of the class token, which has no place
+        # One bias per head and offset; indices 0 to 2 belong to the class token.
         cells = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-        offset = cells[:, None] - cells + side - 1                       # (T, T, 2), from 0 on
+        offset = cells[:, None] - cells + side - 1                       # (T, T, 2), from 0
         index = offset[..., 0] * (2 * side - 1) + offset[..., 1] + 3
         index = F.pad(index, (1, 0, 1, 0))
         index[0, 1:] = 1
@@ -135,8 +134,8 @@ class RegionBlock(nn.Module):
 
 class RegionLevel(nn.Module):
     """Tokens (M, T, d), present (M, T), attention (M, T) -> class token of each window (M, d).
-    The class token starts at what the attention gathers, for from a start of its own it learns
-    too slowly to find a few patches among thousands."""
+    The class token is initialised with the attention-weighted mean, because a free initial token
+    trains too slowly to find a few patches among thousands."""
 
     def __init__(self, config, side):
         super().__init__()
@@ -148,15 +147,15 @@ class RegionLevel(nn.Module):
         absent = ~F.pad(present, (1, 0), value=True)
         for block in self.blocks[:-1]:
             x = block(x, absent)
-        return self.blocks[-1](x, absent, wanted=1)[:, 0]  # nobody reads the other tokens
+        return self.blocks[-1](x, absent, wanted=1)[:, 0]  # only the class token is used
 
 
 class RegionalMIL(nn.Module):
     """Regions of a bag -> logit. Without windows a region is a patch: ABMIL, or mean pooling.
 
     One gated attention and one head serve all levels: blocks start as the identity, so tokens of
-    all levels live in one space. Training asks every level for the label (deep supervision): the
-    patches, of which there are many, find the tumour first, and the regions take over from them.
+    all levels share one space. Every level predicts the label (deep supervision): the patches,
+    which are many, find the tumour first, and the regions learn from there.
     """
 
     def __init__(self, config):
@@ -164,18 +163,18 @@ class RegionalMIL(nn.Module):
         self.config = config
         d = config.dim
         self.register_buffer("shift", torch.zeros(config.in_dim))  # mean of training features
-        self.register_buffer("scale", torch.ones(config.in_dim))   # and their deviation
+        self.register_buffer("scale", torch.ones(config.in_dim))   # their standard deviation
         self.embed = nn.Linear(config.in_dim, d)
         self.levels = nn.ModuleList(RegionLevel(config, side) for side in config.windows)
 
-        # gated attention, equation 9 of Ilse et al., and the slide's classifier
+        # Gated attention, equation 9 of Ilse et al., and the classifier.
         self.value = nn.Linear(d, d)
         self.gate = nn.Linear(d, d)
         self.score = nn.Linear(d, 1)
         self.head = nn.Linear(d, 1)
 
     def attention(self, x, present):
-        """Tokens (B, n, d), present (B, n) -> (B, n), which sums to 1, or to 0 where all miss."""
+        """Tokens (B, n, d), present (B, n) -> (B, n), summing to 1, or to 0 if all are absent."""
         score = self.score(self.value(x).tanh() * self.gate(x).sigmoid())[..., 0]
         if self.config.pool == "mean":
             score = torch.zeros_like(score)
@@ -183,8 +182,8 @@ class RegionalMIL(nn.Module):
 
     def encode(self, x, present):
         """Regions (M, T, D), present (M, T) -> tokens (M, d), attention to each patch (M, T), and
-        what the levels joined: a list of tokens (M, n, d), present (M, n), patches first. Regions
-        may be smaller ones, of the first levels alone."""
+        the inputs of each level: a list of tokens (M, n, d), present (M, n), patches first. Regions
+        may also be windows of the first level alone."""
         M = len(x)
         weight = self.embed.weight / self.scale  # standardises the features
         x = F.gelu(F.linear(x, weight, self.embed.bias - weight @ self.shift))
@@ -192,16 +191,17 @@ class RegionalMIL(nn.Module):
         share = present.float()
         below = []
         for level, side in zip(self.levels, self.config.windows):
-            if below and len(x) == M:
-                break  # one token a region: the levels above have nothing to join
-            x = x.reshape(-1, side ** 2, x.shape[-1])                    # a row a window
+            one_token_per_region = below and len(x) == M
+            if one_token_per_region:
+                break
+            x = x.reshape(-1, side ** 2, x.shape[-1])                    # a row per window
             present = present.reshape(-1, side ** 2)
             below.append((x.view(M, -1, x.shape[-1]), present.view(M, -1)))
 
             attention = self.attention(x, present)
             x = level(x, present, attention)
             present = present.any(dim=1)
-            # a patch gets its share of its window, times that of its window in the next, and so on
+            # A patch's share is the product of the attention over all levels.
             share = share.view(attention.numel(), -1) * attention.reshape(-1, 1)
         return x.view(M, -1), share.view(M, -1), below
 
@@ -216,8 +216,8 @@ class RegionalMIL(nn.Module):
         return self.pool(tokens.unflatten(0, x.shape[:2]), present.any(dim=2))[0]
 
     def loss(self, x, present, labels):
-        """x (B, R, T, D), present (B, R, T) bool, labels (B,) of 0 and 1 -> cross-entropy, the mean
-        over levels, and over the bag and its halves, for one pass sees half of what two see."""
+        """x (B, R, T, D), present (B, R, T) bool, labels (B,) of 0 and 1 -> mean cross-entropy over
+        levels, and over the bag and its halves, because one pass sees half as much as two."""
         regions, _, below = self.encode(x.flatten(0, 1), present.flatten(0, 1))
         levels = [*below, (regions[:, None], present.any(dim=2).view(-1, 1))]
 
@@ -227,58 +227,63 @@ class RegionalMIL(nn.Module):
             tokens = tokens.reshape(len(x), -1, tokens.shape[-1])  # (B * R, n, d) -> (B, R * n, d)
             there = there.reshape(len(x), -1)
             for half in (slice(None), slice(0, None, 2), slice(1, None, 2)):
-                filled = there[:, half].any(dim=1)  # a bag of one patch has one half
+                filled = there[:, half].any(dim=1)  # a bag of one patch has an empty half
                 logits.append(self.pool(tokens[filled, half], there[filled, half])[0])
                 targets.append(labels[filled])
         return F.binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(targets))
 
 
+# ---- inference ---------------------------------------------------------------------------------
+
+def encode_regions(model, slide, regions):
+    """Tokens (R, d) and patch attention (R, T) of regions (R, T), a chunk at a time."""
+    tokens = []
+    shares = []
+    for chunk in regions.split(max(1, CHUNK // regions.shape[1])):
+        x = slide.take(chunk).to(model.scale.device)
+        chunk_tokens, chunk_share, _ = model.encode(x, (chunk >= 0).to(x.device))
+        tokens.append(chunk_tokens)
+        shares.append(chunk_share)
+    return torch.cat(tokens), torch.cat(shares)
+
+
 @torch.no_grad()
 def predict(model, slide, patches, focused=False, seed=0):
-    """A slide's (logit, patches (R, T) that were seen, their attention (R, T), regions of pass 1).
+    """A slide's logit, the regions seen (R, T), their attention (R, T), the regions of pass 1.
 
-    patches: how many one pass sees. focused: a second pass of as many (see `focus`); the first one
-    then looks at windows of the first level, for a few large regions would miss most of a slide.
+    patches: how many one pass sees. focused: a second pass of the same size (see `focus`); pass 1
+    then scans windows of the first level.
     """
     generator = torch.Generator().manual_seed(step_seed(seed, slide.name))
     windows = model.config.windows
     focused = focused and patches < len(slide.grid)
     scan = windows[:1] if focused else windows
 
-    def encode(regions):
-        """Tokens and attention of regions (R, T), a chunk at a time."""
-        encoded = []
-        for chunk in regions.split(max(1, CHUNK // regions.shape[1])):
-            x = slide.take(chunk).to(model.scale.device)
-            encoded.append(model.encode(x, (chunk >= 0).to(x.device))[:2])
-        tokens, shares = zip(*encoded)
-        return torch.cat(tokens), torch.cat(shares)
-
     def pool(tokens):
-        """Logit (1,) and attention (1, R) of tokens (R, d), none of which is missing."""
-        return model.pool(tokens[None], tokens.new_ones(1, len(tokens), dtype=torch.bool))
+        logit, attention = model.pool(tokens[None], tokens.new_ones(1, len(tokens)).bool())
+        return logit, attention[0]
 
-    # pass 1: random regions
+    # Pass 1: random regions.
     table, centres = draw_regions(slide, scan, generator)
     first = min(len(table), max(1, patches // table.shape[1]))
     seen = table[:first]
-    tokens, share = encode(seen)
+    tokens, share = encode_regions(model, slide, seen)
     logit, attention = pool(tokens)
 
-    # pass 2: attention goes to what speaks against a tumour too: only what speaks for one leads on
+    # Pass 2: negative evidence also gets attention; follow positive evidence only.
     if focused and first < len(table):
-        evidence = (attention[0] * model.head(tokens)[:, 0].clamp(min=0)).sqrt().cpu()
+        evidence = (attention * model.head(tokens)[:, 0].clamp(min=0)).sqrt().cpu()
         unseen, places = table[first:], centres[first:]
         if scan != windows:
             unseen, places = draw_regions(slide, windows, generator)
         count = max(1, patches // unseen.shape[1])
         reach = max(1.5 * math.prod(scan), 0.5 * math.prod(windows))
         unseen = unseen[focus(centres[:first], evidence, places, count, reach)]
-        more_tokens, more_share = encode(unseen)
+        more_tokens, more_share = encode_regions(model, slide, unseen)
 
-        # Tokens of all levels live in one space, so both passes are pooled together.
+        # Tokens of all levels share one space, so both passes are pooled together.
         missing = unseen.shape[1] - seen.shape[1]
         seen = torch.cat([F.pad(seen, (0, missing), value=-1), unseen])
         share = torch.cat([F.pad(share, (0, missing)), more_share])
         logit, attention = pool(torch.cat([tokens, more_tokens]))
-    return logit.item(), seen, (attention[0][:, None] * share).cpu(), first
+    return logit.item(), seen, (attention[:, None] * share).cpu(), first

@@ -1,19 +1,14 @@
-"""Slides: bags of patch features with places and one label, from whatever holds them.
+"""Slides: bags of patch features with grid positions and one label, from three sources.
 
-    image, .svs, tiled .tif --tiles of tissue--> embed --> features (N, D), coords (N, 2)  } Slide
-    .h5, .npz, .pt of features and coords, as CLAM and TRIDENT write them                  }
+    open_slides(folder, tiling)               # a folder and its labels.csv
+    generated_slides(seed, count, embed)      # mosaics of histology phantoms
+    mosaic_slides(bank, seed, count)          # mosaics of real labelled patches, patients apart
 
-    slides = open_slides(folder, tiling)                       # a folder and its labels.csv
-    slides = generated_slides(seed=0, count=1500, embed=embed) # mosaics of histology phantoms
-    for train, test in split_slides(slides, folds=5, seed=0): ...
-
-Features are (N, D) float, coords (N, 2) x and y in pixels or in steps, grids (N, 2) int64 row and
-column. `tiling` says how images become features (support/tiles.py). .h5 needs h5py.
+A folder holds images, whole slides (tiled by support/tiles.py) or feature files (.h5, .npz, .pt) of
+features (N, D), coords (N, 2), x and y, and optionally step, the distance between neighbours.
+labels.csv has the columns file (or slide), a label, and optionally patient and split.
 """
-import itertools
 import math
-import re
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,356 +16,338 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
 
 from support.command import UserError
+from support.datasets import open_dataset
 from support.files import read_csv
 from support.images import IMAGE_SUFFIXES
-from support.phantoms import histology_phantoms, paint_slide, slide_phantoms
+from support.phantoms import histology_phantoms, slide_phantoms
+from support.seeds import step_seed
 from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
 
 BANK = 2000          # patches that the generated slides of one part are made of
 PICTURE_SIDE = 1024  # pixels of a slide in heat maps, at most
+GRID_SIDE = 4000     # cells of a grid's side, at most
 FEATURE_SUFFIXES = {".h5", ".npz", ".pt"}
+
+MOSAIC_SIDE = 48     # cells of a mosaic's side; at least half of them are tissue
+MOSAIC_PATCH = 64    # pixels of a patch's side, as it is embedded
+TESTED = 0.3         # share of the patients whose patches make the test mosaics
+FIELDS = 5           # patients of a mosaic's healthy tissue, at most
+FOCI = [0.003, 0.03]  # least and largest share of a mosaic's tissue in the focus
 
 
 @dataclass(eq=False)
 class Slide:
     name: str
     label: int                  # 0 or 1
-    group: str                  # slides of one group (a patient) are never parted
+    patient: str                # slides of a patient stay on one side of a split
     is_test: bool
     grid: torch.Tensor          # (N, 2) int64: row and column of each patch
     rows: torch.Tensor          # (N,) int64: its row in what `read` returns
     read: object                # () -> features (M, D), pictures (M, 3, THUMB, THUMB) or None
     foci: torch.Tensor = None   # (N,) bool, where known
-    has_places: bool = True     # False: the grid only numbers the patches
 
     def take(self, patches):
-        """Features (..., D) float32 of patches (...); for -1 those of some patch."""
+        """Features (..., D) float32 of patches (...); index -1 returns some patch."""
         return self.read()[0][self.rows[patches]].float()
-
-
-# ---- places ------------------------------------------------------------------------------------
-
-def grid_step(places):
-    """The distance of neighbours among places (N, 2) float64, in their own unit.
-
-    It is the most frequent smallest difference: from a patch to the next one in its row or column.
-    A common divisor would not do, for each piece of tissue may have an origin of its own. Rounded
-    coordinates (255, 256, 255, ...) are averaged. Places that share no rows have no lattice; then
-    it is the median distance to the nearest.
-    """
-    differences = []
-    for across in (0, 1):
-        order = np.lexsort((places[:, 1 - across], places[:, across]))
-        step = np.diff(places[order], axis=0)
-        differences.append(step[step[:, across] == 0, 1 - across])
-    differences = np.concatenate(differences)
-
-    if len(differences) > len(places) / 10:
-        values, counts = np.unique(differences, return_counts=True)
-        most = values[counts.argmax()]
-        near = np.abs(differences - most) <= min(1, 0.02 * most)
-        return float(differences[near].mean())
-    if len(places) < 2:
-        return 1.0
-    nearest = cKDTree(places).query(places, k=2, p=np.inf)[0][:, 1]
-    return float(np.median(nearest))
-
-
-def part_crowded(cells):
-    """Cells (N, 2), each patch in one of its own, and how many moved to the next free cell.
-
-    Patches that do not overlap never share a cell, those of overlapping pieces may.
-    """
-    cells = cells.copy()
-    first = np.unique(cells, axis=0, return_index=True)[1]
-    crowded = np.setdiff1d(np.arange(len(cells)), first)
-    taken = set(map(tuple, cells[first].tolist())) if len(crowded) else set()
-
-    for i in crowded:
-        row, column = cells[i].tolist()
-        for reach in itertools.count(1):
-            around = range(-reach, reach + 1)
-            free = [(a * a + b * b, row + a, column + b) for a in around for b in around
-                    if (row + a, column + b) not in taken]
-            if free:
-                break
-        cells[i] = min(free)[1:]
-        taken.add(min(free)[1:])
-    return cells, len(crowded)
-
-
-def snap_to_grid(coords, step=None):
-    """Coordinates x, y (N, 2) -> grid (N, 2) int64 from 0 on, number of patches that moved.
-
-    step: the distance of neighbours; None measures it (see grid_step).
-    Raises ValueError for coordinates that are not finite or repeat.
-    """
-    places = np.asarray(coords, dtype=np.float64)[:, ::-1]
-    if not len(places):
-        return torch.zeros(0, 2, dtype=torch.int64), 0
-    if not np.isfinite(places).all():
-        raise ValueError("values that are not finite")
-    if len(np.unique(places, axis=0)) < len(places):
-        raise ValueError("coordinates that repeat")
-
-    places = places - places.min(axis=0)
-    step = float(step or grid_step(places))
-    cells, moved = part_crowded(np.floor(places / step + 0.5).astype(np.int64))
-    return torch.from_numpy(cells - cells.min(axis=0)), moved
-
-
-def numbered_grid(count):
-    """A grid (count, 2) for patches whose places nobody knows: square, in their order."""
-    numbers = torch.arange(count)
-    side = max(1, math.isqrt(count))
-    return torch.stack([numbers // side, numbers % side], dim=1)
 
 
 # ---- feature files -----------------------------------------------------------------------------
 
-def _read_archive(path):
-    """What a feature file holds of features, coords, pictures, step: a dict of tensors."""
+def to_grid(coords, step=None):
+    """Coordinates x, y (N, 2) -> grid (N, 2) int64 of rows and columns, from 0.
+
+    step: the distance between neighbours; None: the smallest difference, on whose lattice all
+    coordinates must lie. Raises ValueError for two patches in one cell, and for huge grids.
+    """
+    places = np.asarray(coords, dtype=np.float64)[:, ::-1]
+    if not len(places):
+        return torch.zeros(0, 2, dtype=torch.int64)
+    if not np.isfinite(places).all():
+        raise ValueError("coords are not finite")
+
+    places = places - places.min(axis=0)
+    if step is None:
+        differences = np.concatenate([np.diff(np.unique(column)) for column in places.T])
+        step = differences.min(initial=np.inf)
+        if len(differences) and (places % step).any():
+            raise ValueError(f"coords lie on no lattice of their smallest difference {step:g}: "
+                             "store the distance between neighbours as `step`")
+    grid = (places // float(step)).astype(np.int64)
+    if grid.max() >= GRID_SIDE:
+        raise ValueError(f"a grid of step {float(step):g} has over {GRID_SIDE} cells a side")
+    if len(np.unique(grid, axis=0)) < len(grid):
+        raise ValueError("two patches share a cell")
+    return torch.from_numpy(grid)
+
+
+def _read_arrays(path):
+    """Those of features, coords, pictures, step that a feature file has, as tensors."""
     keys = ("features", "coords", "pictures", "step")
     if path.suffix == ".h5":
-        try:
-            import h5py
-        except ImportError as error:
-            raise UserError(f"{path} needs the package h5py", "it reads .h5", "pip install h5py"
-                            ) from error
+        import h5py
         with h5py.File(path, "r") as file:
             return {key: torch.as_tensor(file[key][()]) for key in keys if key in file}
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: torch.as_tensor(archive[key]) for key in keys if key in archive}
-
+        with np.load(path, allow_pickle=False) as file:
+            return {key: torch.as_tensor(file[key]) for key in keys if key in file}
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, torch.Tensor):
-        return {key: content[key] for key in keys if key in content}
-    content = {"features": content}  # CLAM's pt_files; the places are in the .h5 of that name
-    for place in (path.with_suffix(".h5"), path.parent.parent / "h5_files" / f"{path.stem}.h5"):
-        if place.is_file():
-            content["coords"] = _read_archive(place)["coords"]
-            break
-    return content
+    return {key: torch.as_tensor(content[key]) for key in keys if key in content}
 
 
 @lru_cache(maxsize=64)
 def read_features(path):
-    """A dict of features (N, D) and, where the file has them, coords (N, 2), pictures, step.
+    """(features (N, D), pictures or None, grid (N, 2)) of a feature file.
 
     Raises UserError for damaged files, other shapes and values that are not finite.
     """
     try:
-        content = _read_archive(path)
-        for key in {"features", "coords"} & content.keys():
-            if content[key].ndim == 3 and len(content[key]) == 1:
-                content[key] = content[key][0]  # some write a batch of one slide
-        features = content["features"]
-        coords = content.get("coords", features.new_zeros(len(features), 2))
+        content = _read_arrays(path)
+        features, coords = content["features"], content["coords"]
         if features.ndim != 2 or coords.shape != (len(features), 2):
             raise ValueError(f"shapes {tuple(features.shape)} and {tuple(coords.shape)}")
         if not features.isfinite().all():
-            raise ValueError("values that are not finite")
-        snap_to_grid(coords if "coords" in content else coords[:0])
-    except UserError:
-        raise
-    except Exception as error:  # damaged files make NumPy, h5py and torch raise nearly any type
+            raise ValueError("features are not finite")
+        return features, content.get("pictures"), to_grid(coords, content.get("step"))
+    except ImportError as error:
+        raise UserError(path, "the package h5py is needed", "pip install h5py") from error
+    except Exception as error:  # a malformed file can raise anything
         raise UserError(f"{path} cannot be used ({error})", "finite features (N, D) and coords "
-                        "(N, 2), each place once, are needed", "make it anew") from error
-    return content
-
-
-def _features_and_pictures(path):
-    """What Slide.read returns, of a feature file."""
-    content = read_features(path)
-    return content["features"], content.get("pictures")
+                        "(N, 2) on a grid are needed", "extract them again") from error
 
 
 # ---- folders -----------------------------------------------------------------------------------
 
-def slide_name(text):
-    """The name of a slide without folders (of any system) and without a suffix that is known."""
-    name = re.split(r"[\\/]", text.strip())[-1]
-    stem, dot, suffix = name.rpartition(".")
-    known = FEATURE_SUFFIXES | SLIDE_SUFFIXES | IMAGE_SUFFIXES
-    return stem if dot + suffix.lower() in known else name
-
-
 def read_labels(folder):
-    """The table of a folder's slides: ({name: row}, path, name of the patient column or None).
-
-    It is labels.csv in the folder or beside it, or the only .csv in the folder. Names stand in a
-    column slide, slide_id, file, filename or image. A name with two different rows is left out.
-    """
-    folder = Path(folder)
-    tables = [folder / "labels.csv", folder.resolve().parent / "labels.csv"]
-    others = sorted(folder.glob("*.csv"))
-    if len(others) == 1:
-        tables.insert(1, others[0])
-    path = next((table for table in tables if table.is_file()), tables[0])
+    """({name: row}, path) of labels.csv in or beside the folder; names with and without suffix."""
+    path = folder / "labels.csv"
+    if not path.is_file():
+        path = folder.resolve().parent / "labels.csv"
     rows = read_csv(path)
-    columns = {re.sub("[ _]", "", column.lower()): column for column in (rows[0] if rows else ())}
-    column = next((columns[name] for name in ("slide", "slideid", "file", "filename", "image")
-                   if name in columns), None)
+    columns = list(rows[0]) if rows else []
+    column = next((name for name in ("slide", "slide_id", "file") if name in columns), None)
     if column is None:
-        raise UserError(f"{path} cannot be read (columns {', '.join(columns.values()) or 'none'})",
-                        "a CSV of slide (or slide_id, file) and label is needed", "write one")
-
-    named = defaultdict(list)
-    for row in rows:
-        if row not in named[slide_name(row[column])]:
-            named[slide_name(row[column])].append(row)
-    labels = {name: same[0] for name, same in named.items() if len(same) == 1}
-    return labels, path, "patient" if "patient" in columns.values() else None
+        raise UserError(f"{path} has the columns {', '.join(columns) or 'none'}",
+                        "file (or slide) and a label are needed", "rename a column")
+    by_name = {Path(row[column]).name: row for row in rows}
+    if len(by_name) < len(rows):
+        raise UserError(f"{path} names a slide twice", "one row per slide is needed", "correct it")
+    return {Path(name).stem: row for name, row in by_name.items()} | by_name, path
 
 
 def list_slides(folder):
-    """Sorted paths of a folder's feature files, or where there are none, of its images.
-
-    Of several files of one name the one with features is taken, .h5 and .npz before .pt.
-    Raises UserError where there is no file, or two of one name and kind.
-    """
-    kinds = IMAGE_SUFFIXES | SLIDE_SUFFIXES
+    """Sorted paths of a folder's feature files, or if there are none, of its images."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file()
-                   and not any(part.startswith((".", "masks"))
-                               for part in path.relative_to(folder).parts))
-    features = [path for path in paths if path.suffix in FEATURE_SUFFIXES]
-    if not features:
-        features = [path for path in paths if path.suffix.lower() in kinds]
-    if not features:
-        raise UserError(f"{folder} holds no slide", "features (.h5, .npz, .pt), images or whole "
-                        "slides are needed", "name another folder")
-
-    twice = [name for name, count in Counter((p.stem, p.suffix) for p in features).items()
-             if count > 1]
-    if twice:
-        raise UserError(f"{folder} has several files {''.join(twice[0])}", "names that differ are "
-                        "needed", "name the folder of one of them")
-    by_name = {}
-    for path in sorted(features, key=lambda path: (path.suffix == ".pt", path)):
-        by_name.setdefault(path.stem, path)
-    return sorted(by_name.values())
-
-
-def open_slides(folder, tiling, label_column="label"):
-    """The slides of a folder and its table; what cannot be used is counted and named.
-
-    Raises UserError where there are not two labels, or features of different widths.
-    """
-    folder = Path(folder)
-    table, table_path, group_column = read_labels(folder)
-    slides = []
-    widths = {}
-    lost = defaultdict(list)   # why -> names of slides
-    moved = {}                 # name -> patches that moved to another cell
-    blank = 0
-    for path in list_slides(folder):
-        row = table.get(path.stem, {})
-        if not row.get(label_column) or not path.resolve().is_relative_to(folder.resolve()):
-            lost["without a label, or links"].append(path.stem)
-            continue
-        if path.suffix not in FEATURE_SUFFIXES:
-            source = path
-            path = Path(tiling.folder, f"{source.stem}.npz")
-            blank += tile_image(source, path, tiling)
-
-        content = read_features(path)
-        count, width = content["features"].shape
-        if not count:
-            lost["without tissue"].append(path.stem)
-            continue
-        widths[width] = path.stem
-        grid = numbered_grid(count)
-        if "coords" in content:
-            grid, moved[path.stem] = snap_to_grid(content["coords"], content.get("step"))
-        slides.append(Slide(
-            path.stem, row[label_column], row.get(group_column) or path.stem,
-            row.get("split") == "test", grid, torch.arange(count),
-            partial(_features_and_pictures, path), has_places="coords" in content))
-
-    # what was found, and what not
-    for why, names in lost.items():
-        print(f"left out, {why}: {_some(names)}")
-    nowhere = [slide.name for slide in slides if not slide.has_places]
-    if nowhere:
-        print(f"without coordinates, which models of regions need: {_some(nowhere)}")
-    if any(moved.values()):
-        print(f"{sum(moved.values()):,} of {sum(len(s.grid) for s in slides):,} patches lie on "
-              f"another and moved to the next free cell: {_some([n for n in moved if moved[n]])}")
-    labels = sorted({slide.label for slide in slides})
-    if len(labels) != 2 or len(widths) > 1:
-        raise UserError(f"{len(slides)} slides, labels {labels[:5]}, width of the features "
-                        f"{widths}", "two labels and one width are needed",
-                        f"correct {table_path} or the features, or pass --label-column")
-    for slide in slides:
-        slide.label = labels.index(slide.label)
-
-    print(f"{len(slides)} slides, {sum(s.label for s in slides)} {labels[1]}; {blank:,} blank tiles"
-          f" left out, {sum(len(s.grid) for s in slides):,} patches kept")
-    who = f"patients by column {group_column}: {len({slide.group for slide in slides})}"
-    if group_column is None:
-        who = "no patient column: slides count as their own patients"
-    print(f"labels by column {label_column} of {table_path}; {who}")
+                   and path.resolve().is_relative_to(folder.resolve()))
+    for kinds in ({".h5", ".npz"}, {".pt"}, IMAGE_SUFFIXES | SLIDE_SUFFIXES):
+        slides = [path for path in paths if path.suffix.lower() in kinds]
+        if slides:
+            break
+    names = [path.stem for path in slides]
+    if not slides or len(set(names)) < len(names):
+        raise UserError(f"{folder} has {len(slides)} slides, {len(set(names))} names",
+                        "feature files, images or whole slides with different names are needed",
+                        "pass another --data")
     return slides
 
 
-def _some(names):
-    """How many names, and the first three."""
-    return f"{len(names)} ({', '.join(names[:3] + ['...'] * (len(names) > 3))})"
+def open_slides(folder, tiling, label_column="label"):
+    """The slides of a folder with a label in its labels.csv; others are counted and named.
+
+    Raises UserError unless there are two labels and one feature width.
+    """
+    folder = Path(folder)
+    table, table_path = read_labels(folder)
+    slides = []
+    widths = set()
+    unlabelled = []
+    empty = []
+    blank = 0
+    for path in list_slides(folder):
+        name = path.stem
+        row = table.get(name, {})
+        if not row.get(label_column):
+            unlabelled.append(name)
+            continue
+        if path.suffix not in FEATURE_SUFFIXES:
+            target = Path(tiling.folder, f"{name}.npz")
+            blank += tile_image(path, target, tiling)
+            path = target
+        features, _, grid = read_features(path)
+        if not len(features):
+            empty.append(name)
+            continue
+        widths.add(features.shape[1])
+        slides.append(Slide(name, row[label_column], row.get("patient") or name,
+                            row.get("split") == "test", grid, torch.arange(len(grid)),
+                            partial(_features_and_pictures, path)))
+
+    for reason, names in (("without a label", unlabelled), ("without tissue", empty)):
+        if names:
+            print(f"left out, {reason}: {len(names)} ({', '.join(names[:3])})")
+    labels = sorted({slide.label for slide in slides})
+    if len(labels) != 2 or len(widths) != 1:
+        raise UserError(f"{len(slides)} slides have the labels {labels[:5]} in column "
+                        f"{label_column!r} and features of width {sorted(widths)}",
+                        "two labels and one width are needed",
+                        f"correct {table_path}, or pass --label-column")
+    for slide in slides:
+        slide.label = labels.index(slide.label)
+    patients = f"{len({slide.patient for slide in slides})} patients"
+    if not any("patient" in row for row in table.values()):
+        patients = "no column patient: slides are split one by one"
+    print(f"{len(slides)} slides, {sum(slide.label for slide in slides)} of them {labels[1]}; "
+          f"{patients}; {sum(len(slide.grid) for slide in slides):,} patches, "
+          f"{blank:,} blank tiles left out")
+    return slides
+
+
+def _features_and_pictures(path):
+    return read_features(path)[:2]
 
 
 def split_slides(slides, folds, seed):
-    """(train, test) lists: as the column split gives them, or cross-validated.
+    """(train, test) lists: by the column split if it is used, else cross-validated by patient.
 
-    Slides of one group are never parted. Raises UserError where a group is in both, or where a
-    training part has one label only.
+    Raises UserError for a patient on both sides, or a training part with one label only.
     """
-    tested = {slide.group for slide in slides if slide.is_test}
-    in_both = tested & {slide.group for slide in slides if not slide.is_test}
-    held_out = [tested]
-    if not tested:
-        groups = sorted({slide.group for slide in slides})
-        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = [{groups[i] for i in order[fold::folds]}
-                    for fold in range(min(folds, len(groups)))]
+    test_patients = {slide.patient for slide in slides if slide.is_test}
+    both = sorted(test_patients & {slide.patient for slide in slides if not slide.is_test})
+    held_out = [test_patients]
+    if not test_patients:
+        patients = sorted({slide.patient for slide in slides})
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(patients), generator=generator).tolist()
+        held_out = [{patients[i] for i in order[fold::folds]}
+                    for fold in range(min(folds, len(patients)))]
 
     splits = []
-    for held in held_out:
-        train = [slide for slide in slides if slide.group not in held]
-        splits.append((train, [slide for slide in slides if slide.group in held]))
-    label_counts = [len({slide.label for slide in train}) for train, _ in splits]
-    if in_both or set(label_counts) != {2}:
-        raise UserError(f"in two splits: {', '.join(sorted(in_both)[:3]) or 'nobody'}; labels in "
-                        f"each training part: {label_counts}", "nobody and 2 are needed",
-                        "correct labels.csv, or add slides")
+    for patients in held_out:
+        train = [slide for slide in slides if slide.patient not in patients]
+        test = [slide for slide in slides if slide.patient in patients]
+        splits.append((train, test))
+        if both or len({slide.label for slide in train}) < 2:
+            raise UserError(f"patients on both sides: {', '.join(both[:3]) or 'none'}; "
+                            f"{len(train)} training slides of a fold",
+                            "no patient on both sides and two labels to train on are needed",
+                            "correct labels.csv, or add slides")
     return splits
 
 
+# ---- generated slides and mosaics --------------------------------------------------------------
+
 def generated_slides(seed, count, embed):
-    """Mosaics of histology phantoms. A fifth is for testing, made of patches of its own bank.
+    """Mosaics of histology phantoms; a fifth is for testing, with a patch bank of its own.
 
     embed: images (n, 3, 64, 64) in [-1, 1] -> features (n, D).
     """
-    test_count = count // 5
-    return (_generated_part("train", count - test_count, 2 * seed, embed)
-            + _generated_part("test", test_count, 2 * seed + 1, embed))
-
-
-def _generated_part(part, count, seed, embed):
-    """So many slides, made of the patches of one bank."""
-    bank = histology_phantoms(BANK, 64, seed)
-    features = torch.cat([embed(images) for images in bank[0].split(64)])
-    pictures = F.adaptive_avg_pool2d(bank[0], THUMB)
-
     slides = []
-    for i, (tiles, foci, label) in enumerate(zip(*slide_phantoms(count, bank, seed=seed))):
-        name = f"{part}_{i:04d}"
-        tissue = tiles >= 0
-        slides.append(Slide(name, int(label), name, part == "test", torch.nonzero(tissue),
-                            tiles[tissue], lambda: (features, pictures), foci[tissue]))
+    for part, number, part_seed in (("train", count - count // 5, 2 * seed),
+                                    ("test", count // 5, 2 * seed + 1)):
+        bank = histology_phantoms(BANK, 64, part_seed)
+        features = torch.cat([embed(images) for images in bank[0].split(64)])
+        pictures = F.adaptive_avg_pool2d(bank[0], THUMB)
+        read = partial(tuple, (features, pictures))
+        for i, (tiles, foci, label) in enumerate(zip(*slide_phantoms(number, bank,
+                                                                     seed=part_seed))):
+            tissue = tiles >= 0
+            name = f"{part}_{i:04d}"
+            slides.append(Slide(name, int(label), name, part == "test", torch.nonzero(tissue),
+                                tiles[tissue], read, foci[tissue]))
+    return slides
+
+
+@dataclass
+class Patches:
+    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB), cancer (N,) bool, patients (N,)."""
+    features: torch.Tensor
+    pictures: torch.Tensor
+    cancer: np.ndarray
+    patients: np.ndarray
+
+    def read(self):
+        return self.features, self.pictures
+
+
+def open_patches(folder, embed, label_column, positive=None):
+    """The Patches of a labelled folder. positive: the label of a focus (default: the second value
+    in sorted order). embed: images (n, 3, 64, 64) in [-1, 1] -> features (n, D)."""
+    images = open_dataset(folder, MOSAIC_PATCH)
+    print(images.note, *images.problems, sep="\n")
+    labels = np.array(images.columns.get(label_column, []))
+    values = sorted(set(labels.tolist()))
+    positive = positive or values[-1:] and values[-1]
+    if len(values) != 2 or positive not in values or images.groups is None:
+        raise UserError(f"column {label_column!r} has the values {values[:5]}, --positive "
+                        f"{positive}, patients {'un' * (images.groups is None)}known",
+                        "two labels, one of them positive, and a patient per patch are needed",
+                        "complete labels.csv, or pass --label-column or --positive")
+    features = []
+    pictures = []
+    for rows in torch.arange(len(images)).split(64):
+        batch = images.batch(rows.tolist()).expand(-1, 3, -1, -1)
+        features.append(embed(batch))
+        pictures.append(F.adaptive_avg_pool2d(batch, THUMB))
+    return Patches(torch.cat(features), torch.cat(pictures), labels == positive,
+                   np.array(images.groups))
+
+
+def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
+    """Rows of the bank (side, side), -1 outside the tissue, and the focus (side, side) bool.
+
+    healthy, cancer: for each patient the rows of their patches. foci: least and largest share of
+    the tissue; its logarithm is uniform. Each field of healthy tissue is of one patient, and so is
+    the round focus. This design is ours: nothing but the focus shows where to look.
+    """
+    # Smooth random fields: the first shapes the outline, the largest of the others the patient.
+    coarse = torch.from_numpy(rng.standard_normal((1, 1 + FIELDS, 5, 5)))
+    outline, *fields = F.interpolate(coarse, MOSAIC_SIDE, mode="bicubic",
+                                     align_corners=True)[0].numpy()
+    axis = (np.arange(MOSAIC_SIDE) + 0.5) * 2 / MOSAIC_SIDE - 1
+    tissue = np.hypot(axis, axis[:, None]) < 0.85 + 0.12 * outline.clip(-2, 2)
+    field = np.argmax(fields, axis=0)
+    tiles = np.full(tissue.shape, -1)
+    for index, patient in enumerate(rng.choice(len(healthy), FIELDS)):
+        cells = tissue & (field == index)
+        tiles[cells] = rng.choice(healthy[patient], cells.sum())
+
+    # The focus: the cells nearest to a random one.
+    focus = np.zeros_like(tissue)
+    if label:
+        places = np.argwhere(tissue)
+        least, largest = foci
+        size = max(1, round(len(places) * least * (largest / least) ** rng.random()))
+        away = np.linalg.norm(places - places[rng.integers(len(places))], axis=1)
+        focus[tuple(places[np.argsort(away, kind="stable")[:size]].T)] = True
+        tiles[focus] = rng.choice(cancer[rng.integers(len(cancer))], size)
+    return tiles, focus
+
+
+def mosaic_slides(bank, seed, count, foci=FOCI):
+    """`count` Slides, every second one with a focus; a fifth, of other patients, is for testing."""
+    rng = np.random.default_rng(step_seed(seed, "mosaic"))
+    patients = rng.permutation(np.unique(bank.patients))
+    test_count = round(TESTED * len(patients))
+    slides = []
+    for part, chosen, number in (("test", patients[:test_count], count // 5),
+                                 ("train", patients[test_count:], count - count // 5)):
+        healthy, cancer = ([rows for rows in (np.flatnonzero((bank.patients == patient)
+                                                             & (bank.cancer == is_cancer))
+                                              for patient in chosen) if len(rows)]
+                           for is_cancer in (False, True))
+        if not healthy or not cancer:
+            raise UserError(f"the {part} part has {len(healthy)} patients with healthy and "
+                            f"{len(cancer)} with cancer patches", "one of each is needed",
+                            "bring patches of more patients")
+        for i in range(number):
+            tiles, focus = draw_mosaic(healthy, cancer, i % 2, rng, foci)
+            tissue = tiles >= 0
+            name = f"{part}_{i:04d}"
+            slides.append(Slide(name, i % 2, name, part == "test",
+                                torch.from_numpy(np.argwhere(tissue)),
+                                torch.from_numpy(tiles[tissue]), bank.read,
+                                torch.from_numpy(focus[tissue])))
     return slides
 
 
@@ -379,37 +356,32 @@ def _generated_part(part, count, seed, embed):
 def paint_patches(slide, shape, heat, passes):
     """Three pictures (3, h, w) of a slide: tissue, heat in red, passes in blue and orange.
 
-    shape: rows and columns of the grid that is shown. heat (N,) in [0, 1]; passes: two (N,) in
-    [0, 1]. True foci get a green outline. A picture is at most PICTURE_SIDE pixels high and wide:
-    where several patches share a pixel, the hottest is shown.
+    shape: rows and columns of the grid to show. heat (N,) in [0, 1]; passes: two (N,) in [0, 1].
+    True foci get a green outline. If patches share a pixel, the hottest is visible.
     """
-    colours = torch.tensor([[1, -1, -1], [-1, 0, 1], [1, 0.4, -1], [-1, 0.6, -1]])
-    red, blue, orange, green = colours.view(4, 3, 1, 1)
-    count = len(slide.grid)
+    picture = slide.read()[1]
+    picture = torch.zeros(len(heat), 3, THUMB, THUMB) if picture is None else picture[slide.rows]
+    grey = 0.6 * picture.mean(dim=1, keepdim=True) + 0.4
+    red, blue, orange, green = torch.tensor(
+        [[1, -1, -1], [-1, 0, 1], [1, 0.4, -1], [-1, 0.6, -1]]).view(4, 3, 1, 1)
+    heat_, first, second = (values.view(-1, 1, 1, 1) for values in (heat, *passes))
+    pictures = [picture, grey.lerp(red, heat_), grey.lerp(blue, first).lerp(orange, second)]
 
-    # patches on a grid that fits
+    # Cells of the canvas; later patches overwrite earlier ones.
     shrink = math.ceil(max(shape) / PICTURE_SIDE)
     height, width = (math.ceil(side / shrink) for side in shape)
     pixels = max(1, min(THUMB, PICTURE_SIDE // max(height, width)))
     order = heat.argsort()
-    cells = (slide.grid // shrink)[order] @ torch.tensor([width, 1])
-    top = torch.full((height * width,), -1).scatter_reduce(0, cells, torch.arange(count), "amax")
-    tiles = torch.where(top < 0, -1, order[top.clamp(min=0)]).view(height, width)
+    row, column = (slide.grid[order] // shrink).T
 
-    def paint(images):
-        return paint_slide(tiles, images.expand(-1, 3, THUMB, THUMB), pixels)
+    def paint(patches):
+        canvas = torch.full((height, width, 3, pixels, pixels), 0.9)
+        small = F.adaptive_avg_pool2d(patches[order].expand(-1, 3, -1, -1), pixels)
+        for y, x, patch in zip(row.tolist(), column.tolist(), small):
+            canvas[y, x] = patch
+        return canvas.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
-    def each(values):
-        return values.float().view(-1, 1, 1, 1)
-
-    # the true foci as an outline
-    foci = torch.zeros(count) if slide.foci is None else slide.foci
-    inside = paint(0.9 - 2 * each(foci)) < 0
+    foci = torch.zeros(len(heat)) if slide.foci is None else slide.foci.float()
+    inside = paint(0.9 - 2 * foci.view(-1, 1, 1, 1).expand(-1, 1, THUMB, THUMB)) < 0
     edge = F.max_pool2d(inside.float(), 5, 1, 2) > inside.float()
-
-    picture = slide.read()[1]
-    picture = torch.zeros(count, 3, THUMB, THUMB) if picture is None else picture[slide.rows]
-    grey = 0.6 * picture.mean(dim=1, keepdim=True) + 0.4
-    shown = (picture, grey.lerp(red, each(heat)),
-             grey.lerp(blue, each(passes[0])).lerp(orange, each(passes[1])))
-    return [torch.where(edge, green, paint(images)) for images in shown]
+    return [torch.where(edge, green, paint(image)) for image in pictures]

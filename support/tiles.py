@@ -1,12 +1,11 @@
-"""Tiles of images and whole slides: tissue is found, read tile by tile and embedded.
+"""Tiles of images and whole slides: tissue is detected, read tile by tile and embedded.
 
     tiling = Tiling(embed, made_by="a hash of the embedder", folder=Path("features"), side=224)
     blank = tile_image(Path("slide.svs"), Path("features/slide.npz"), tiling)
 
 The .npz holds features (N, D), coords (N, 2) x and y of the tiles in full-resolution pixels, step
-(their distance), pictures (N, 3, THUMB, THUMB). Whole slides are read in blocks, so memory does not
-grow with them. They need the packages openslide-python and openslide-bin; plain images do not, but
-are decoded whole.
+(the distance between neighbours), pictures (N, 3, THUMB, THUMB). Whole slides need the package
+openslide-python; plain images do not, but are decoded whole.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,36 +17,36 @@ from PIL import Image
 
 from support.command import UserError
 from support.files import atomic_file
-from support.images import open_image, otsu_level
 
 THUMB = 8        # pixels of a tile in pictures
-BLOCK = 2048     # pixels of the side of what is read at once
-OVERVIEW = 2048  # pixels of the longer side of the picture in which tissue is looked for
+OVERVIEW = 2048  # pixels of the longer side of the thumbnail in which tissue is detected
 SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu"}
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pixels become features: square tiles, embedded once and kept in `folder`."""
+    """How pixels become features: square tiles, embedded once and stored in `folder`."""
     embed: object       # images (n, 3, side, side) -> features (n, D)
-    made_by: str        # what `embed` is: features made by another are not used again
+    made_by: str        # identifies `embed`: features made by another one are not reused
     folder: Path
     side: int = 96      # pixels of a tile
     level: int = 0      # of the file's pyramid, 0 is the finest
-    mpp: float = None   # microns a pixel, in place of the level
 
-
-# ---- pixels ------------------------------------------------------------------------------------
 
 class FlatImage:
-    """A plain image behind the few names of openslide.OpenSlide that are used here."""
+    """A plain image with the part of openslide.OpenSlide's interface that is used here."""
 
     level_downsamples = (1.0,)
-    properties = {}
 
     def __init__(self, path):
-        self.image = open_image(path).convert("RGB")
+        self.image = Image.open(path, formats=IMAGE_FORMATS).convert("RGB")
         self.dimensions = self.image.size
+
+    def get_thumbnail(self, size):
+        thumbnail = self.image.copy()
+        thumbnail.thumbnail(size)
+        return thumbnail
 
     def read_region(self, corner, level, size):
         x, y = corner
@@ -55,144 +54,94 @@ class FlatImage:
 
 
 def open_pixels(path):
-    """An openslide.OpenSlide, or a FlatImage for a file that is no whole slide.
-
-    Raises UserError for damaged or too large files, and where openslide is needed and missing.
-    """
-    do = "replace it, or bring features"
+    """An openslide.OpenSlide, or a FlatImage for a plain image."""
     try:
         import openslide
     except ImportError as error:
-        openslide = None
-        do += "; tiled TIFF files need: pip install openslide-python openslide-bin"
         if path.suffix.lower() in SLIDE_SUFFIXES:
-            raise UserError(f"{path} needs the package openslide-python", "it reads whole slides",
+            raise UserError(f"{path} is a whole slide", "the package openslide-python is needed",
                             "pip install openslide-python openslide-bin") from error
-    try:
-        if openslide and openslide.OpenSlide.detect_format(str(path)):
-            return openslide.OpenSlide(str(path))
         return FlatImage(path)
-    except Exception as error:  # a damaged or too large file makes both raise nearly any type
-        raise UserError(f"{path} cannot be read ({error})", "a whole slide or an image below 180 "
-                        "megapixels is needed", do) from error
+    if not openslide.OpenSlide.detect_format(str(path)):
+        return FlatImage(path)
+    slide = openslide.OpenSlide(str(path))
+    width, height = slide.level_dimensions[-1]
+    if width * height > 2 * 10 ** 8:
+        raise ValueError(f"its coarsest level has {width} x {height} pixels")
+    return slide
 
 
-def choose_downsample(pixels, path, tiling):
-    """Full-resolution pixels a pixel of a tile, by --mpp or --level."""
-    if tiling.mpp is None:
-        if tiling.level >= len(pixels.level_downsamples):
-            raise UserError(f"{path} has no level {tiling.level}",
-                            f"levels 0 to {len(pixels.level_downsamples) - 1} are there",
-                            "pass another --level")
-        return float(pixels.level_downsamples[tiling.level])
-    finest = pixels.properties.get("openslide.mpp-x")
-    if finest is None:
-        raise UserError(f"{path} does not say how many microns a pixel has", "--mpp needs that",
-                        "pass --level in its place")
-    return tiling.mpp / float(finest)
-
-
-def read_pixels(pixels, corner, downsample, size):
-    """RGB image of `size` (w, h) at a downsample, from the full-resolution corner (x, y).
-
-    Read from the next finer level; what a scanner left out is white.
-    """
-    level = max((n for n, known in enumerate(pixels.level_downsamples)
-                 if known <= 1.01 * downsample), default=0)
-    scale = downsample / pixels.level_downsamples[level]
-    read_size = tuple(max(1, round(n * scale)) for n in size)
-    region = pixels.read_region(corner, level, read_size)
-    if region.mode == "RGBA":
-        white = Image.new("RGB", read_size, "white")
-        white.paste(region, mask=region.getchannel("A"))
-        region = white
-    return region if read_size == size else region.resize(size, Image.Resampling.BICUBIC)
-
-
-def saturation_of(pixels):
-    """Saturation (h, w) uint8 of the whole slide in small, and its downsample.
-
-    Read in blocks of about BLOCK x BLOCK pixels at most, for a slide without a coarse level too.
-    """
-    width, height = pixels.dimensions
-    downsample = max(1.0, max(width, height) / OVERVIEW)
-    small_width = max(1, int(width / downsample))
-    small_height = max(1, int(height / downsample))
-    finer = max(known for known in pixels.level_downsamples if known <= downsample)
-    block = max(1, int(BLOCK * finer / downsample))
-
-    saturation = np.zeros((small_height, small_width), np.uint8)
-    for top in range(0, small_height, block):
-        for left in range(0, small_width, block):
-            size = (min(block, small_width - left), min(block, small_height - top))
-            corner = (round(left * downsample), round(top * downsample))
-            region = read_pixels(pixels, corner, downsample, size).convert("HSV")
-            saturation[top:top + size[1], left:left + size[0]] = np.asarray(region)[..., 1]
-    return saturation, downsample
+def otsu_level(values):
+    """The threshold of uint8 values with the largest variance between both sides (Otsu 1979)."""
+    share = np.bincount(values.ravel(), minlength=256) / values.size
+    below = share.cumsum()
+    mean_below = (share * np.arange(256)).cumsum()
+    difference = mean_below[-1] * below - mean_below
+    return int((difference ** 2 / np.maximum(below * (1 - below), 1e-9)).argmax())
 
 
 def find_tissue(pixels, step):
-    """Tiles of `step` full-resolution pixels that show tissue, (n, 2) rows and columns, and the
-    number of blank ones. Tissue: 5 % of the pixels above Otsu's threshold of saturation."""
-    saturation, downsample = saturation_of(pixels)
-    level = max(12, otsu_level(saturation.copy()))  # of 255: white paper has less
-    columns = int(pixels.dimensions[0] / step + 1e-6)  # a rest at the edge is left out
-    rows = int(pixels.dimensions[1] / step + 1e-6)
+    """Tiles of `step` full-resolution pixels with tissue, (n, 2) rows and columns, and the number
+    of blank ones. Tissue: 5 % of the pixels above Otsu's threshold of saturation."""
+    thumbnail = pixels.get_thumbnail((OVERVIEW, OVERVIEW)).convert("HSV")
+    saturation = np.array(thumbnail.getchannel("S"))
+    mask = saturation > max(12, otsu_level(saturation))  # white paper is below 12 of 255
 
-    # sums of all tiles at once: four corners of a table of sums
-    sums = np.zeros((saturation.shape[0] + 1, saturation.shape[1] + 1), np.int32)
-    sums[1:, 1:] = (saturation > level).cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
-    top, bottom = _edges(rows, step / downsample, saturation.shape[0])
-    left, right = _edges(columns, step / downsample, saturation.shape[1])
-    total = (sums[bottom][:, right] - sums[top][:, right]
-             - sums[bottom][:, left] + sums[top][:, left])
-    area = (bottom - top)[:, None] * (right - left)
-    tissue = np.argwhere(total >= 0.05 * area)
+    # The mean of the mask in each tile; partial tiles are dropped.
+    columns, rows = (int(side / step + 1e-6) for side in pixels.dimensions)
+    if not rows or not columns:
+        return np.zeros((0, 2), int), 0
+    scale = step * thumbnail.width / pixels.dimensions[0]
+    box = (0, 0, min(columns * scale, thumbnail.width), min(rows * scale, thumbnail.height))
+    share = Image.fromarray(mask.astype(np.float32)).resize(
+        (columns, rows), Image.Resampling.BOX, box)
+    tissue = np.argwhere(np.asarray(share) >= 0.05)
     return tissue, rows * columns - len(tissue)
 
 
-def _edges(count, step, length):
-    """Where each of `count` tiles begins and ends along a side of so many pixels; never empty."""
-    starts = np.minimum((np.arange(count) * step).round().astype(int), length - 1)
-    ends = ((np.arange(count) + 1) * step).round().astype(int)
-    return starts, np.clip(ends, starts + 1, length)
-
-
 def tile_image(path, target, tiling):
-    """Write features, coords and pictures of a slide's tissue tiles to `target`, once.
-
-    Tiles are read and embedded 64 at a time. Returns the number of blank ones.
-    Raises UserError for files that cannot be read.
-    """
-    pixels = open_pixels(path)
-    downsample = choose_downsample(pixels, path, tiling)
+    """Write features, coords and pictures of a slide's tissue tiles to `target`, unless it has
+    them; returns the number of blank tiles. Raises UserError for unreadable files."""
     stat = path.stat()
-    made_by = f"{tiling.made_by} {tiling.side} {downsample} {stat.st_size} {stat.st_mtime_ns}"
+    made_by = (f"{tiling.made_by} {tiling.side} level {tiling.level} "
+               f"{stat.st_size} {stat.st_mtime_ns}")
     if target.exists():
         with np.load(target, allow_pickle=False) as archive:
             if str(archive["made_by"]) == made_by:
                 return int(archive["blank"])
-
-    step = tiling.side * downsample
-    features = []
-    pictures = []
     try:
+        pixels = open_pixels(path)
+        if tiling.level >= len(pixels.level_downsamples):
+            raise ValueError(f"--level {tiling.level} of {len(pixels.level_downsamples)} levels")
+        step = tiling.side * pixels.level_downsamples[tiling.level]
         tissue, blank = find_tissue(pixels, step)
         corners = (tissue[:, ::-1] * step).round().astype(int)  # (n, 2): x and y
+
+        features = [torch.zeros(0, 1)] if not len(corners) else []
+        pictures = [torch.zeros(0, 3, THUMB, THUMB)]
         for start in range(0, len(corners), 64):
-            tiles = [np.asarray(read_pixels(pixels, corner, downsample, (tiling.side,) * 2))
-                     for corner in map(tuple, corners[start:start + 64].tolist())]
+            tiles = [_read_tile(pixels, tuple(corner), tiling)
+                     for corner in corners[start:start + 64].tolist()]
             images = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 127.5 - 1
             features.append(tiling.embed(images))
             pictures.append(F.adaptive_avg_pool2d(images, THUMB))
+    except UserError:
+        raise
     except Exception as error:
-        if type(error).__module__.partition(".")[0] != "openslide":
+        known = isinstance(error, (OSError, ValueError, Image.DecompressionBombError))
+        if not known and not type(error).__module__.startswith("openslide"):
             raise
-        raise UserError(f"{path} cannot be read ({error})", "a whole file is needed",
-                        "copy it again, or remove it") from error
-
+        raise UserError(f"{path} cannot be tiled ({error})", "a whole slide or an image below 180 "
+                        "megapixels is needed", "replace it, or bring features") from error
     with atomic_file(target) as file:
-        np.savez(file, features=torch.cat(features or [torch.zeros(0, 1)]),
-                 pictures=torch.cat(pictures or [torch.zeros(0, 3, THUMB, THUMB)]),
-                 coords=corners, step=step, made_by=made_by, blank=blank)
+        np.savez(file, features=torch.cat(features), pictures=torch.cat(pictures), coords=corners,
+                 step=step, made_by=made_by, blank=blank)
     return blank
+
+
+def _read_tile(pixels, corner, tiling):
+    """RGB pixels (side, side, 3) uint8; regions that the scanner skipped are white."""
+    region = pixels.read_region(corner, tiling.level, (tiling.side, tiling.side))
+    white = Image.new("RGB", region.size, "white")
+    white.paste(region, mask=region.getchannel("A") if region.mode == "RGBA" else None)
+    return np.asarray(white)

@@ -1,14 +1,12 @@
-"""Proofs about phantoms.py: determinism, ranges, exact masks, visible labels, errors."""
+"""support/phantoms.py: determinism, ranges, exact masks, visible labels, errors."""
 import pytest
 import torch
-from PIL import Image
 from scipy import ndimage
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from support import phantoms
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
-                              histology_phantoms,
-                      paint_slide, slide_phantoms)
+                              histology_phantoms, slide_phantoms)
 
 BOTH = pytest.mark.parametrize("draw", [chest_phantoms, histology_phantoms])
 
@@ -176,14 +174,6 @@ def test_errors_say_got_need_do(draw):
             draw(**bad)
 
 
-def test_command_writes_two_sheets(tmp_path, monkeypatch):
-    """The command line writes four rows of eight of each kind."""
-    monkeypatch.chdir(tmp_path)
-    phantoms.main()
-    for name in ("chest_phantoms.png", "histology_phantoms.png"):
-        assert Image.open(name).size == (8 * 128, 4 * 128)
-
-
 @pytest.fixture(scope="module")
 def bank():
     """Patches to make slides of: enough that every kind is there."""
@@ -221,14 +211,6 @@ def test_negative_slides_hold_what_may_be_taken_for_a_sign(bank):
         assert (mixed[labels == label] > 60).any()
         assert 2 < atypical[labels == label].float().mean() < 15  # 0.3 % of 2,400 are 7
     assert mixed[labels == 1].float().mean() > mixed[labels == 0].float().mean()
-
-
-def test_slide_picture(bank):
-    """Each tile is the small picture of its patch, and what is beside the tissue is white."""
-    tiles = torch.tensor([[3, -1], [0, 7]])
-    picture = paint_slide(tiles, bank[0], pixels=4)
-    assert picture.shape == (3, 8, 8) and (picture[:, :4, 4:] == 0.9).all()
-    assert torch.allclose(picture[:, 4:, 4:], avg_pool2d(bank[0][7], 4), atol=1e-6)  # rounding
 
 
 def test_bank_without_a_kind_is_refused():

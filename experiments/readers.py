@@ -4,8 +4,8 @@
     python -m experiments readers --score answers*.csv --key DIR/key/key.csv
 
 The page does not contain the truth: all images have one size and go through one encoder without
-compression (so even their lengths are equal), under names that hash a secret seed. The seed and
-the truth are in the key alone. Readers open the page from disk and return the file that it saves.
+compression (so even their lengths are equal), under names that hash a secret seed. The truth
+is in the key alone. Readers open the page from disk and return the file that it saves.
 
 Positive means synthetic. --score prints sensitivity, specificity and accuracy of each reader, with
 intervals over images, and the mean Cohen's kappa of pairs of readers; it writes readers.json beside
@@ -42,9 +42,9 @@ document.querySelector("form").onsubmit = event => {{
   event.preventDefault();
   const reader = document.getElementById("reader").value;
   const chosen = [...document.querySelectorAll("input:checked")];
-  const rows = chosen.map(input => [reader, input.name, input.value].join());
+  const rows = chosen.map(input => [input.name, input.value].join());
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([["reader,file,answer", ...rows, ""].join("\\n")]));
+  link.href = URL.createObjectURL(new Blob([["file,answer", ...rows, ""].join("\\n")]));
   link.download = `answers_${{reader}}.csv`;
   link.click();
 }};
@@ -72,24 +72,24 @@ def make(args):
     key = Path(args.out, "key", "key.csv")
     if key.exists():
         raise UserError(f"{key} exists", "a key must not be lost", "pass another --out")
-    seed = secrets.randbits(63) if args.seed is None else args.seed
+    seed = secrets.randbits(63)
 
     # Equally many of both, chosen by the seed.
-    sets = dict(zip(("real", "synthetic"), (open_dataset(path, None) for path in args.make)))
+    sets = {"real": open_dataset(args.make[0], None), "synthetic": open_dataset(args.make[1], None)}
     count = min(args.count, *map(len, sets.values()))
     chosen = []
     for truth, images in sets.items():
         order = sorted(range(len(images)), key=lambda i: step_seed(seed, "choose", truth, i))
         chosen += [(truth, images.files[i], images[i]) for i in order[:count]]
     sides = {image.shape[-1] for *_, image in chosen}
-    side = args.size or max(sides)
-    if side > min(sides):
-        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed, and "
-                        "enlarging some would give them away", f"pass --size {min(sides)}")
+    side = args.size or min(sides)
+    if side > min(sides) or (len(sides) > 1 and not args.size):
+        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side, never enlarged, "
+                        "is needed", f"pass --size {min(sides)}")
 
     # All grey if the real ones are, as a tint would give the others away; sorted by name: shuffled.
     is_grey = all(image.eq(image[0]).all() for truth, _, image in chosen if truth == "real")
-    rows = sorted([f"{step_seed(seed, 'name', truth, source):016x}", truth, source, seed,
+    rows = sorted([f"{step_seed(seed, 'name', truth, source):016x}", truth, source,
                    encode(image, side, is_grey)] for truth, source, image in chosen)
     pictures = {truth: {row[-1] for row in rows if row[1] == truth} for truth in sets}
     if pictures["real"] & pictures["synthetic"]:
@@ -98,38 +98,33 @@ def make(args):
 
     figures = "".join(FIGURE.format(name=row[0], picture=row[-1]) for row in rows)
     page = PAGE.format(count=len(rows), figures=figures)
-    write_csv(key, [["file", "truth", "source", "seed"], *(row[:-1] for row in rows)])
+    write_csv(key, [["file", "truth", "source"], *(row[:-1] for row in rows)])
     write_text_atomic(Path(args.out, "readers.html"), page)
     print(f"{args.out}/readers.html: {count} real and {count} synthetic images, {side} px; give "
           f"readers this file alone\n{key}: the truth; keep it away from them")
 
 
 def read_column(path, column):
-    """({file: real or synthetic}, rows) of a CSV with the columns `file` and this one."""
+    """{file: real or synthetic} of a CSV with the columns `file` and this one."""
     rows = read_csv(path)
     cells = {row.get("file"): row.get(column) for row in rows}
     if len(cells) < len(rows) or not rows or set(cells.values()) - {"real", "synthetic"}:
         raise UserError(f"{path} is no table of files, each once, and {column}, real or synthetic",
                         "one is needed", "pass a key.csv of --make and files saved by its page")
-    return cells, rows
+    return cells
 
 
 def score(args):
     """Print each reader's figures and the agreement of readers; write them as JSON."""
-    key, _ = read_column(args.key, "truth")
+    key = read_column(args.key, "truth")
     truth = np.array([kind == "synthetic" for kind in key.values()])
     answers = {}
     for path in args.score:
-        cells, rows = read_column(path, "answer")
-        readers = {row.get("reader") for row in rows}
-        if len(readers) > 1 or readers & {None, "", *answers}:
-            raise UserError(f"{path} is by {readers}", "one reader a file, each once, is needed",
-                            "correct the names, or leave the file out")
-        unmatched = cells.keys() ^ key.keys()
-        if unmatched:
-            raise UserError(f"{path} and the key differ in {len(unmatched)} images",
-                            "one answer to each image is needed", "pass the key of that page")
-        answers[readers.pop()] = np.array([cells[file] == "synthetic" for file in key])
+        cells = read_column(path, "answer")
+        if cells.keys() != key.keys() or truth.all() or not truth.any():
+            raise UserError(f"{path} and {args.key} do not name the same images, real and "
+                            "synthetic", "one answer to each image is needed", "pass the key of that page")
+        answers[Path(path).stem] = np.array([cells[file] == "synthetic" for file in key])
 
     figures = {"sensitivity": truth, "specificity": ~truth, "accuracy": truth | True}
     table = {}
@@ -145,8 +140,7 @@ def score(args):
     # Agreement of pairs; undefined for two that gave all images one and the same answer.
     pairs = [cohen_kappa(a, b) for a, b in combinations(answers.values(), 2)]
     pairs = [kappa for kappa in pairs if np.isfinite(kappa)]
-    kappa = float(np.mean(pairs)) if pairs else None
-    table["mean of pairs"] = {"kappa": kappa}
+    table["mean of pairs"] = {"kappa": float(np.mean(pairs)) if pairs else None}
     print_table(table)
     write_json(Path(args.key).parent / "readers.json", table)
     print(f"{len(answers)} readers, {len(truth)} images: median accuracy "
@@ -159,8 +153,6 @@ def add_flags(parser):
     add("--out", help="folder of the new test")
     add("--count", type=number(int, 1), default=50, help="images of each kind, at most")
     add("--size", type=number(int, 1), help="resize to this side (default: keep the size)")
-    add("--seed", type=number(int), help="recreates a test; whoever guesses it knows the truth "
-        "(default: a secret one, kept in the key)")
     add("--score", nargs="+", metavar="CSV", help="files of answers, one a reader")
     add("--key", help="the key.csv of these answers")
 

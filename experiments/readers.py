@@ -123,7 +123,8 @@ def score(args):
         cells = read_column(path, "answer")
         if cells.keys() != key.keys() or truth.all() or not truth.any():
             raise UserError(f"{path} and {args.key} do not name the same images, real and "
-                            "synthetic", "one answer to each image is needed", "pass the key of that page")
+                            "synthetic", "one answer to each image is needed",
+                            "pass the key of that page")
         answers[Path(path).stem] = np.array([cells[file] == "synthetic" for file in key])
 
     figures = {"sensitivity": truth, "specificity": ~truth, "accuracy": truth | True}

@@ -23,7 +23,7 @@ def test_strong_augmentation():
 
 
 def test_the_network_learns():
-    """Dark and bright images are separated after 25 steps in two stages; the seed decides the start."""
+    """Dark and bright images are separated after two short stages; seeds decide the start."""
     grey = torch.linspace(-0.8, 0.8, 16).view(16, 1, 1, 1).expand(16, 3, 16, 16)
     labels = (np.arange(16) >= 8)[:, None].astype(float)
     pixels = to_bytes(grey)

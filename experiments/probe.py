@@ -52,10 +52,11 @@ def main(args):
         test_x, _ = describe(batches_of(run.images, test, args.batch), extract, device)
         aucs, scores = linear_probe(train_x, train_y, test_x, test_y)
         table[name] = {"mean": float(np.mean(aucs)),
-                       "95 %": bootstrap_interval(mean_auc, test_y, scores, rounds=200),
-                       **dict(zip(names, aucs))}
+                       "interval": bootstrap_interval(mean_auc, test_y, scores, rounds=200),
+                       "labels": dict(zip(names, aucs))}
 
     print(f"AUC of ridge on {args.tokens} tokens: {len(train)} training, {len(test)} held-out "
           "images")
-    print_table(table)
+    print_table({name: {"mean": row["mean"], "95 %": row["interval"], **row["labels"]}
+                 for name, row in table.items()})
     write_json(run.folder / "probe.json", table)

@@ -81,13 +81,10 @@ def make(args):
     for truth, images in sets.items():
         order = sorted(range(len(images)), key=lambda i: step_seed(seed, "choose", truth, i))
         chosen += [(truth, images.files[i], images[i]) for i in order[:count]]
-    sides = {image.shape[-1] for *_, image in chosen}
-    side = args.size or min(sides)
-    if side > min(sides) or (len(sides) > 1 and not args.size):
-        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side, never enlarged, "
-                        "is needed", f"pass --size {min(sides)}")
 
-    # All grey if the real ones are, as a tint would give the others away; sorted by name: shuffled.
+    # One size, no image enlarged; all grey if the real ones are, as a tint would give the others
+    # away; sorted by their hashes, which shuffles them.
+    side = min(args.size or 10 ** 6, *(image.shape[-1] for *_, image in chosen))
     is_grey = all(image.eq(image[0]).all() for truth, _, image in chosen if truth == "real")
     rows = sorted([f"{step_seed(seed, 'name', truth, source):016x}", truth, source,
                    encode(image, side, is_grey)] for truth, source, image in chosen)
@@ -130,18 +127,18 @@ def score(args):
     figures = {"sensitivity": truth, "specificity": ~truth, "accuracy": truth | True}
     table = {}
     for reader, said in answers.items():
-        row = table.setdefault(reader, {})
+        table[reader] = {}
         for figure, part in figures.items():
             hits = (said == truth)[part]
-            row[figure] = float(hits.mean())
-            row[f"{figure}, 95 %"] = bootstrap_interval(np.mean, hits)
+            table[reader][figure] = float(hits.mean())
+            table[reader][f"{figure}, 95 %"] = bootstrap_interval(np.mean, hits)
     table["median"] = {figure: float(np.median([table[reader][figure] for reader in answers]))
                        for figure in figures}
 
     # Agreement of pairs; undefined for two that gave all images one and the same answer.
-    pairs = [cohen_kappa(a, b) for a, b in combinations(answers.values(), 2)]
-    pairs = [kappa for kappa in pairs if np.isfinite(kappa)]
-    table["mean of pairs"] = {"kappa": float(np.mean(pairs)) if pairs else None}
+    kappas = [cohen_kappa(a, b) for a, b in combinations(answers.values(), 2)]
+    kappas = [kappa for kappa in kappas if np.isfinite(kappa)]
+    table["mean of pairs"] = {"kappa": float(np.mean(kappas)) if kappas else None}
     print_table(table)
     write_json(Path(args.key).parent / "readers.json", table)
     print(f"{len(answers)} readers, {len(truth)} images: median accuracy "
@@ -153,7 +150,7 @@ def add_flags(parser):
     add("--make", nargs=2, metavar=("REAL", "SYNTHETIC"), help="two folders of images")
     add("--out", help="folder of the new test")
     add("--count", type=number(int, 1), default=50, help="images of each kind, at most")
-    add("--size", type=number(int, 1), help="resize to this side (default: keep the size)")
+    add("--size", type=number(int, 1), help="resize to this side, if no image is smaller")
     add("--score", nargs="+", metavar="CSV", help="files of answers, one a reader")
     add("--key", help="the key.csv of these answers")
 

@@ -1,10 +1,9 @@
-"""The small classifier that `classify` and `downstream` train: network, augmentation, training.
+"""The small classifier that `classify`, `downstream` and `twosample` train.
 
-    net = train_classifier([(Chosen(images, rows), labels, 600)], seed=0, vary=light_augment,
-                           device=device)
-    scores = predict(net, shown, batch=64, device=device)    # (M, L)
+    net = train_classifier([(images, labels, 600)], seed=0, device=device, augment=strong_augment)
+    scores = predict(net, test_images, device)    # (M, L)
 
-Images are (B, 3, H, W) float32 in [-1, 1], and uint8 where many are kept.
+Images are uint8 arrays (N, 3, H, W), so that thousands fit in memory; labels are (N, L), 0 or 1.
 """
 import math
 
@@ -18,43 +17,6 @@ from support.seeds import step_seed
 from train import fit
 
 
-# ---------------------------------------------------------------- images and their labels
-
-class Chosen:
-    """The images of a data set with these numbers (N,): .batch(rows) -> (B, 3, H, W)."""
-
-    def __init__(self, images, numbers):
-        self.images = images
-        self.numbers = numbers
-
-    def batch(self, rows):
-        return self.images.batch(self.numbers[rows].tolist())
-
-
-class Bytes:
-    """Images kept as one uint8 array (N, 3, H, W): .batch(rows) -> (B, 3, H, W)."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def batch(self, rows):
-        return from_bytes(self.array[rows])
-
-
-class Labelled(Dataset):
-    """Images (Chosen or Bytes) with labels (N, L), by row, as `fit` reads them."""
-
-    def __init__(self, images, labels):
-        self.images = images
-        self.labels = torch.as_tensor(labels).float()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitems__(self, rows):
-        return self.images.batch(rows), self.labels[rows]
-
-
 def to_bytes(images):
     """Images in [-1, 1] -> uint8 array."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -65,46 +27,41 @@ def from_bytes(array):
     return torch.tensor(array) / 127.5 - 1
 
 
-# ---------------------------------------------------------------- augmentation
+def load_bytes(images, indices):
+    """These images of a data set as a uint8 array (N, 3, H, W)."""
+    parts = torch.as_tensor(indices).split(256)
+    return np.concatenate([to_bytes(images.batch(part.tolist())) for part in parts])
 
-def no_augment(images, generator, turns=False):
-    return images
 
+class Labelled(Dataset):
+    """uint8 images (N, 3, H, W) with labels (N, L), read by `fit`."""
 
-def light_augment(images, generator, turns=False):
-    """Training images, varied: shifts to an eighth, brightness and contrast by 15 %, and, where
-    direction means nothing (`turns`), flips and quarter turns."""
-    B, _, H, W = images.shape
-    draw = torch.rand(6, generator=generator, device=generator.device).tolist()
-    factor = torch.rand(2, B, 1, 1, 1, generator=generator, device=images.device)
-    contrast, brightness = 1 + 0.3 * (factor - 0.5)
-    x = images * contrast + brightness - 1
+    def __init__(self, images, labels):
+        self.images = images
+        self.labels = torch.as_tensor(labels).float()
 
-    # One shift for the batch.
-    pad = H // 8
-    top = int(draw[0] * (2 * pad + 1))
-    left = int(draw[1] * (2 * pad + 1))
-    x = F.pad(x, (pad,) * 4, mode="reflect")[:, :, top:top + H, left:left + W]
-    if turns:
-        x = x.rot90(int(4 * draw[2]), (2, 3))
-        x = x.flip(3) if draw[3] < 0.5 else x
-    return x
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, rows):
+        return from_bytes(self.images[rows]), self.labels[rows]
 
 
 def strong_augment(images, generator, turns=False):
-    """Classical variants of images (B, 3, H, W), each its own: turned by up to 15 degrees, scaled
-    by 15 %, shifted by 10 %, gamma 0.7 to 1.4, contrast by 30 %, brightness by 10 %, noise; with
-    `turns` any angle, and flips."""
-    B = len(images)
-    device = images.device
-    draw = 2 * torch.rand(8, B, generator=generator, device=device) - 1  # (8, B) in [-1, 1]
+    """Random variants of images (B, 3, H, W) in [-1, 1]: rotated by up to 15 degrees, scaled by
+    15 %, shifted by 10 %, gamma 0.7 to 1.4, contrast by 30 %, brightness by 10 %, noise.
 
-    # Turn, flip, scale and shift.
+    turns: rotate by any angle and flip, where orientation means nothing (histology).
+    """
+    B = len(images)
+    draw = 2 * torch.rand(8, B, generator=generator, device=images.device) - 1  # in [-1, 1]
+
+    # Rotate, flip, scale and shift.
     angle = draw[0] * (math.pi if turns else math.pi / 12)
     scale = 1 + 0.15 * draw[1]
     flip = draw[2].sign() if turns else torch.ones_like(angle)
-    turn = (flip * angle.cos(), -angle.sin(), flip * angle.sin(), angle.cos())
-    matrix = torch.stack(turn, dim=1).view(B, 2, 2) * scale[:, None, None]
+    rotation = (flip * angle.cos(), -angle.sin(), flip * angle.sin(), angle.cos())
+    matrix = torch.stack(rotation, dim=1).view(B, 2, 2) * scale[:, None, None]
     matrix = torch.cat([matrix, 0.2 * draw[3:5].T[:, :, None]], dim=2)  # (B, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     x = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
@@ -114,11 +71,9 @@ def strong_augment(images, generator, turns=False):
     contrast = 1 + 0.3 * draw[6].view(B, 1, 1, 1)
     brightness = 0.2 * draw[7].view(B, 1, 1, 1)
     x = contrast * (2 * ((x.clamp(-1, 1) + 1) / 2) ** gamma - 1) + brightness
-    noise = torch.randn(B, 1, *x.shape[2:], generator=generator, device=device)
+    noise = torch.randn(B, 1, *x.shape[2:], generator=generator, device=x.device)
     return (x + 0.05 * noise).clamp(-1, 1)
 
-
-# ---------------------------------------------------------------- the network
 
 class SmallCNN(nn.Sequential):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, labels): four stride-2 convolutions, a mean."""
@@ -134,19 +89,19 @@ class SmallCNN(nn.Sequential):
                          nn.Linear(channels[-1], labels))
 
 
-def train_classifier(stages, seed, vary, device, name="classifier"):
-    """A SmallCNN fitted in one or more stages (images, labels (N, L) of 0 and 1, steps), each later
-    one at a third of the learning rate before; returns it in eval mode.
+def train_classifier(stages, seed, device, augment=None, name="classifier"):
+    """A SmallCNN in eval mode, trained in stages (images, labels, steps) of batch 32.
 
-    vary(images, generator) is applied to each batch. The start depends on the seed alone.
+    Each stage has a third of the learning rate of the one before. augment(images, generator) varies
+    each batch. The initial weights depend on the seed alone.
     """
     torch.manual_seed(step_seed(seed, "classifier") % 2 ** 31)
-    first_labels = stages[0][1]
-    net = SmallCNN(np.shape(first_labels)[1]).to(device)
+    net = SmallCNN(np.shape(stages[0][1])[1]).to(device)
 
     def loss_fn(batch, step, generator):
         x, y = batch
-        return F.binary_cross_entropy_with_logits(net(vary(x, generator)), y), {}
+        x = augment(x, generator) if augment else x
+        return F.binary_cross_entropy_with_logits(net(x), y), {}
 
     for number, (images, labels, steps) in enumerate(stages):
         fit(name, net, loss_fn, Labelled(images, labels), steps=steps, batch=32,
@@ -154,7 +109,8 @@ def train_classifier(stages, seed, vary, device, name="classifier"):
     return net.eval()
 
 
-def predict(net, shown, batch, device):
-    """Scores (M, L), NumPy, of images (M, 3, H, W)."""
+def predict(net, images, device, batch=64):
+    """Scores (M, L), NumPy, of uint8 images (M, 3, H, W)."""
     with torch.inference_mode():
-        return torch.cat([net(x.to(device)).cpu() for x in shown.split(batch)]).numpy()
+        return torch.cat([net(from_bytes(images[first:first + batch]).to(device)).cpu()
+                          for first in range(0, len(images), batch)]).numpy()

@@ -1,69 +1,46 @@
 """Can a small network tell the synthetic images from real ones?
 
-A small CNN is trained to part the two sets, equally many of each, and meets images of other
-patients: its AUC is 0.5 where nothing tells them apart, and 1 where all are found out. A synthetic
-image belongs to the patients of its sources, if samples.csv names them, else to none but itself;
-one whose sources fall on both sides is left out. REAL is a folder, or a run (its held-out images).
+A small CNN is trained to separate the two sets, equally many of each, and tested on images of other
+patients: AUC 0.5 means that it cannot, 1 that it always can. A synthetic image belongs to the
+patients of its sources, if samples.csv names them; one whose sources fall on both sides is left
+out. REAL is a folder, or a run (its held-out images).
 
-Each seed draws its own halves and its own start. Writes SYNTHETIC/twosample.json.
+Each seed draws its own halves and initial weights. Writes SYNTHETIC/twosample.json.
 """
 from pathlib import Path
 
 import numpy as np
 
-from evaluate import bootstrap_interval, only_side, roc_auc
+from evaluate import roc_auc
 from experiments.common import add_run_flags, choose, open_run
-from experiments.privacy import read_samples
-from experiments.small_cnn import Bytes, no_augment, predict, to_bytes, train_classifier
-from support.command import UserError, pick_device, positive_int, print_table, seed_int
+from experiments.small_cnn import load_bytes, predict, train_classifier
+from support.command import UserError, number, pick_device, print_table
 from support.datasets import open_dataset
-from support.files import write_json
-from support.splits import image_groups
+from support.files import read_csv, write_json
 
 LEAST = 6  # images of each set in each half
 
 
-def open_sets(args):
-    """[(images, numbers, set of patients of each number)] of the real and the synthetic images."""
-    if Path(args.real, "model.pt").is_file():
-        run = open_run(args, args.real)
-        real = run.images
-        numbers = run.test
-        patients = image_groups(real)
-    else:
-        real = open_dataset(args.real, args.size)
-        numbers = choose(range(len(real)), args.count)
-        patients = image_groups(real)
-
-    synthetic = open_dataset(args.synthetic, args.size or real.size)
-    sources = [[] for _ in synthetic.files]
-    if Path(args.synthetic, "samples.csv").is_file():
-        _, sources, _ = read_samples(args.synthetic, real, numbers)
-    samples = choose(range(len(synthetic)), args.count)
-    return [(real, numbers, [{patients[i]} for i in numbers.tolist()]),
-            (synthetic, samples, [{patients[j] for j in sources[i]} or {f"sample {i}"}
-                                  for i in samples.tolist()])]
+def patients_of_samples(folder, samples, patients):
+    """The set of patients of each sample, or of itself alone. patients: {stem of a file: patient}.
+    """
+    path = Path(folder, "samples.csv")
+    rows = read_csv(path) if path.is_file() else []
+    sources = {Path(row["file"]).stem: row.get("sources", "").split("|") for row in rows}
+    owners = []
+    for file in samples.files:
+        stems = [Path(source).stem for source in sources.get(Path(file).stem, [])]
+        owners.append({patients[stem] for stem in stems if stem in patients} or {f"sample {file}"})
+    return owners
 
 
 def halves_of(patients, seed):
-    """For each image's set of patients its half: 0, 1, or -1 if its patients are in both."""
+    """The half, 0 or 1, of each image's set of patients, or -1 if its patients are in both."""
     names = sorted(set().union(*patients))
     order = np.random.default_rng(seed).permutation(len(names))
     half = {names[j]: place % 2 for place, j in enumerate(order)}
-    found = [{half[name] for name in of_image} for of_image in patients]
-    return np.array([min(sides) if len(sides) == 1 else -1 for sides in found])
-
-
-def interval_by_patient(labels, scores, patients, seed):
-    """95 % interval (low, high) of the AUC, whole patients drawn."""
-    keys = [min(of_image) for of_image in patients]
-    members = [np.flatnonzero(np.array(keys) == key) for key in sorted(set(keys))]
-
-    def auc(drawn):
-        rows = np.concatenate([members[j] for j in drawn])
-        return roc_auc(labels[rows], scores[rows])
-
-    return bootstrap_interval(auc, np.arange(len(members)), rounds=500, seed=seed)
+    sides = [{half[name] for name in of_image} for of_image in patients]
+    return np.array([min(side) if len(side) == 1 else -1 for side in sides])
 
 
 def add_flags(parser):
@@ -71,44 +48,51 @@ def add_flags(parser):
     add("real", help="a run (its held-out images), or a folder")
     add("synthetic", help="a folder, e.g. of a run's samples")
     add_run_flags(parser)
-    add("--size", type=positive_int, help="resize to this side (default: as they are)")
-    add("--seeds", type=seed_int, nargs="+", default=[0, 1, 2], help="of halves and networks")
-    add("--cnn-steps", type=positive_int, default=600, help="steps of the small CNN")
+    add("--size", type=number(int, 1), help="resize to this side (default: keep the size)")
+    add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="of halves and networks")
+    add("--cnn-steps", type=number(int, 1), default=600, help="steps of the small CNN")
 
 
 def main(args):
     device = pick_device(args.device)
-    sets = open_sets(args)
-    count = min(len(numbers) for _, numbers, _ in sets)
-    only_side({images[i].shape[-1] for images, numbers, _ in sets for i in numbers.tolist()})
+    if Path(args.real, "model.pt").is_file():
+        run = open_run(args, args.real)
+        real, real_indices = run.images, run.test
+    else:
+        real = open_dataset(args.real, args.size)
+        real_indices = choose(range(len(real)), args.count)
+    synthetic = open_dataset(args.synthetic, args.size or real.size)
+    indices = choose(range(len(synthetic)), args.count)
+    count = min(len(real_indices), len(indices))
+    real_indices, indices = real_indices[:count].tolist(), indices[:count].tolist()
+    sides = {real[i].shape[-1] for i in real_indices} | {synthetic[i].shape[-1] for i in indices}
+    if len(sides) > 1:
+        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed",
+                        f"pass --size {min(sides)}")
 
-    # Equally many of both, synthetic ones labelled 1.
-    pixels = np.concatenate([to_bytes(images.batch(numbers[:count].tolist()))
-                             for images, numbers, _ in sets])
-    patients = sum((owners[:count] for *_, owners in sets), [])
+    # Equally many of both, synthetic ones labelled 1, each with its patients.
+    patients = real.groups or real.files
+    by_stem = {Path(file).stem: patient for file, patient in zip(real.files, patients)}
+    owners = patients_of_samples(args.synthetic, synthetic, by_stem)
+    owners = [{patients[i]} for i in real_indices] + [owners[i] for i in indices]
+    pixels = np.concatenate([load_bytes(real, real_indices), load_bytes(synthetic, indices)])
     labels = np.repeat([0.0, 1.0], count)
 
-    table = {}
+    aucs = {}
     for seed in args.seeds:
-        half = halves_of(patients, seed)
-        train = np.flatnonzero(half == 0)
-        test = np.flatnonzero(half == 1)
+        half = halves_of(owners, seed)
+        train, test = half == 0, half == 1
         fewest = min(np.sum(labels[part] == y) for part in (train, test) for y in (0, 1))
         if fewest < LEAST:
             raise UserError(f"a half got {fewest} real or synthetic images", f"{LEAST} of each, "
                             "of patients of its own, are needed", "add images or patients")
-        net = train_classifier([(Bytes(pixels[train]), labels[train, None], args.cnn_steps)], seed,
-                               no_augment, device)
-        shown = Bytes(pixels).batch(test)
-        scores = predict(net, shown, args.batch, device)[:, 0]
-        owners = [patients[i] for i in test]
-        table[f"seed {seed}"] = {"AUC": roc_auc(labels[test], scores),
-                                 "95 %": interval_by_patient(labels[test], scores, owners, seed),
-                                 "images": len(test)}
+        stages = [(pixels[train], labels[train, None], args.cnn_steps)]
+        net = train_classifier(stages, seed, device)
+        scores = predict(net, pixels[test], device, args.batch)[:, 0]
+        aucs[f"seed {seed}"] = roc_auc(labels[test], scores)
 
-    aucs = [row["AUC"] for row in table.values()]
-    table["mean"] = {"AUC": float(np.mean(aucs))}
-    print(f"{count} real and {count} synthetic images in two halves, patients apart; CNN of "
-          f"{args.cnn_steps} steps; AUC 0.5: not told apart, 1: all told apart")
-    print_table(table)
-    write_json(Path(args.synthetic, "twosample.json"), table)
+    mean = float(np.mean(list(aucs.values())))
+    print_table({name: {"AUC": auc} for name, auc in aucs.items()})
+    write_json(Path(args.synthetic, "twosample.json"),
+               {"images of each": count, "AUC": mean, "seeds": aucs})
+    print(f"{count} real and {count} synthetic images, patients apart: mean AUC {mean:.3f}")

@@ -131,7 +131,7 @@ def test_probe_command(run_folder, capsys):
     front_door.main(["probe", "--checkpoint", str(run_folder), "--device", "cpu", "--seeds", "0",
                      "--tokens", "cls"])
     table = json.loads((run_folder / "probe.json").read_text())
-    assert list(table) == ["cls tokens, embedder (tiny)", "cls tokens, random weights, seed 0",
+    assert list(table) == ["embedder", "random weights, seed 0",
                            "16x16 grey pixels"]
     for row in table.values():
         assert 0 < row["interval"][0] < row["mean"] < row["interval"][1] < 1

@@ -609,6 +609,8 @@ class DinoDiffusion(nn.Module):
 
     def null_context(self, batch):
         """Context and mask of "no condition"."""
+        if self.prompts:
+            return self.projection(self.projection.null(batch))
         return self.projection.null(batch)
 
     # ---- training

@@ -37,12 +37,13 @@ import torchvision
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
-from prompts import (balance, draw_clusters, kmeans, labels_for_prompts, plan_prompts,
-                     prompt_indices, write_prompts)
+from prompts import (balance, draw_clusters, drop_outliers, kmeans, labels_for_prompts,
+                     plan_prompts, prompt_numbers, write_prompts)
 from support.cache import Latents, Pictures, build_cache, decode_once, fingerprint, loader
 from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
                              user_errors)
-from support.files import load_checkpoint, resolve_checkpoint
+from support.fast import compile_blocks
+from support.files import load_checkpoint, resolve_checkpoint, write_csv
 from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)
@@ -484,16 +485,20 @@ def derive_prompts(run, model, dataset, labels, cache, seed):
     cluster = run.finished["prompts"]["cluster"]
 
     # The prompt of each image.
+    config = model.config
     train_labels = [labels[i] for i in dataset.train] if labels else None
-    prompt_of = prompt_indices(model.config, train_labels, cluster)
+    prompt_of = prompt_numbers(config.labels, train_labels, config.clusters, cluster)
     texts = [model.prompts[k] for k in prompt_of]
     model.prompt_counts.copy_(prompt_of.bincount(minlength=len(model.prompts)))
     if run.writes:
         print(f"{(model.prompt_counts > 0).sum()} of {len(model.prompts)} prompts in use, e.g. "
               f"{texts[0]!r}; balanced; {run.folder / 'prompts.csv'}")
-        write_prompts(run.folder, dataset, train_labels, cluster, texts)
-        if model.config.clusters:
-            draw_clusters(run.folder / "morphologies.png", dataset, cluster, seed)
+        files = [dataset.images.files[i] for i in dataset.train]
+        write_prompts(run.folder / "prompts.csv", files, train_labels,
+                      cluster.tolist() if config.clusters else None, texts)
+        if config.clusters:
+            draw_clusters(run.folder / "morphologies.png", dataset.images, dataset.train, cluster,
+                          seed)
     return prompt_of, texts, features
 
 
@@ -555,7 +560,8 @@ def preview(run, model, dataset, labels, step, refined=False):
         if model.config.clusters:
             cluster = model.cluster_of(condition).cpu()
         example_labels = [labels[i] for i in dataset.examples] if labels else None
-        prompt_of = prompt_indices(model.config, example_labels, cluster)
+        prompt_of = prompt_numbers(model.config.labels, example_labels, model.config.clusters,
+                                   cluster)
         condition = model.prompt_ids([model.prompts[k] for k in prompt_of])
 
     seeds = list(range(len(real)))
@@ -843,14 +849,19 @@ def main(argv=None):
         seed=args.seed, table=args.table, file_column=args.file_column,
         group_column=args.group_column, patient_from=args.patient_from, count=args.count)
     images = dataset.images
+    outliers = drop_outliers(images, args.condition)
+    is_outlier = torch.isin(dataset.train, torch.tensor([i for i, _ in outliers]))
+    dataset.train = dataset.train[~is_outlier]
     rows = torch.cat([dataset.train, dataset.test]).tolist()
     labels = labels_for_prompts(images.columns, args.label_column, args.condition, rows,
                                 images.name)
     vectors = read_vectors(preset.embedder) if preset.embedder.endswith(".npz") else None
     with user_errors():
-        prompts = plan_prompts(labels, rows, args.condition, preset.clusters, preset.template)
-        model = build_model(preset, args.condition, init, prompts, vectors,
-                            is_grey(images.batch(dataset.examples)), args.seed)
+        prompts = plan_prompts(labels and [labels[i] for i in rows], len(dataset.train),
+                               args.condition, preset.clusters, preset.template)
+        previews = images.batch(dataset.examples)
+        is_grey = bool((previews.amax(1) - previews.amin(1)).mean() < 0.01)
+        model = build_model(preset, args.condition, init, prompts, vectors, is_grey, args.seed)
         if vectors:
             model.embedder.tokens(torch.zeros(0), [images.files[i] for i in rows])
     model.unet.checkpointing = args.checkpointing
@@ -863,6 +874,10 @@ def main(argv=None):
     try:
         with run.signals_caught():
             write_choice(run, dataset)
+            if outliers and run.writes:
+                write_csv(run.folder / "outliers.csv", [["file", "reason"], *(
+                    [images.files[i], reason] for i, reason in outliers)])
+                print(f"{len(outliers)} outliers left out: {run.folder / 'outliers.csv'}")
             print_start(preset, run, model, dataset, device)
             train_stages(args, preset, run, model, dataset, labels)
     except Stopped as stopped:

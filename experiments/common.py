@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dinodiff import DinoDiffusion
-from support.command import UserError, batch_int, pick_device, positive_int, user_errors
+from support.command import UserError, number, pick_device, user_errors
 from support.datasets import ImageSet, label_matrix, open_dataset
 from support.files import load_checkpoint, resolve_checkpoint
 from support.phantoms import CHEST_LABELS
@@ -27,8 +27,8 @@ class OpenedRun:
     model: DinoDiffusion  # on the device, in eval mode
     flags: dict  # of its training
     images: ImageSet
-    train: torch.Tensor  # numbers of at most --train-limit training images, int64, shuffled
-    test: torch.Tensor  # numbers of at most --count held-out images, int64, shuffled
+    train: torch.Tensor  # indices of at most --train-limit training images, int64, shuffled
+    test: torch.Tensor  # indices of at most --count held-out images, int64, shuffled
 
 
 def add_run_flags(parser, count=5000, train_limit=None):
@@ -36,12 +36,12 @@ def add_run_flags(parser, count=5000, train_limit=None):
     add = parser.add_argument
     add("--checkpoint", help="run folder, model.pt or box (default: the newest run, else the box)")
     add("--data", help="where the run's images are now (default: as trained)")
-    add("--batch", type=batch_int, default=64, help="images at once")
+    add("--batch", type=number(int, 1), default=64, help="images at once")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--count", type=positive_int, default=count,
-        help="at most so many images: held out, or of each set")
-    add("--train-limit", type=positive_int, default=train_limit,
-        help="at most so many training images")
+    add("--count", type=number(int, 1), default=count,
+        help="at most this many images: held out, or of each set")
+    add("--train-limit", type=number(int, 1), default=train_limit,
+        help="at most this many training images")
 
 
 def choose(indices, count):
@@ -98,29 +98,23 @@ def finding_columns(images):
 
 
 def with_known_labels(images, names, train, test):
-    """The numbers (train, test) without images of which a label in these columns is not known.
-
-    Unknown are uncertain answers, images without a row, and text that is empty or "unlabelled".
-    """
-    _, values = label_matrix(images.columns, names)
-    known = ~np.isnan(values).any(axis=1)
-    for name in names:
-        known &= [cell != "unlabelled" for cell in images.columns[name]]
-
-    kept_train = train[known[train]]
-    kept_test = test[known[test]]
-    lost_train = len(train) - len(kept_train)
-    lost_test = len(test) - len(kept_test)
-    if lost_train or lost_test:
-        print(f"left out, without a label: {lost_train} training and {lost_test} held-out images")
-    return kept_train, kept_test
+    """The indices (train, test) without images of which a label in these columns is not known:
+    empty, uncertain (-1) or "unlabelled"."""
+    known = np.array([all(images.columns[name][i] not in ("", "-1", "unlabelled")
+                          for name in names) for i in range(len(images))])
+    known_train = train[known[train]]
+    known_test = test[known[test]]
+    lost = len(train) - len(known_train), len(test) - len(known_test)
+    if any(lost):
+        print(f"left out, without a label: {lost[0]} training and {lost[1]} held-out images")
+    return known_train, known_test
 
 
 def binary_labels(columns, names, train, test, least=20):
     """Columns of str -> (list of label names, train (N, L), test (M, L)) of 0.0 and 1.0.
 
-    A column of answers is one label; any other is cut at "|" into one label a value. Labels need
-    `least` images on either side in both parts.
+    A column of 0 and 1 is one label; any other is cut at "|" into one label per value. Labels need
+    `least` images with and without them in both parts.
     """
     labels, values = label_matrix(columns, names)
     parts = (values[train], values[test])

@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from evaluate import bootstrap_interval, dice
 from experiments.common import add_run_flags, open_run
 from prompts import kmeans
-from support.command import (UserError, not_negative, not_negative_int, positive_int, print_table,
-                             seed_int, user_errors)
+from support.command import UserError, number, print_table, user_errors
 from support.fast import attention_weights
 from support.files import write_json
 from support.images import otsu_level
@@ -378,14 +377,14 @@ def add_flags(parser):
     add = parser.add_argument
     add("--mask-kind", default="masks", help="folder of the masks in the data")
     add("--allow-leakage", action="store_true", help="judge training images too, and say so")
-    add("--fit", type=positive_int, default=150, help="training images at most")
-    add("--clusters", type=positive_int, nargs="+", default=[6, 256], help="K, each tried")
-    add("--timesteps", type=not_negative_int, nargs="+", default=[50, 150, 300],
+    add("--fit", type=number(int, 1), default=150, help="training images at most")
+    add("--clusters", type=number(int, 1), nargs="+", default=[6, 256], help="K, each tried")
+    add("--timesteps", type=number(int, 0), nargs="+", default=[50, 150, 300],
         help="of the features")
-    add("--threshold", type=not_negative, default=0.01, help="KL of DiffSeg, nats (paper: 0.9)")
+    add("--threshold", type=number(float, 0), default=0.01, help="KL of DiffSeg, nats (paper: 0.9)")
     add("--sweep", nargs="+", default=[], metavar="FILE", help="more model.pt, or folders")
     add("--unconditional", metavar="RUN", help="a control of train.py --condition none")
-    add("--seed", type=seed_int, default=0, help="of noise, K-means, the untrained U-Net")
+    add("--seed", type=number(int, 0), default=0, help="of noise, K-means, the untrained U-Net")
 
 
 def main(args):

@@ -46,7 +46,7 @@ THRESHOLDS = [round(0.1 + 0.05 * i, 2) for i in range(11)]  # of the score; 0.5 
 
 @torch.no_grad()
 def record(model, images, t, seed, modules, function):
-    """Denoise the images' latents at step t: function(module, inputs, output) of the modules' calls.
+    """Denoise the images' latents at step t: function(module, inputs, output) of each call.
 
     The noise is the same for every image, so an image's mask does not depend on its batch.
     """
@@ -241,12 +241,20 @@ def edge_strength(masks, grey):
 def masks_by_kmeans(model, args, training, images):
     """{K: (edge strength, threshold, {step: masks of the images})}, each step on top of the last;
     without a K of which no cluster lies under the seeds."""
-    device = model.shift.device
+    def features_of(images, axes=None):
+        parts = []
+        for x in images.split(args.batch):
+            x = decoder_features(model, x.to(model.shift.device), args.timesteps, args.seed).cpu()
+            parts.append(x if axes is None else torch.einsum("bdhw,dc->bchw", x, axes))
+        return torch.cat(parts)
+
+    # The 48 directions in which features vary most, where K-means is fast; their mean is 0.
+    points = features_of(training[:100]).transpose(0, 1).flatten(1)    # (D, B*h*w)
+    axes = torch.linalg.eigh(points @ points.T)[1][:, -48:]
+    features = features_of(training, axes)
+    image_features = features_of(images, axes)
     grey = (images.mean(1) + 1) / 2
     training_grey = (training.mean(1) + 1) / 2
-    features, image_features = (
-        torch.cat([decoder_features(model, x.to(device), args.timesteps, args.seed).cpu()
-                   for x in part.split(args.batch)]) for part in (training, images))
 
     results = {}
     for k in args.clusters:

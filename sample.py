@@ -48,7 +48,7 @@ def flags():
     flag = parser.add_argument_group("what to make (one of)").add_mutually_exclusive_group(
         required=True).add_argument
     flag("--from-image", nargs="+", metavar="PATH", help="images, or folders of them, to resemble")
-    flag("--from-vector", metavar="FILE", help="tokens of a .npz with file and tokens (N, G, D)")
+    flag("--from-vector", metavar="FILE", help="tokens of a .npz with files and tokens (N, G, D)")
     flag("--interpolate", nargs=2, metavar=("A", "B"), help="go from image A to image B")
     flag("--prototypes", type=number(int, 1), metavar="K", help="centres of K clusters")
     flag("--random", action="store_true", help="no source image")
@@ -126,8 +126,6 @@ def refuse_impossible(args, model):
     if condition == "dino" and args.random and model.embedding_sampler is None:
         raise UserError("this model has no embedding sampler, its training was not finished",
                         "a finished run is needed", "use train.py --resume")
-    if args.no_refine is False and model.refiner is None:
-        print("note: this model has no refiner: images are as soft as its decoder makes them")
     if args.no_refine and model.refiner is None:
         raise UserError("--no-refine: this model has no refiner", "nothing to leave out",
                         "leave --no-refine out")

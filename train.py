@@ -443,25 +443,22 @@ def measure_statistics(model, cache, scale, keep_tokens):
 
     scale: "measure", "keep" what a U-Net of --init was trained with, or Stable Diffusion's number.
     """
-    n = len(cache)
-    chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
     if scale == "measure":
-        shift, deviation = latent_statistics(cache.__getitems__(list(rows))[:2] for rows in chunks)
+        chunks = torch.arange(len(cache)).split(256)
+        shift, deviation = latent_statistics(cache.__getitems__(rows)[:2] for rows in chunks)
         model.shift.copy_(shift.view_as(model.shift))
         model.scale.copy_(deviation.view_as(model.scale))
     elif scale != "keep":
         model.scale.fill_(scale)
 
-    # Two passes over the tokens, which need not fit into memory.
-    if keep_tokens:
-        return
-    def tokens():
-        return (torch.from_numpy(np.float64(cache.tokens[i.start:i.stop])) for i in chunks)
-
-    mean = sum(x.sum(0) for x in tokens()) / n
-    std = (sum((x - mean).square().sum(0) for x in tokens()) / n).sqrt()
-    model.token_mean.copy_(mean)
-    model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
+    # In float64, straight from the memory-mapped file.
+    if not keep_tokens:
+        tokens = cache.tokens  # (N, G, D)
+        mean = tokens.mean(0, dtype=np.float64)
+        mean_square = np.einsum("ngd,ngd->gd", tokens, tokens, dtype=np.float64) / len(tokens)
+        std = torch.from_numpy((mean_square - mean ** 2).clip(min=0) ** 0.5)
+        model.token_mean.copy_(torch.from_numpy(mean))
+        model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
 
 
 # ---------------------------------------------------------------------------- stage 4: the U-Net

@@ -135,6 +135,13 @@ def refuse_impossible(args, model):
             model.prompt_ids([args.prompt])
 
 
+def load_model(path, device):
+    """A run's folder or model.pt -> (DinoDiffusion on the device, all that the file holds)."""
+    content = load_checkpoint(resolve_checkpoint(path))
+    with user_errors():
+        return DinoDiffusion.from_checkpoint(content).to(device), content
+
+
 # ---------------------------------------------------------------------------- what to make
 
 def find_sources(paths, read):
@@ -310,9 +317,7 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    content = load_checkpoint(checkpoint)
-    with user_errors():
-        model = DinoDiffusion.from_checkpoint(content).to(device)
+    model, content = load_model(checkpoint, device)
     refuse_impossible(args, model)
     dtype = torch.float32  # on a CPU bf16 is not faster
     if device.type == "cuda":
@@ -327,8 +332,8 @@ def main(argv=None):
         return [read(source) for source in request.sources if isinstance(source, Path)]
 
     # What to make; what cannot be made, or read, is refused before a folder is there.
-    sources, labels = find_sources(args.from_image or args.interpolate or [], read) if (
-        args.from_image or args.interpolate) else ([], [])
+    paths = args.from_image or args.interpolate
+    sources, labels = find_sources(paths, read) if paths else ([], [])
     if args.interpolate and len(sources) != 2:
         raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
                         "pass two files")

@@ -17,9 +17,9 @@ timestep, the one before t.
     context      c_k = W (token_k - mean_k) / std_k + position_k                         (7)
     refiner      r   = bands(image - y) / s,  y = decode(z);  image = y + bands^-1(s r)  (8)
 
-Equation (8) is ours. A decoder trained on pixel errors returns a mean, which is soft. So the residual
-that it loses is sampled by a second, small diffusion given y: (1) to (5) with r in place of x0.
-Fine detail is thus drawn at random: it looks right and says nothing about a patient.
+Equation (8) is ours. A decoder trained on pixel errors returns a mean, which is soft. So the
+residual that it loses is sampled by a second, small diffusion given y: (1) to (5) with r in place
+of x0. Fine detail is thus drawn at random: it looks right and says nothing about a patient.
 
 Instead of (7) the condition may be a prompt that was derived from the image (prompts.py, arXiv
 2312.09792), a bare label prompt, or nothing.

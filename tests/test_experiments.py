@@ -1,6 +1,7 @@
 """experiments/: the front door and what they share; then each against stand-ins with known answers.
 """
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from evaluate import RandomFeatures
 from experiments import __main__ as front_door
-from experiments import common, privacy
+from experiments import common, privacy, probe
 from experiments.common import OpenedRun, binary_labels
 from experiments.privacy import pixel_distances, read_samples, share_below, token_distances
 from experiments.resemble import first_share, resemblance
@@ -56,10 +57,11 @@ def test_every_experiment_has_its_own_help(name, monkeypatch, capsys):
 
 def test_labels_for_the_probe():
     """0/1 columns are one label, lists are cut at |, and rare values are left out."""
-    columns = {"nodule": ["0", "1"] * 50, "finding": ["A|B", "B", "C|A", ""] * 25}
+    columns = {"nodule": ["0", "1"] * 50, "finding": ["A|B", "B", "C|A", "D"] * 25}
     parts = np.arange(60), np.arange(60, 100)
     names, train, test = binary_labels(columns, ["nodule", "finding"], *parts, least=10)
-    assert names == ["nodule", "A", "B", "C"] and train.shape == (60, 4) and test.shape == (40, 4)
+    assert names == ["nodule", "A", "B", "C", "D"]
+    assert train.shape == (60, 5) and test.shape == (40, 5)
     assert train[:4, 1].tolist() == [1, 0, 1, 0] and train[:4, 2].tolist() == [1, 1, 0, 0]
     assert binary_labels(columns, ["finding"], *parts, least=15)[0] == ["A", "B"]
     with pytest.raises(UserError, match="no label of finding"):
@@ -89,10 +91,13 @@ def ask(name, run, *arguments):
     return json.loads((run / f"{name}.json").read_text())
 
 
+def run_flags(run):
+    return SimpleNamespace(checkpoint=str(run), data=None, device="cpu", count=5, train_limit=None)
+
+
 def test_a_run_is_opened_whole(labelled_run, tmp_path):
     """Model, flags and both parts of the data, at most as many as asked for, always the same."""
-    args = SimpleNamespace(checkpoint=str(labelled_run), data=None, device="cpu", count=5,
-                           train_limit=None)
+    args = run_flags(labelled_run)
     run = common.open_run(args)
     assert run.folder == labelled_run and run.flags["seed"] == 0
     assert not run.model.training and len(run.images) == 60 and len(run.test) == 5
@@ -107,8 +112,9 @@ def test_a_run_is_opened_whole(labelled_run, tmp_path):
         common.open_run(args, tmp_path)
 
 
-def test_probe_command(labelled_run, capsys):
+def test_probe_command(labelled_run, capsys, monkeypatch):
     """A row for the embedder, each set of random weights, and pixels; AUCs of each label."""
+    monkeypatch.setattr(probe, "binary_labels", partial(binary_labels, least=5))  # of 60 images
     table = ask("probe", labelled_run, "--seeds", "0", "--label-column", "kind")
     assert list(table) == ["embedder", "random weights, seed 0", "16x16 grey pixels"]
     for row in table.values():
@@ -121,6 +127,9 @@ def test_probe_command(labelled_run, capsys):
 
 def test_clusters_command(labelled_run):
     """Tokens and pixels, K as asked, against a column of the labels."""
+    run = common.open_run(run_flags(labelled_run))
+    (labelled_run / "cache").mkdir()
+    np.save(labelled_run / "cache" / "tokens.npy", normal(len(run.train), 3, 48).numpy())
     table = ask("clusters", labelled_run, "--seeds", "0", "--clusters", "3", "--label-column",
                 "kind")
     assert len(table) == 2 and all(name.endswith("K = 3") for name in table)
@@ -148,7 +157,7 @@ def test_embed_command(labelled_run, tmp_path):
     images = open_dataset(labelled_run.parent, 32)
     _, model = common.load_model(labelled_run / "model.pt", "cpu")
     with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
-        assert arrays["file"].tolist() == images.files
+        assert arrays["files"].tolist() == images.files
         want = model.embedder.tokens(images.batch([7]))
         assert np.allclose(arrays["tokens"][[7]], want, atol=1e-5)
     save_png(tmp_path / "one" / "a.png", images[0])

@@ -1,24 +1,23 @@
-"""How well do lung masks that the U-Net makes without any training on masks fit the true ones?
+"""How well do lung masks that the U-Net makes fit the true ones, if nobody showed it a mask?
 
-A denoising U-Net groups positions that belong together. Two ways to read that off, each from noised
-latents of the image itself:
+Two ways to read masks off the U-Net, each from noised latents of the image itself:
 - DiffSeg, the paper's way (Tian et al. 2024, "Diffuse, Attend, and Segment", arXiv 2308.12469):
   maps of self-attention are merged while their symmetric KL divergence is small, in each image.
 - K-means on features of the U-Net's decoder (after Baranchuk et al. 2022, arXiv 2112.03126, who
   train a classifier on them). Clusters are those of training images, the same for every image.
+In both, labels at two fixed points of the image are lung.
 
-In both, labels at two fixed points of the image are lung. Masks of K-means are as coarse as the
-latents, so a border step follows, which sees no masks either: the distance to the lung clusters as
-a soft score, enlarged and snapped to the image's edges by a guided filter (He et al. 2010), then
-the largest piece of each side. The threshold, and K, are those whose contours lie on the strongest
-edges of the training images.
+K-means masks are as coarse as the latents. So a border step follows (ours): the distance to the
+lung clusters as a soft score, enlarged, snapped to edges by a guided filter, then the largest piece
+on each side. The threshold, and K, are those whose contours lie on the strongest edges of training
+images. No mask is used.
 
 Images are (B, 3, H, W) in [-1, 1], square; `model` is a DinoDiffusion; masks are (B, H, W) bool.
-Deliberate differences: DiffSeg is conditioned by the image's own embedding, without K-means
-refinement; decoder features are centred in each image, which takes off exposure.
+Differences: DiffSeg is conditioned by the image's own embedding and does no K-means refinement;
+decoder features are centred in each image, which takes off exposure.
 
-Prints Dice on held-out images after each step, beside an untrained U-Net, the mean mask, Otsu's
-threshold and the whole image. Writes segment.json and segment.png (truth green, ours red).
+Prints Dice on held-out images after each step. Writes segment.json and segment.png (truth green,
+ours red) into the run's folder.
 """
 import copy
 import math
@@ -161,13 +160,6 @@ def diffseg(attention, size, threshold=0.9, grid=16, rounds=3):
 
 # ---- K-means and which labels are lung ---------------------------------------------------------
 
-def distances_to(features, centers):
-    """Squared distances (B, k, h, w) of features (B, D, h, w) to centers (k, D)."""
-    points = features.flatten(2).transpose(1, 2)                  # -> (B, h*w, D)
-    distances = torch.cdist(points, centers.expand(len(points), -1, -1)).square()
-    return distances.transpose(1, 2).unflatten(2, features.shape[2:])
-
-
 def under_seeds(labels, k, least=0.25):
     """Labels (k,) bool that fill a share of `least` or more of small squares around two seeds.
 
@@ -186,12 +178,15 @@ def under_seeds(labels, k, least=0.25):
 
 # ---- the border step ---------------------------------------------------------------------------
 
-def lung_score(distances, lungs, size):
-    """Distances (B, k, h, w), lungs (k,) bool -> (B, size, size) in [0, 1]; above 0.5 a lung
-    cluster is nearer than any other."""
-    lung = distances[:, lungs].amin(1, keepdim=True)
-    other = distances[:, ~lungs].amin(1, keepdim=True)
-    return F.interpolate(other / (lung + other), (size, size), mode="bicubic")[:, 0].clamp(0, 1)
+def lung_score(features, centers, lungs, size):
+    """Features (B, D, h, w), centers (k, D), lungs (k,) bool -> (B, size, size) in [0, 1]; above
+    0.5 a lung cluster is nearer than any other."""
+    points = features.permute(0, 2, 3, 1)                         # -> (B, h, w, D)
+    distances = torch.cdist(points.flatten(0, 2), centers).square().view(*points.shape[:3], -1)
+    lung = distances[..., lungs].amin(-1)
+    other = distances[..., ~lungs].amin(-1)
+    score = (other / (lung + other))[:, None]
+    return F.interpolate(score, (size, size), mode="bicubic")[:, 0].clamp(0, 1)
 
 
 def guided_filter(score, guide, radius=6, epsilon=1e-3):
@@ -241,41 +236,36 @@ def edge_strength(masks, grey):
 def masks_by_kmeans(model, args, training, images):
     """{K: (edge strength, threshold, {step: masks of the images})}, each step on top of the last;
     without a K of which no cluster lies under the seeds."""
-    def features_of(images, axes=None):
-        parts = []
-        for x in images.split(args.batch):
-            x = decoder_features(model, x.to(model.shift.device), args.timesteps, args.seed).cpu()
-            parts.append(x if axes is None else torch.einsum("bdhw,dc->bchw", x, axes))
-        return torch.cat(parts)
+    features, own_features = (
+        torch.cat([decoder_features(model, x.to(model.shift.device), args.timesteps, args.seed)
+                   for x in part.split(args.batch)]).cpu() for part in (training, images))
+    grey, own_grey = ((part.mean(1) + 1) / 2 for part in (training, images))
 
     # The 48 directions in which features vary most, where K-means is fast; their mean is 0.
-    points = features_of(training[:100]).transpose(0, 1).flatten(1)    # (D, B*h*w)
+    points = features.transpose(0, 1).flatten(1)                  # (D, B*h*w)
     axes = torch.linalg.eigh(points @ points.T)[1][:, -48:]
-    features = features_of(training, axes)
-    image_features = features_of(images, axes)
-    grey = (images.mean(1) + 1) / 2
-    training_grey = (training.mean(1) + 1) / 2
+    features, own_features = (torch.einsum("bdhw,dc->bchw", x, axes)
+                              for x in (features, own_features))
 
     results = {}
     for k in args.clusters:
         with user_errors():
-            centers, _ = kmeans(features.transpose(0, 1).flatten(1).T, k, args.seed, starts=3)
-        distances = distances_to(features, centers)
-        lungs = under_seeds(distances.argmin(1), k)
+            centers, labels = kmeans(features.permute(0, 2, 3, 1).flatten(0, 2), k, args.seed, 3)
+        lungs = under_seeds(labels.view(len(features), *features.shape[2:]), k)
         if not lungs.any() or lungs.all():
             continue
 
-        # The threshold, by the training images' edges.
-        score = guided_filter(lung_score(distances, lungs, images.shape[-1]), training_grey)
-        strengths = {threshold: edge_strength(largest_pieces(score > threshold), training_grey)
+        # The threshold, by edges of the training images.
+        score = guided_filter(lung_score(features, centers, lungs, grey.shape[-1]), grey)
+        strengths = {threshold: edge_strength(largest_pieces(score > threshold), grey)
                      for threshold in THRESHOLDS}
         threshold = max(strengths, key=strengths.get)
 
         # The masks of the images.
-        raw = lung_score(distances_to(image_features, centers), lungs, images.shape[-1])
-        filtered = guided_filter(raw, grey)
+        score = lung_score(own_features, centers, lungs, grey.shape[-1])
+        filtered = guided_filter(score, own_grey)
         results[k] = strengths[threshold], threshold, {
-            f"K-means {k}": raw > 0.5,
+            f"K-means {k}": score > 0.5,
             f"K-means {k} + guided filter": filtered > 0.5,
             f"K-means {k} + largest pieces": largest_pieces(filtered > 0.5),
             f"K-means {k} + threshold {threshold:g}": largest_pieces(filtered > threshold)}
@@ -307,15 +297,15 @@ def outlined(images, masks, colour):
 def known_masks(images, kind, indices):
     """(those of the indices that have a mask, their masks (N, side, side) bool)."""
     if kind not in images.masks:
-        raise UserError(f"{images.name} has no {kind}", f"it has {[*images.masks] or 'no masks'}",
-                        "pass --mask-kind, or data with a folder masks/")
+        raise UserError(f"{images.name} has no {kind}", f"a folder {kind}/ is needed (it has "
+                        f"{', '.join(images.masks) or 'no masks'})", "pass another --mask-kind")
     known = [i for i in indices.tolist() if images.masks[kind][i] is not None]
     masks = [images.mask(i, kind).bool() for i in known]
-    blank = [images.files[i] for i, mask in zip(known, masks) if mask.all() or not mask.any()]
+    blank = sum(bool(mask.all() or not mask.any()) for mask in masks)
     if blank or len(known) < 2:
-        raise UserError(f"{len(known)} of {len(indices)} images have {kind}, {len(blank)} of them "
-                        f"all black or all white {blank[:3]}", "2 that show lungs are needed in "
-                        "training and held out", "correct the masks, or pass --mask-kind")
+        raise UserError(f"{len(known)} of {len(indices)} images have {kind}, {blank} of them of one "
+                        "colour", "2 that show lungs are needed in training and held out",
+                        "correct the masks, or pass another --mask-kind")
     return known, torch.cat(masks)
 
 
@@ -340,29 +330,24 @@ def main(args):
           f"{len(run.test) - len(images)} without one left out; clusters and thresholds of "
           f"{len(training)} training images, no mask used; seed {args.seed}")
 
-    # Our masks: of each K, of the K that edges choose, and of an untrained U-Net.
-    by_k = masks_by_kmeans(run.model, args, training, images)
+    # Masks of each K, of the K that edges choose, and of an untrained U-Net; floors.
+    untrained = copy.deepcopy(run.model)
+    torch.manual_seed(args.seed)
+    untrained.unet = UNet(run.model.config.unet).to(run.model.shift.device).eval()
     rows = {}
-    for _, _, steps in by_k.values():
-        rows |= steps
     ours = torch.zeros_like(truth)
+    by_k = masks_by_kmeans(run.model, args, training, images)
+    for title, results in (("", by_k), ("floor, untrained U-Net, ",
+                                        masks_by_kmeans(untrained, args, training, images))):
+        for _, _, steps in results.values():
+            rows |= {title + step: masks for step, masks in steps.items()}
     if by_k:
         best = max(by_k, key=lambda k: by_k[k][0])
         ours = list(by_k[best][2].values())[-1]
         rows[f"K by edges: {best}"] = ours
     rows["DiffSeg"] = masks_by_diffseg(run.model, args, images)
-    torch.manual_seed(args.seed)
-    untrained = copy.deepcopy(run.model)
-    untrained.unet = UNet(run.model.config.unet).to(run.model.shift.device).eval()
-    by_k_untrained = masks_by_kmeans(untrained, args, training, images)
-    if by_k_untrained:
-        _, _, steps = max(by_k_untrained.values(), key=lambda result: result[0])
-        rows |= {f"floor, untrained U-Net, {name}": masks for name, masks in steps.items()}
-
-    # Floors that no network is needed for.
     rows["floor, mean of training masks"] = (training_masks.float().mean(0) >= 0.5).expand_as(truth)
     rows["floor, Otsu's threshold"] = otsu(images)
-    rows["floor, whole image"] = torch.ones_like(truth)
 
     table = {}
     for name, masks in rows.items():

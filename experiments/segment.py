@@ -80,7 +80,7 @@ def attention_maps(model, images, t=300, seed=0):
     return record(model, images, t, seed, modules, weights)
 
 
-def decoder_features(model, images, timesteps=(150,), seed=0):
+def decoder_features(model, images, t=150, seed=0):
     """Outputs of the decoder's two finest levels, joined: (B, D, h, w).
 
     Each block's is scaled to unit norm at every position, so that wide blocks do not outweigh the
@@ -88,22 +88,18 @@ def decoder_features(model, images, timesteps=(150,), seed=0):
     """
     blocks = [block for level in model.unet.up_blocks[-2:]
               for block in level.attentions or level.resnets]
-    features = []
-    for t in timesteps:
-        features += record(model, images, t, seed, blocks,
-                           lambda block, inputs, output: F.normalize(output.float(), dim=1))
-    side = features[-1].shape[-1]
-    x = torch.cat([F.interpolate(x, (side, side), mode="bilinear") for x in features], dim=1)
+    outputs = record(model, images, t, seed, blocks, lambda block, inputs, output: output.float())
+    size = outputs[-1].shape[2:]
+    x = [F.interpolate(F.normalize(x, dim=1), size, mode="bilinear") for x in outputs]
+    x = torch.cat(x, dim=1)
     return x - x.mean((2, 3), keepdim=True)
 
 
 # ---- DiffSeg -----------------------------------------------------------------------------------
 
 def join_attention(maps):
-    """Maps of all resolutions (B, N, N) -> one, with rows that sum to 1, N of the largest.
-
-    Keys are enlarged bilinearly, queries repeated, weights are proportional to sides (section 3.2).
-    """
+    """Maps of all resolutions (B, N, N) -> one of the largest N: keys are enlarged bilinearly,
+    queries repeated, weights are proportional to sides (section 3.2). Rows sum to 1."""
     largest = max(math.isqrt(x.shape[-1]) for x in maps)
     total = 0
     for x in maps:
@@ -120,19 +116,16 @@ def join_attention(maps):
 
 def symmetric_kl(a, b):
     """Half of KL(a|b) + KL(b|a) for rows of (N, D) and (M, D) distributions -> (N, M), nats."""
-    a = a.clamp_min(1e-12)
-    b = b.clamp_min(1e-12)
-    entropy_a = (a * a.log()).sum(1)
-    entropy_b = (b * b.log()).sum(1)
-    cross = a @ b.log().T + a.log() @ b.T
-    return (entropy_a[:, None] + entropy_b - cross).clamp_min(0) / 2
+    log_a = a.clamp_min(1e-12).log()
+    log_b = b.clamp_min(1e-12).log()
+    entropies = (a * log_a).sum(1)[:, None] + (b * log_b).sum(1)
+    return (entropies - a @ log_b.T - log_a @ b.T).clamp_min(0) / 2
 
 
 def diffseg(attention, size, threshold=0.9, grid=16, rounds=3):
     """Segments of one image by merging its joined attention (N, N): (size, size) int64.
 
-    threshold: the KL below which two maps are merged; the flatter the attention, the lower it must
-    be. Anchors are a grid x grid lattice. Source: section 3.3.
+    threshold: the KL below which two maps are merged. grid: anchors a side. Source: section 3.3.
     """
     # Round 1: each anchor becomes the mean of all maps near it.
     side = math.isqrt(len(attention))
@@ -161,18 +154,16 @@ def diffseg(attention, size, threshold=0.9, grid=16, rounds=3):
 # ---- K-means and which labels are lung ---------------------------------------------------------
 
 def under_seeds(labels, k, least=0.25):
-    """Labels (k,) bool that fill a share of `least` or more of small squares around two seeds.
-
-    labels: (B, H, W) int64, of one image or of many that share labels. No mask is looked at.
-    """
+    """Which of k labels fill a share of `least` or more of small squares around two seeds, (k,)
+    bool. labels: (B, H, W) int64, of one image or of many that share labels."""
     side = labels.shape[-1]
     half = max(1, side // 16)
     squares = []
     for seed_x, seed_y in SEEDS:
         x = round((seed_x + 1) / 2 * side)
         y = round((seed_y + 1) / 2 * side)
-        squares.append(labels[:, y - half:y + half, x - half:x + half].flatten())
-    count = torch.bincount(torch.cat(squares), minlength=k)
+        squares.append(labels[:, y - half:y + half, x - half:x + half])
+    count = torch.cat(squares).flatten().bincount(minlength=k)
     return count >= least * count.sum()
 
 
@@ -237,7 +228,7 @@ def masks_by_kmeans(model, args, training, images):
     """{K: (edge strength, threshold, {step: masks of the images})}, each step on top of the last;
     without a K of which no cluster lies under the seeds."""
     features, own_features = (
-        torch.cat([decoder_features(model, x.to(model.shift.device), args.timesteps, args.seed)
+        torch.cat([decoder_features(model, x.to(model.shift.device), args.timestep, args.seed)
                    for x in part.split(args.batch)]).cpu() for part in (training, images))
     grey, own_grey = ((part.mean(1) + 1) / 2 for part in (training, images))
 
@@ -303,9 +294,9 @@ def known_masks(images, kind, indices):
     masks = [images.mask(i, kind).bool() for i in known]
     blank = sum(bool(mask.all() or not mask.any()) for mask in masks)
     if blank or len(known) < 2:
-        raise UserError(f"{len(known)} of {len(indices)} images have {kind}, {blank} of them of one "
-                        "colour", "2 that show lungs are needed in training and held out",
-                        "correct the masks, or pass another --mask-kind")
+        raise UserError(f"{len(known)} of {len(indices)} images have {kind}, {blank} of "
+                        "them of one colour", "2 that show lungs are needed, in training and held "
+                        "out", "correct the masks, or pass another --mask-kind")
     return known, torch.cat(masks)
 
 
@@ -315,7 +306,7 @@ def add_flags(parser):
     add("--mask-kind", default="masks", help="folder of the masks in the data")
     add("--fit", type=number(int, 1), default=150, help="training images of K-means at most")
     add("--clusters", type=number(int, 2), nargs="+", default=[6, 8, 10], help="K, each tried")
-    add("--timesteps", type=number(int, 0), nargs="+", default=[150], help="of the features")
+    add("--timestep", type=number(int, 0, 999), default=150, help="of the features")
     add("--threshold", type=number(float, 0), default=0.01, help="KL of DiffSeg, nats (paper: 0.9)")
     add("--seed", type=number(int, 0), default=0, help="of noise, K-means, the untrained U-Net")
 
@@ -337,10 +328,10 @@ def main(args):
     rows = {}
     ours = torch.zeros_like(truth)
     by_k = masks_by_kmeans(run.model, args, training, images)
-    for title, results in (("", by_k), ("floor, untrained U-Net, ",
-                                        masks_by_kmeans(untrained, args, training, images))):
-        for _, _, steps in results.values():
-            rows |= {title + step: masks for step, masks in steps.items()}
+    for _, _, steps in by_k.values():
+        rows |= steps
+    for _, _, steps in masks_by_kmeans(untrained, args, training, images).values():
+        rows |= {f"floor, untrained U-Net, {step}": masks for step, masks in steps.items()}
     if by_k:
         best = max(by_k, key=lambda k: by_k[k][0])
         ours = list(by_k[best][2].values())[-1]

@@ -95,15 +95,14 @@ def test_diffseg_finds_planted_segments():
 def test_features_and_maps_of_the_model(model, chests):
     """Shapes, unit norm by block and step, centring; no image depends on its batch."""
     images = chests.batch(range(3))
-    features = decoder_features(model, images, (50, 150))
-    assert features.shape == (3, 2 * (2 * 32 + 2 * 16), 16, 16)  # 2 steps; latents of 16, 2 levels
+    features = decoder_features(model, images)
+    assert features.shape == (3, 2 * 32 + 2 * 16, 16, 16)  # two levels; latents of 16
     assert features.mean((2, 3)).abs().max() < 1e-5
     last = features[:, -16:]                                    # one block: unit vectors - mean
     means = 1 - last.square().sum(1).mean((1, 2))               # E|x - m|^2 = 1 - |m|^2
     assert (means > 0).all() and (means < 1).all()
-    assert torch.allclose(decoder_features(model, images[1:2], (50, 150)), features[1:2], atol=1e-5)
-    assert not torch.allclose(decoder_features(model, images, (50, 150), seed=1), features,
-                              atol=1e-3)
+    assert torch.allclose(decoder_features(model, images[1:2]), features[1:2], atol=1e-5)
+    assert not torch.allclose(decoder_features(model, images, seed=1), features, atol=1e-3)
     sides = [tuple(x.shape) for x in attention_maps(model, images)]
     assert sides == [(3, 64, 64)] * 4  # attention at the lower level only: down, middle, up, up
     assert not any(module._forward_hooks for module in model.unet.modules())  # taken off again
@@ -178,7 +177,7 @@ def command(model, chests, tmp_path, monkeypatch):
     monkeypatch.setattr(segment, "open_run", lambda args: opened)
 
     def run(*arguments):
-        experiments(["segment", "--clusters", "3", "--timesteps", "150", *arguments])
+        experiments(["segment", "--clusters", "3", *arguments])
         return json.loads((tmp_path / "segment.json").read_text())
 
     return run

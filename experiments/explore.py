@@ -30,8 +30,8 @@ SHAPES = ("M-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0", "M-7-7H7V7H-7z", "M0-10L9 7H-9z
 
 
 def read_images(args, path, flags, model):
-    """At most 600 images, of the run's training part or of --data, and one source, held out if
-    possible: tokens (N, G, D), thumbnails (N, 3, 64, 64), names, groups, source (1, 3, H, W)."""
+    """At most 600 images, of the run's training part or of --data: tokens (N, G, D), thumbnails
+    (N, 3, 64, 64), names, groups; and one image (1, 3, H, W), held out if possible."""
     images = open_dataset(args.data or flags["data"], model.config.image_size,
                           seed=flags.get("seed", 0), count=flags.get("count", 2400),
                           depth=flags.get("depth"))
@@ -70,8 +70,8 @@ def draw_dots(places, groups):
              for name, shape, colour in zip(names, SHAPES, COLOURS)}
     marks = [f'{style[group]} transform="translate({x} {y})"/>'
              for (x, y), group in zip(places, groups)]
-    legend = [f'<li><svg viewBox="-12 -12 24 24">{style[name]}/></svg> {html.escape(name)} '
-              f"({groups.count(name)})</li>" for name in names]
+    legend = [f'<svg width="24" viewBox="-12 -12 24 24">{style[name]}/></svg>{html.escape(name)} '
+              f"({groups.count(name)}) &emsp;" for name in names]
     return "".join(marks), "".join(legend)
 
 
@@ -95,8 +95,7 @@ def main(args):
                         "a model with a ViT is needed", "pass another run, or box")
     make_folder(Path(args.out).parent)
 
-    # The dots: images, or the K-means centres that the bundled model brings along.
-    source = None
+    # The dots: images, or samples of the K-means centres that the bundled model brings along.
     if args.data or "prototypes" not in checkpoint:
         tokens, thumbnails, names, groups, source = read_images(
             args, path, checkpoint["training"], model)
@@ -104,7 +103,8 @@ def main(args):
         tokens = checkpoint["prototypes"].float()
         thumbnails = model.sample(tokens, [0] * len(tokens), args.steps).cpu()
         names = [f"K-means centre {k + 1}" for k in range(len(tokens))]
-        groups = ["typical image"] * len(tokens)
+        groups = ["typical sample"] * len(tokens)
+        source = thumbnails[:1]
 
     # The plane between the outermost hundredths, in cells from the upper left; one seed for all.
     x = tokens.flatten(1)
@@ -123,7 +123,7 @@ def main(args):
     status.close()
 
     # What the sampler holds at each step, then what the network predicts; the sample ends both.
-    first = tokens[:1] if source is None else model.embed(source.to(device))
+    first = model.embed(source.to(device))
     steps = []
     hook = model.unet.register_forward_hook(lambda _, inputs, output: steps.append(
         (inputs[0], model.schedule.to_x0_eps(output, inputs[0], inputs[1])[0])))
@@ -133,10 +133,8 @@ def main(args):
     frames = torch.cat([noisy, sample, predicted, sample])
 
     # What the autoencoder keeps, and guidance.
-    figures = {}
-    if source is not None:
-        decoded = model.decode(model.encode(source.to(device)))
-        figures = {"source": source, "autoencoder": decoded}
+    decoded = model.decode(model.encode(source.to(device)))
+    figures = {"source": source, "source through the autoencoder": decoded}
     for scale in 1.0, 1.5, 2.0, 3.0, 4.0:
         figures[f"sample, guidance {scale:g}"] = model.sample(first, [0], args.steps, scale)
 
@@ -148,7 +146,7 @@ def main(args):
     curves = path.parent / "curves.png"
     parts = {
         "NAME": html.escape(path.parent.name if path.stem == "model" else path.stem),
-        "SHARE": f"{share:.0%}", "MARKS": marks, "LEGEND": legend,
+        "SHARE": f"{share:.0%}", "MARKS": marks, "LEGEND": legend, "CELL": f"{1000 / args.grid}",
         "SAMPLES": sheet(torch.cat(samples), args.grid, 2048 // args.grid),
         "FRAMES": sheet(frames, args.steps + 1),
         "THUMBNAILS": sheet(thumbnails, side),
@@ -187,9 +185,6 @@ output { display: block; grid-column: 1 / -1; overflow-wrap: anywhere }
 figure div { aspect-ratio: 1 }
 img, input { display: block; width: 100%; max-width: 900px }
 svg { vertical-align: middle }
-ul { padding: 0 }
-li { display: inline-block; margin-right: 16px }
-li svg { width: 16px }
 </style>
 <h1>Explore @NAME@</h1>
 <p>Samples are synthetic: fine detail is drawn at random, and nothing here is for clinical use.
@@ -200,14 +195,15 @@ place, always with the same noise.
 <div class="walk">
 <div id="map" tabindex="0" role="application" aria-label="map of the samples, use the arrow keys">
 <svg viewBox="0 0 1000 1000" aria-hidden="true">@MARKS@
-<rect id="cell" fill="none" stroke="#000" stroke-width="5"/></svg></div>
+<rect id="cell" width="@CELL@" height="@CELL@" fill="none" stroke="#000" stroke-width="5"/></svg>
+</div>
 <div class="row">
 <figure><div id="sample" role="img" aria-label="sample"></div>sample</figure>
 <figure><div id="nearest" role="img" aria-label="nearest dot"></div>nearest dot</figure>
 <output id="place"></output></div></div>
-<ul>@LEGEND@</ul>
+<p>@LEGEND@
 <h2>Out of noise</h2>
-<label><output id="now"></output><input type="range" id="step" min="0"></label>
+<output id="now"></output><input type="range" id="step" min="0" aria-label="sampling step">
 <div class="row">
 <figure><div id="noisy" role="img" aria-label="noisy"></div>what the sampler holds</figure>
 <figure><div id="predicted" role="img" aria-label="clean"></div>what the network predicts</figure>
@@ -232,8 +228,8 @@ function walk(...place) {  // in cells from the left and the top
   const [x, y] = place.map(z => Math.max(0, Math.min(n - .01, z)));
   [column, row] = [Math.floor(x), Math.floor(y)];
   show("sample", n, n, column, row);
-  const cell = {x: column, y: row, width: 1, height: 1};
-  for (const name in cell) find("cell").setAttribute(name, cell[name] * 1000 / n);
+  find("cell").setAttribute("x", column * 1000 / n);
+  find("cell").setAttribute("y", row * 1000 / n);
 
   const distances = data.dots.map(dot => Math.hypot(dot[0] * n / 1000 - x, dot[1] * n / 1000 - y));
   const k = distances.indexOf(Math.min(...distances));

@@ -46,9 +46,8 @@ def read_images(args, path, flags, model):
         (model.embed(x.to(model.shift.device)).cpu(), F.interpolate(x, 64, mode="area"))
         for x in batches_of(images, indices, 32))))
 
-    # The column, or the folder, with most values that shapes can tell apart.
-    columns = {"image": [""] * len(images), **images.columns,
-               "folder": [str(Path(file).parent) for file in images.files]}
+    # The column with most values that shapes can tell apart; without a table: the folder.
+    columns = {"image": [""] * len(images), **images.columns}
     groups = [[f"{name} {cells[i]}" for i in indices] for name, cells in columns.items()]
     groups = max((x for x in groups if len(set(x)) <= len(SHAPES)), key=lambda x: len(set(x)))
     source = images.batch((test if len(test) else train)[:1])
@@ -70,8 +69,8 @@ def draw_dots(places, groups):
              for name, shape, colour in zip(names, SHAPES, COLOURS)}
     marks = [f'{style[group]} transform="translate({x} {y})"/>'
              for (x, y), group in zip(places, groups)]
-    legend = [f'<svg width="24" viewBox="-12 -12 24 24">{style[name]}/></svg>{html.escape(name)} '
-              f"({groups.count(name)}) &emsp;" for name in names]
+    legend = [f'<svg width="24" viewBox="-12 -12 24 24">{style[name]}/></svg>&nbsp;'
+              f"{html.escape(name)}&nbsp;({groups.count(name)}) &emsp;" for name in names]
     return "".join(marks), "".join(legend)
 
 
@@ -173,7 +172,7 @@ body { max-width: 1120px; margin: auto; padding: 16px; color: #111; background: 
        font: 16px/1.5 system-ui, sans-serif; --samples: url(@SAMPLES@) }
 .walk { display: flex; flex-wrap: wrap; gap: 16px }
 .row { flex: 1 1 200px; display: grid; gap: 16px; align-content: start;
-       grid-template-columns: repeat(auto-fill, minmax(146px, 1fr)) }
+       grid-template-columns: repeat(auto-fit, minmax(146px, 1fr)) }
 #map { flex: 5 1 360px; aspect-ratio: 1; touch-action: none; cursor: crosshair;
        background: linear-gradient(#fff9, #fff9), var(--samples) 0 / 100% 100% }
 #map path { stroke: #fff; stroke-width: 1.5 }

@@ -17,9 +17,9 @@ timestep, the one before t.
     context      c_k = W (token_k - mean_k) / std_k + position_k                         (7)
     refiner      r   = bands(image - y) / s,  y = decode(z);  image = y + bands^-1(s r)  (8)
 
-Equation (8) is ours. A decoder trained on pixel errors answers with a mean, which is soft; so what
-it loses, the residual r, is sampled by a second, small diffusion, given y: (1) to (5) with r for
-x0. Fine detail is thus drawn at random: it looks right, and says nothing about a patient.
+Equation (8) is ours. A decoder trained on pixel errors returns a mean, which is soft. So the
+residual that it loses is sampled by a second, small diffusion given y: (1) to (5) with r in place
+of x0. Fine detail is thus drawn at random: it looks right and says nothing about a patient.
 
 Instead of (7) the condition may be a prompt that was derived from the image (prompts.py, arXiv
 2312.09792), a bare label prompt, or nothing.
@@ -378,14 +378,12 @@ class TokenProjection(nn.Module):
 
 # ---------------------------------------------------------------------------- the refiner
 
-HAAR = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
-
-
 def mix_squares(x):
-    """The Haar transform of each four channels (B, 4C, h, w), which is its own inverse."""
-    B, C, h, w = x.shape
-    squares = x.view(B, C // 4, 4, h, w)
-    return torch.einsum("jk,bckhw->bcjhw", HAAR.to(x), squares).reshape(B, C, h, w)
+    """Haar transform of each four channels (B, 4C, h, w), which is its own inverse. Written as
+    sums, because autocast would round a matrix product."""
+    a, b, c, d = x.unflatten(1, (-1, 4)).unbind(2)
+    bands = [a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]
+    return torch.stack(bands, dim=2).flatten(1, 2) / 2
 
 
 def to_bands(image):
@@ -400,11 +398,11 @@ def from_bands(bands):
 
 
 class Refiner(nn.Module):
-    """Equation (8): samples what the autoencoder loses of an image, given what it keeps.
+    """Equation (8): samples the residual of an image, given what the autoencoder keeps of it.
 
-    A U-Net without a condition sees the noisy residual beside the decoded image, both as bands,
-    each band at deviation 1 over the training set: fine detail, a hundredth of an image's variance,
-    weighs as much as the coarse kind. Grey images have one channel here.
+    A U-Net without tokens sees the noisy residual beside the decoded image, both as bands. Each
+    band has deviation 1 over the training set, so that the loss weighs fine detail, a hundredth of
+    an image's variance, like coarse detail. Grey images have one channel here.
     """
 
     STEPS = 16  # of DPM-Solver++; docs/results.md compares

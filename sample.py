@@ -48,7 +48,7 @@ def flags():
     flag = parser.add_argument_group("what to make (one of)").add_mutually_exclusive_group(
         required=True).add_argument
     flag("--from-image", nargs="+", metavar="PATH", help="images, or folders of them, to resemble")
-    flag("--from-vector", metavar="FILE", help="tokens of a .npz with file and tokens (N, G, D)")
+    flag("--from-vector", metavar="FILE", help="tokens of a .npz with files and tokens (N, G, D)")
     flag("--interpolate", nargs=2, metavar=("A", "B"), help="go from image A to image B")
     flag("--prototypes", type=number(int, 1), metavar="K", help="centres of K clusters")
     flag("--random", action="store_true", help="no source image")
@@ -126,8 +126,6 @@ def refuse_impossible(args, model):
     if condition == "dino" and args.random and model.embedding_sampler is None:
         raise UserError("this model has no embedding sampler, its training was not finished",
                         "a finished run is needed", "use train.py --resume")
-    if args.no_refine is False and model.refiner is None:
-        print("note: this model has no refiner: images are as soft as its decoder makes them")
     if args.no_refine and model.refiner is None:
         raise UserError("--no-refine: this model has no refiner", "nothing to leave out",
                         "leave --no-refine out")
@@ -135,6 +133,13 @@ def refuse_impossible(args, model):
         model.schedule.sampling_timesteps(args.steps)
         if args.prompt is not None:
             model.prompt_ids([args.prompt])
+
+
+def load_model(path, device):
+    """A run's folder or model.pt -> (DinoDiffusion on the device, all that the file holds)."""
+    content = load_checkpoint(resolve_checkpoint(path))
+    with user_errors():
+        return DinoDiffusion.from_checkpoint(content).to(device), content
 
 
 # ---------------------------------------------------------------------------- what to make
@@ -312,9 +317,7 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    content = load_checkpoint(checkpoint)
-    with user_errors():
-        model = DinoDiffusion.from_checkpoint(content).to(device)
+    model, content = load_model(checkpoint, device)
     refuse_impossible(args, model)
     dtype = torch.float32  # on a CPU bf16 is not faster
     if device.type == "cuda":
@@ -329,8 +332,8 @@ def main(argv=None):
         return [read(source) for source in request.sources if isinstance(source, Path)]
 
     # What to make; what cannot be made, or read, is refused before a folder is there.
-    sources, labels = find_sources(args.from_image or args.interpolate or [], read) if (
-        args.from_image or args.interpolate) else ([], [])
+    paths = args.from_image or args.interpolate
+    sources, labels = find_sources(paths, read) if paths else ([], [])
     if args.interpolate and len(sources) != 2:
         raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
                         "pass two files")

@@ -99,7 +99,7 @@ class Preset:
 
     # Stage 5, the refiner; 0 steps: none.
     refiner_width: int = 48           # channels of its first level
-    refiner_steps: int = 1500
+    refiner_steps: int = 1000
     refiner_batch: int = 8
     refiner_window: int = 96          # pixels of a side that it learns from
     refiner_lr: float = 1e-3
@@ -443,25 +443,22 @@ def measure_statistics(model, cache, scale, keep_tokens):
 
     scale: "measure", "keep" what a U-Net of --init was trained with, or Stable Diffusion's number.
     """
-    n = len(cache)
-    chunks = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
     if scale == "measure":
-        shift, deviation = latent_statistics(cache.__getitems__(list(rows))[:2] for rows in chunks)
+        chunks = torch.arange(len(cache)).split(256)
+        shift, deviation = latent_statistics(cache.__getitems__(rows)[:2] for rows in chunks)
         model.shift.copy_(shift.view_as(model.shift))
         model.scale.copy_(deviation.view_as(model.scale))
     elif scale != "keep":
         model.scale.fill_(scale)
 
-    # Two passes over the tokens, which need not fit into memory.
-    if keep_tokens:
-        return
-    def tokens():
-        return (torch.from_numpy(np.float64(cache.tokens[i.start:i.stop])) for i in chunks)
-
-    mean = sum(x.sum(0) for x in tokens()) / n
-    std = (sum((x - mean).square().sum(0) for x in tokens()) / n).sqrt()
-    model.token_mean.copy_(mean)
-    model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
+    # In float64, straight from the memory-mapped file.
+    if not keep_tokens:
+        tokens = cache.tokens  # (N, G, D)
+        mean = tokens.mean(0, dtype=np.float64)
+        mean_square = np.einsum("ngd,ngd->gd", tokens, tokens, dtype=np.float64) / len(tokens)
+        std = torch.from_numpy((mean_square - mean ** 2).clip(min=0) ** 0.5)
+        model.token_mean.copy_(torch.from_numpy(mean))
+        model.token_std.copy_(std.clamp(min=1e-4 * std.max().item() + 1e-12))
 
 
 # ---------------------------------------------------------------------------- stage 4: the U-Net
@@ -732,6 +729,10 @@ def parse(argv=None):
     return args
 
 
+MAY_BE_ZERO = {"unet_steps", "refiner_steps", "kl_weight", "perceptual", "weight_decay", "ema",
+               "drop_condition", "clusters", "refiner_noise"}
+
+
 def read_overrides(pairs):
     """["vae_steps=6000", ...] -> {name: value}; UserError for an unknown name or a bad value."""
     defaults = {field.name: field.default for field in fields(Preset)
@@ -743,20 +744,22 @@ def read_overrides(pairs):
             raise UserError(f"--set {pair!r} names no setting", f"one of {', '.join(defaults)}",
                             "pass NAME=VALUE")
         kind = type(defaults[name])
-        with user_errors(f"--set {name} takes {kind.__name__}, 0 or more", f"pass {name}=VALUE"):
-            overrides[name] = kind(text)
-            if kind is not str and not 0 <= overrides[name] < math.inf:
+        need = f"more than {'or equal to ' * (name in MAY_BE_ZERO)}0"
+        with user_errors(f"--set {name} takes {kind.__name__}, {need}", f"pass {name}=VALUE"):
+            value = kind(text)
+            if kind is not str and not (0 < value < math.inf or value == 0 and
+                                        name in MAY_BE_ZERO):
                 raise ValueError(f"got {pair}")
+        overrides[name] = value
     return overrides
 
 
 def choose_preset(args, init):
-    """The Preset with all that flags change, and what --init implies where no flag says otherwise.
+    """The Preset with what flags change, and what --init implies where no flag says otherwise.
 
     Raises UserError for settings that contradict each other.
     """
     preset = PRESETS[args.preset]
-    overrides = read_overrides(args.set)
     capped = {name: min(getattr(preset, name), args.steps or math.inf)
               for name in (f"{stage}_steps" for stage in STAGES)}
     inherited = {}
@@ -764,26 +767,23 @@ def choose_preset(args, init):
         inherited = {"embedder": args.init, "vae": args.init, "unet": args.init,
                      "size": init.config.image_size, "prediction": init.config.prediction,
                      "tokens": init.config.tokens}
-    given = {name: getattr(args, name) for name in ("size", "embedder", "vae", "unet", "batch",
-                                                    "lr")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.get("unet") == "sd15":
+    if args.unet == "sd15":
         inherited["prediction"] = "eps"  # its weights were trained with it
-    preset = replace(preset, **capped | inherited | overrides | given)
+    names = ("size", "embedder", "vae", "unet", "batch", "lr")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    preset = replace(preset, **capped | inherited | read_overrides(args.set) | given)
 
     if preset.vae == "decoder" and not init:
         raise UserError("--vae decoder fine-tunes what --init names", "a trained autoencoder is "
                         "needed", "pass --init RUN")
-    if preset.prediction not in ("v", "eps"):
-        raise UserError(f"--set prediction={preset.prediction}", "v or eps is needed", "pass one")
-    if preset.tokens not in TOKEN_KINDS:
-        raise UserError(f"--set tokens={preset.tokens}", f"need one of {', '.join(TOKEN_KINDS)}",
-                        "pass one")
-    may_be_0 = {"refiner_steps"} | ({"unet_steps"} if preset.unet != "train" else set())
-    for name in (field.name for field in fields(Preset)):
-        if name.endswith(("steps", "batch", "lr", "size", "previews", "width", "window")):
-            if not getattr(preset, name) and name not in may_be_0:
-                raise UserError(f"--set {name}=0", "more than 0 is needed", f"pass {name}=VALUE")
+    if not preset.unet_steps and preset.unet == "train":
+        raise UserError("--set unet_steps=0 leaves the U-Net untrained", "trained weights are "
+                        "needed", "pass --init RUN, or more steps")
+    choices = {"prediction": ("v", "eps"), "tokens": TOKEN_KINDS}
+    for name, allowed in choices.items():
+        if getattr(preset, name) not in allowed:
+            raise UserError(f"--set {name}={getattr(preset, name)}",
+                            f"need one of {', '.join(allowed)}", "pass one of these")
 
     # Every rank needs equally many images: the mean of their means must be the batch's.
     parts = {"batch": ranks() * args.accumulate, "vae_batch": ranks(),
@@ -791,7 +791,7 @@ def choose_preset(args, init):
     for name, count in parts.items():
         if getattr(preset, name) % count:
             raise UserError(f"{name} {getattr(preset, name)} cannot be cut into {count} equal "
-                            "parts (processes x --accumulate)", "need a multiple of it",
+                            "parts (processes x --accumulate)", "a multiple of that is needed",
                             f"pass --set {name}=N")
     return preset
 

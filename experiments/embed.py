@@ -3,7 +3,7 @@
     python -m experiments embed FOLDER              # tokens of the newest run, or the bundled model
     x = np.load("FOLDER.npz"); x["tokens"].mean(1)  # (N, D): one vector an image
 
-Writes a .npz with file (N names) and tokens (N, G, D) float32, not standardised: the file that
+Writes a .npz with files (N names) and tokens (N, G, D) float32, not standardised: the file that
 `train.py --embedder` and `sample.py --from-vector` read. Prints how far apart two images are, and
 an image and its mirror.
 """
@@ -45,8 +45,8 @@ def main(args):
                    for x in batches]) for flip in (False, True))
     path = Path(args.out or f"{Path(args.data).resolve().stem}.npz")
     with atomic_file(path) as file:
-        np.savez(file, file=np.array(images.files), tokens=tokens.numpy())
-    print(f"wrote {path}: file, tokens {tuple(tokens.shape)}")
+        np.savez(file, files=np.array(images.files), tokens=tokens.numpy())
+    print(f"wrote {path}: files, tokens {tuple(tokens.shape)}")
 
     x, mirror = (model.cpu().standardise(t).flatten(1) for t in (tokens, mirrored))
     print_table({"mean distance": {

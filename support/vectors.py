@@ -1,9 +1,9 @@
 """Vectors that another program computed of each image, as a condition instead of our ViT's tokens.
 
-    np.savez("vectors.npz", file=names, tokens=vectors)     # (N,) of str, (N, G, D) or (N, D)
+    np.savez("vectors.npz", files=names, tokens=vectors)    # (N,) of str, (N, G, D) or (N, D)
     table = read_vectors("vectors.npz")                     # {name of an image: (G, D) float32}
 
-`file` holds the names of the images in the data set, e.g. "patient1/a.png" below the folder.
+`files` holds the names of the images in the data set, e.g. "patient1/a.png" below the folder.
 `python -m experiments embed` writes such a file with the tokens of a trained model.
 """
 import numpy as np
@@ -14,14 +14,14 @@ from support.command import UserError
 
 def read_vectors(path):
     """{name: (G, D) float32} in the file's order. Raises UserError for what is no such file."""
-    need = "a .npz with file (N names) and tokens (N, G, D), finite numbers, is needed"
+    need = "a .npz with files (N names) and tokens (N, G, D), finite numbers, is needed"
     try:
         with np.load(path, allow_pickle=False) as archive:
-            names = [str(name) for name in archive["file"]]
+            names = [str(name) for name in archive["files"]]
             tokens = torch.from_numpy(np.float32(archive["tokens"]))
     except Exception as error:  # a malformed file can raise anything
         raise UserError(f"{path} cannot be read ({str(error)[:120]})", need,
-                        "write it with numpy.savez(path, file=names, tokens=vectors)") from error
+                        "write it with numpy.savez(path, files=names, tokens=vectors)") from error
 
     if tokens.ndim == 2:
         tokens = tokens[:, None]  # (N, D) -> (N, 1, D)

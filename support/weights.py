@@ -116,12 +116,12 @@ def load_weights(name_or_path, kind):
     """The state dict under official names, and the fields of the network's config as a dict."""
     path = find_weights(name_or_path, kind)
     content = read_tensors(path)
-    content = content.get("embedder", content) if kind == "vit" else content
     try:
         # A model.pt of this project holds the settings; elsewhere shapes and config.json tell them.
         if isinstance(content.get("config"), dict):
-            part = content["model"] if kind == "vit" else content[kind]
-            return part, content["config"] if kind == "vit" else content["config"][kind]
+            state = content["embedder"] if kind == "vit" else content[kind]
+            state = {name.removeprefix("vit."): value for name, value in state.items()}
+            return state, content["config"][kind]
         state = rename(content.get("state_dict", content), kind)
         refuse(state, path, kind)
         read_settings = {"vae": vae_settings, "unet": unet_settings, "vit": vit_settings}[kind]

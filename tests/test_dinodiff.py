@@ -416,7 +416,7 @@ def test_prompts_condition_as_ids():
     ids = model.prompt_ids([*model.prompts, "cancer", ""])
     assert ids.shape == (6, 6) and ids.dtype == torch.int64
     assert torch.equal(model.prompt_ids(["cancer"]), ids[4:5])
-    with pytest.raises(ValueError, match="unknown in the prompt: cat"):
+    with pytest.raises(ValueError, match="unknown words in the prompt: cat"):
         model.prompt_ids(["cat tissue"])
 
     together = model.sample(ids, [0, 1, 2, 3, 4, 5], steps=2, guidance_scale=2.0)

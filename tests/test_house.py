@@ -9,7 +9,7 @@ SOURCES = sorted(path for pattern in ("*.py", "support/*.py", "experiments/*.py"
                  for path in ROOT.glob(pattern))
 FLOORS = {"support": 1, "unet": 2, "vae": 2, "dino": 2, "prompts": 2, "regional": 2,
           "dinodiff": 3, "evaluate": 3, "train": 4, "sample": 4, "mil": 5,
-          "experiments": 5, "hubconf": 6}
+          "experiments": 5, "hubconf": 6, "prepare": 6}
 PACKAGES = {"torch", "torchvision", "numpy", "scipy", "PIL"}
 BEHIND_A_FILE_TYPE = {"h5py", "pydicom", "openslide", "torchxrayvision", "fcntl"}
 

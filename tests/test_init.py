@@ -99,7 +99,7 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
     flags = ["--from-image", "x.png", "--count", "2", "--steps", "2", "--device", "cpu"]
     assert sample.main(flags) == 0
     printed = capsys.readouterr().out
-    assert "not for clinical use" in printed and "knows only chest X-rays" in printed
+    assert "not for clinical use" in printed and "chest X-ray" in printed
     assert sample.main([*flags, "--no-refine"]) == 0
     sharpness = []
     for folder in ("reconstruct", "reconstruct_2"):
@@ -137,6 +137,6 @@ def test_embed_writes_what_the_model_sees(small_run, tmp_path):
                       str(tmp_path / "x.npz"), "--device", "cpu"])
     found = np.load(tmp_path / "x.npz")
     model = DinoDiffusion.from_checkpoint(load_checkpoint(small_run / "model.pt"))
-    first = load_image(small_run / "held_out" / str(found["file"][0]), 32)
+    first = load_image(small_run / "held_out" / str(found["files"][0]), 32)
     np.testing.assert_allclose(found["tokens"][0], model.embedder.tokens(first[None])[0],
                                atol=1e-4)

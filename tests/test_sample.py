@@ -71,10 +71,10 @@ def test_labels_are_inherited_from_a_folders_own_table(small_run, tmp_path):
     assert {row["label_rule"] for row in rows} == {"of the source"}
     rows = make(small_run, tmp_path / "bare", "--from-image", "IMAGE", steps=1)
     assert rows[0]["label_rule"] == "" and "label_finding" not in rows[0]
-    for i, name in enumerate(("NORMAL", "PNEUMONIA")):
-        save_png(tmp_path / "set" / name / "x.png", torch.full((3, 32, 32), i - 0.5))
+    for name in ("NORMAL/a", "NORMAL/b", "PNEUMONIA/c", "PNEUMONIA/d"):
+        save_png(tmp_path / "set" / f"{name}.png", torch.zeros(3, 32, 32))
     rows = make(small_run, tmp_path / "named", "--from-image", str(tmp_path / "set"), steps=1)
-    assert [row["label"] for row in rows] == ["NORMAL", "PNEUMONIA"]
+    assert [row["label"] for row in rows] == ["NORMAL"] * 2 + ["PNEUMONIA"] * 2
 
 
 def test_a_broken_source_is_left_out_and_named(small_run, tmp_path, capsys):

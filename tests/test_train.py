@@ -343,8 +343,8 @@ def test_a_file_of_vectors_conditions(tmp_path, capsys):
         save_png(tmp_path / f"in/{i:02d}.png", images[i])
     names = [f"{i:02d}.png" for i in range(12)]
     vectors = np.random.default_rng(0).normal(size=(12, 48)).astype(np.float32)
-    np.savez(tmp_path / "vectors.npz", file=names, tokens=vectors)
-    np.savez(tmp_path / "few.npz", file=names[:9], tokens=vectors[:9])
+    np.savez(tmp_path / "vectors.npz", files=names, tokens=vectors)
+    np.savez(tmp_path / "few.npz", files=names[:9], tokens=vectors[:9])
     flags = [*TINY, *SET, "--data", str(tmp_path / "in"), "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="images have no vector"):
         train.main([*flags, "--embedder", str(tmp_path / "few.npz")])
@@ -402,8 +402,9 @@ def test_flags_win_over_the_preset():
 @pytest.mark.parametrize("argv,says", [
     (["--set", "vae_stepz=3"], "names no setting"), (["--set", "vae_steps=x"], "takes int"),
     (["--set", "vae_steps=-1"], "takes int"), (["--set", "lr"], "takes float"),
-    (["--set", "unet_steps=0"], "more than 0"), (["--vae", "decoder"], "pass --init"),
-    (["--set", "prediction=x0"], "v or eps"), (["--set", "tokens=all"], "need one of"),
+    (["--set", "unet_steps=0"], "leaves the U-Net untrained"),
+    (["--set", "vae_batch=0"], "more than 0"), (["--vae", "decoder"], "pass --init"),
+    (["--set", "prediction=x0"], "one of v, eps"), (["--set", "tokens=all"], "need one of"),
     (["--batch", "8", "--accumulate", "3"], "cannot be cut"), (["--size", "50"], "multiple of"),
     (["--embedder", "resnet"], "dino_vits16"), (["--data", "nowhere"], "nowhere")])
 def test_bad_settings_are_one_line(tmp_path, monkeypatch, argv, says):

@@ -4,8 +4,8 @@
     python -m experiments resemble --help    # what one of them does, and its flags
     python -m experiments resemble           # ask it of the newest run
 
-An experiment is a file of this folder with a docstring, whose first line is its question, and two
-functions: `add_flags(parser)` and `main(args)`. It is imported only when it is asked for.
+An experiment is a file of this folder whose docstring starts with its question, with two functions:
+`add_flags(parser)` and `main(args)`. It is imported only when it is asked for.
 """
 import argparse
 import ast
@@ -24,41 +24,33 @@ class ExperimentHelp(Help, argparse.RawDescriptionHelpFormatter):
 
 def find_experiments():
     """{name: first line of its docstring} of every experiment, read without importing any."""
-    found = {}
+    questions = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        if {"add_flags", "main"} <= functions:
-            found[path.stem] = ast.get_docstring(tree).splitlines()[0]
-    return found
-
-
-def print_list(experiments):
-    print("python -m experiments NAME [--help]\n")
-    width = max(map(len, experiments))
-    for name, question in experiments.items():
-        print(f"  {name:{width}}  {question}")
+        if any(getattr(node, "name", "") == "add_flags" for node in tree.body):
+            questions[path.stem] = ast.get_docstring(tree).splitlines()[0]
+    return questions
 
 
 def main(argv=None):
     """Run the experiment that the first argument names; without arguments list them all."""
-    experiments = find_experiments()
+    questions = find_experiments()
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print_list(experiments)
+        print("python -m experiments NAME [--help]\n")
+        for name, question in questions.items():
+            print(f"  {name:12}  {question}")
         return
-    if name not in experiments:
-        raise UserError(f"there is no experiment {name!r}", f"here are {', '.join(experiments)}",
-                        "pass one of these names")
+    if name not in questions:
+        raise UserError(f"there is no experiment {name!r}", "the name of one is needed",
+                        f"pass one of {', '.join(questions)}")
 
     experiment = importlib.import_module(f"experiments.{name}")
-    parser = argparse.ArgumentParser(prog=f"python -m experiments {name}",
-                                     description=experiment.__doc__,
+    parser = argparse.ArgumentParser(f"python -m experiments {name}", None, experiment.__doc__,
                                      formatter_class=ExperimentHelp)
     experiment.add_flags(parser)
-    args = parser.parse_args(rest)
     torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU
-    experiment.main(args)
+    experiment.main(parser.parse_args(rest))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main(args):
     tokens = torch.from_numpy(np.load(run.folder / "cache" / "tokens.npy", allow_pickle=False))
     pixels = [F.adaptive_avg_pool2d(x, 16).flatten(1)
               for x in batches_of(images, train, args.batch)]
-    features = {f"tokens ({run.flags['embedder']})": tokens.flatten(1),
+    features = {"tokens": tokens.flatten(1),
                 "16x16 RGB pixels": torch.cat(pixels)}
 
     table = {}

@@ -3,8 +3,6 @@
     add_run_flags(parser)               # --checkpoint --data --batch --device --count --train-limit
     run = open_run(args)                # .folder .model .flags .images .train .test
     for x in batches_of(run.images, run.test, args.batch): ...   # (B, 3, H, W) in [-1, 1]
-
-Tables come from support.command.print_table and support.files.write_json.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +49,7 @@ def choose(indices, count):
 
 
 def batches_of(images, indices, batch):
-    """Iterator of the images with these numbers, in batches (B, 3, H, W) in [-1, 1]."""
+    """Iterator of the images with these indices, in batches (B, 3, H, W) in [-1, 1]."""
     return (images.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(batch))
 
 
@@ -65,23 +63,17 @@ def load_model(path, device):
 def open_run(args, checkpoint=None):
     """The OpenedRun of a checkpoint (a path, default: --checkpoint) and of the run flags.
 
-    Raises UserError if the file does not say what it was trained on, if its data are not there, or
-    if they have fewer than two training or held-out images.
+    Raises UserError if its data are not there, or without two training and two held-out images.
     """
     path = resolve_checkpoint(checkpoint or args.checkpoint)
     checkpoint, model = load_model(path, args.device)
-    try:
-        flags = checkpoint["training"]
-        source = flags["data"]
-        seed = int(flags["seed"])
-        count = int(flags["count"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not say what it was trained on ({error!r})",
-                        "the flags of its training are needed", "pass another --checkpoint"
-                        ) from error
+    flags = checkpoint["training"]
+    if "data" not in flags:
+        raise UserError(f"{path} does not say which images it was trained on", "a run is needed",
+                        "pass the folder of a run as --checkpoint")
 
-    images = open_dataset(args.data or source, model.config.image_size, seed=seed, count=count,
-                          depth=flags.get("depth"))
+    images = open_dataset(args.data or flags["data"], model.config.image_size, seed=flags["seed"],
+                          count=flags["count"], depth=flags.get("depth"))
     train, test = read_split(path.parent / "split.csv", images)
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
@@ -98,16 +90,12 @@ def finding_columns(images):
 
 
 def with_known_labels(images, names, train, test):
-    """The indices (train, test) without images of which a label in these columns is not known:
-    empty, uncertain (-1) or "unlabelled"."""
-    known = np.array([all(images.columns[name][i] not in ("", "-1", "unlabelled")
-                          for name in names) for i in range(len(images))])
-    known_train = train[known[train]]
-    known_test = test[known[test]]
-    lost = len(train) - len(known_train), len(test) - len(known_test)
-    if any(lost):
-        print(f"left out, without a label: {lost[0]} training and {lost[1]} held-out images")
-    return known_train, known_test
+    """The indices (train, test) of images whose labels in these columns are all known."""
+    _, values = label_matrix(images.columns, names)
+    known = ~np.isnan(values).any(axis=1)
+    for part, title in (train, "training"), (test, "held-out"):
+        print(f"{title} images without a label, left out: {(~known[part]).sum()}")
+    return train[known[train]], test[known[test]]
 
 
 def binary_labels(columns, names, train, test, least=20):
@@ -117,13 +105,12 @@ def binary_labels(columns, names, train, test, least=20):
     `least` images with and without them in both parts.
     """
     labels, values = label_matrix(columns, names)
-    parts = (values[train], values[test])
-    kept = [j for j in range(len(labels))
-            if all(least <= part[:, j].sum() <= len(part) - least for part in parts)]
-    if not kept:
+    common = [j for j in range(len(labels))
+              if all(least <= values[part, j].sum() <= len(part) - least for part in (train, test))]
+    if not common:
         raise UserError(f"no label of {', '.join(names)} is in {least} images, and not in {least}, "
                         "of both parts", "an AUC needs both", "pass another --label-column")
-    rare = sorted(set(labels) - {labels[j] for j in kept})
+    rare = [label for j, label in enumerate(labels) if j not in common]
     if rare:
         print(f"left out, too rare or too common: {', '.join(rare)}")
-    return [labels[j] for j in kept], parts[0][:, kept], parts[1][:, kept]
+    return [labels[j] for j in common], values[train][:, common], values[test][:, common]

@@ -47,9 +47,8 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
         figures = {"Frechet to training": frechet_distance(features, train_features),
                    "sharpness / real": (sharpness(images).mean() / sharpness_of_real).item(),
                    "best correlation with a training image": best}
-        for name, value in brightness(grey_values(images)).items():
-            figures[f"brightness {name}"] = value
-        return pixels, figures
+        spread = brightness(grey_values(images))
+        return pixels, figures | {f"brightness {name}": x for name, x in spread.items()}
 
     # References: real images, the autoencoder, a blur.
     tokens = in_batches(model.embed, sources)
@@ -57,8 +56,8 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
     blurred = F.avg_pool2d(F.pad(sources, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
     source_pixels, reference = describe_set(sources)
     floor = reference["Frechet to training"]
-    between = correlations(source_pixels, source_pixels)
-    reference["correlation with other sources"] = off_diagonal_mean(between)
+    reference["correlation with other sources"] = off_diagonal_mean(
+        correlations(source_pixels, source_pixels))
     reference["VAE PSNR, dB"] = psnr(sources, reconstructed)
     for name, images in (("VAE reconstructions", reconstructed), ("3x3-blurred real", blurred)):
         reference[f"Frechet of {name}"] = describe_set(images)[1]["Frechet to training"]
@@ -83,18 +82,7 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
             **figures,
             "Frechet, times the real floor": figures["Frechet to training"] / floor})
         pictures.append(samples[:8])
-        print(f"seed {seed} done", flush=True)
     return reference, results, pictures
-
-
-def summarise(results):
-    """{figure: {"mean", "sd" over seeds, None of a single seed}} of one dict a seed."""
-    summary = {}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        summary[name] = {"mean": float(np.mean(values)), "sd": sd}
-    return summary
 
 
 def add_flags(parser):
@@ -109,35 +97,34 @@ def main(args):
     run = open_run(args)
     model = run.model
     if model.prompts:
-        raise UserError("this model follows prompts", "resemble needs one that follows images",
-                        "compare sample.py --random by: python -m experiments fidelity")
+        raise UserError("this model follows prompts", "one that follows images is needed",
+                        "run python -m experiments fidelity on its samples")
     judge = RandomFeatures().to(next(model.buffers()).device)
+    sources = run.images.batch(run.test.tolist())
+    training = batches_of(run.images, run.train, args.batch)
     with user_errors():
-        sources = run.images.batch(run.test.tolist())
-        training = batches_of(run.images, run.train, args.batch)
-        reference, results, pictures = resemblance(
-            model, sources, training, args.seeds, judge, args.guidance_scale, not args.no_refine,
-            args.batch)
+        reference, results, pictures = resemblance(model, sources, training, args.seeds, judge,
+                                                   args.guidance_scale, not args.no_refine,
+                                                   args.batch)
 
-    # A column for real images, one for each seed, and their mean and deviation.
-    print(f"{len(sources)} held-out sources, one sample each and seed; {len(run.train)} training "
-          f"images; DPM-Solver++ 15 steps, guidance {args.guidance_scale:g}; "
-          "features: random network, seed 0")
-    seeds = dict(zip(map(str, args.seeds), results))
-    summary = summarise(results)
-    table = {}
-    for name in [*summary, *reference]:
-        row = {"real": reference.get(name)}
-        for seed, result in seeds.items():
-            row[f"seed {seed}"] = result.get(name)
-        table[name] = {**row, **summary.get(name, {})}
+    # A column for real images, then the mean and the deviation over the seeds.
+    print(f"{len(sources)} held-out sources, one sample each for {len(results)} seeds; "
+          f"{len(run.train)} training images; guidance {args.guidance_scale:g}")
+    table = {name: {"real": value} for name, value in reference.items()}
+    summary = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        summary[name] = {"mean": float(np.mean(values)), "sd": sd}
+        table.setdefault(name, {}).update(summary[name])
     print_table(table)
 
     captions = ["held-out source", "VAE reconstruction"]
-    captions += [f"sample, seed {seed}" for seed in seeds]
+    captions += [f"sample, seed {seed}" for seed in args.seeds]
     save_grid(run.folder / "resemble.png", pictures, captions)
     print(f"wrote {run.folder / 'resemble.png'}")
     write_json(run.folder / "resemble.json", {
         "sources": len(sources), "training_images": len(run.train), "refined": not args.no_refine,
         "guidance_scale": args.guidance_scale, "tokens": model.config.tokens,
-        "data": run.flags["data"], "real": reference, "summary": summary, "seeds": seeds})
+        "data": run.flags["data"], "real": reference, "summary": summary,
+        "seeds": dict(zip(map(str, args.seeds), results))})

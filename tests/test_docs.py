@@ -2,6 +2,7 @@
 short, and the walkthrough's blocks run in sequence, as a reader types them."""
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -109,7 +110,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
     shutil.copy(sources[0], "A.png")
     shutil.copy(sources[1], "B.png")
     files = [path.name for path in sources]
-    np.savez("vectors.npz", file=np.array(files), tokens=np.zeros((len(files), 1, 48), "float32"))
+    np.savez("vectors.npz", files=np.array(files), tokens=np.zeros((len(files), 1, 48), "float32"))
 
     scripts = set()
     for number, (script, *arguments) in enumerate(commands(ROOT / "README.md")):
@@ -122,6 +123,22 @@ def test_readme_commands_run(tmp_path, monkeypatch):
             assert train.main([*arguments, "--dry-run"]) == 0
         scripts.add(script)
     assert scripts == {"sample", "train", "mil", "experiments"}  # test_mil.py runs mil.py
+
+
+def test_notebook_is_the_page():
+    """walkthrough.ipynb has the page's blocks in order, each picture, and what the blocks print."""
+    path = ROOT / "walkthrough.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells[1:] if cell["cell_type"] == "code"]  # the first one installs
+    sources = ["".join(cell["source"]) for cell in code]
+    page = ROOT / "docs" / "walkthrough.md"
+    assert [source for source in sources if not source.startswith("Image(")] == [
+        block.rstrip() for block in blocks(page, "python")]
+
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 11
+    assert sum(output["output_type"] == "stream" for output in outputs) == 2
+    assert path.stat().st_size < 1_500_000
 
 
 def test_walkthrough_runs(tmp_path, monkeypatch):

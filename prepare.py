@@ -162,7 +162,7 @@ def prepare(name, folder, uncertain="ignore"):
                         "its own tables are needed", "compare the list in prepare.py") from error
     root = folder / "images" if (folder / "images").is_dir() else folder
     files = [path.relative_to(root).as_posix() for path in list_images(folder)]
-    indices, _, _ = match_names([row[0] for row in table[1:]], files, root.resolve().as_posix())
+    indices = match_names([row[0] for row in table[1:]], files, root.resolve().as_posix())
     rows = [[files[i], *row[1:]] for i, row in zip(indices, table[1:]) if i is not None]
     if not rows:
         raise UserError(f"the tables in {folder} name none of its {len(files):,} images",

@@ -76,19 +76,6 @@ def test_bad_files_are_named(tmp_path, monkeypatch, name):
     assert "\n" not in str(error.value)
 
 
-def test_clear_pixels_are_black_unless_all_are(tmp_path):
-    """Transparent pixels show black, not the colour they hide; where alpha is 0 everywhere, which
-    nobody means, the colours show."""
-    pixels = np.full((8, 8, 4), 255, np.uint8)
-    pixels[:, :4, 3] = 0
-    x = load_image(write(tmp_path / "half.png", pixels), 8)
-    assert (x[:, :, :4] == -1).all() and (x[:, :, 4:] == 1).all()
-    pixels[..., 3] = 0
-    pixels[..., :3] = 51
-    x = load_image(write(tmp_path / "all.webp", pixels, lossless=True, exact=True), 8)
-    assert (x - (51 / 127.5 - 1)).abs().max() < STEP
-
-
 # ---- depth
 
 def chest(side=32):
@@ -175,7 +162,7 @@ def test_what_a_folder_holds(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "run/config.json").write_text("{}")
     (tmp_path / "run/split.csv").write_text("file,split\n")
-    images, masks = scan_folder(tmp_path)
+    images, masks, _ = scan_folder(tmp_path)
     assert [path.name for path in images] == ["z.JPG", "a_mask.png", "b.png"]
     assert [path.name for path in masks] == ["b_mask.png"]
     assert [path.name for path in list_images(tmp_path / "run")] == ["x.png", "curves.png"]

@@ -134,8 +134,9 @@ def open_slides(folder, tiling, label_column="label"):
     if not table.is_file():
         table = folder.resolve().parent / "labels.csv"
     table_rows = read_csv(table)
-    if not table_rows or "file" not in table_rows[0]:
-        raise UserError(f"{table} has the columns {', '.join(*table_rows[:1]) or 'none'}",
+    columns = list(table_rows[0]) if table_rows else []
+    if "file" not in columns:
+        raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}",
                         "file and a label are needed", "rename a column")
     row_of = {split_suffix(row["file"]): row for row in table_rows}
     if len(row_of) < len(table_rows):
@@ -176,7 +177,7 @@ def open_slides(folder, tiling, label_column="label"):
     for slide in slides:
         slide.label = labels.index(slide.label)
     patients = f"{len({slide.patient for slide in slides})} patients"
-    if "patient" not in table_rows[0]:
+    if "patient" not in columns:
         patients = "no column patient: slides are split one by one"
     print(f"{len(slides)} slides, {sum(slide.label for slide in slides)} of them {labels[1]}; "
           f"{patients}; {sum(len(slide.grid) for slide in slides):,} patches, "

@@ -1,7 +1,7 @@
 """Generated images with exact ground truth: chest X-rays with lung masks, H&E patches, slides.
 
-They replace medical images where none are at hand, and provide what real sets lack: exact masks,
-exact labels, any number of images. They are cartoons: what works on them may fail on patients.
+They stand in where no medical images are at hand. They are cartoons: what works on them may fail
+on patients.
 
     images, masks, labels = chest_phantoms(16, size=64, seed=0)  # float32 in [-1, 1]
     images, masks, labels, morphology = histology_phantoms(16, size=96, seed=0)
@@ -38,10 +38,6 @@ CHEST_RANGES = dict(
 
 # ---- drawing tools -----------------------------------------------------------------------------
 
-def _generator(*key):
-    return torch.Generator().manual_seed(step_seed(*key))
-
-
 def _draw(one, n, size, seed):
     """Stack of what one(seed, number, size) returns for n numbers."""
     if n < 1 or size < 16:
@@ -53,6 +49,10 @@ def _draw(one, n, size, seed):
         return tuple(map(torch.stack, zip(*(one(seed, i, size) for i in range(n)))))
     finally:
         torch.set_num_threads(threads)
+
+
+def _generator(*key):
+    return torch.Generator().manual_seed(step_seed(*key))
 
 
 def _uniform(g, low, high, *shape):
@@ -288,8 +288,7 @@ def _histology(seed, number, size):
     rough = _noise(g, 20, size)
     haematoxylin, eosin, nuclei = _tissue(g, size, HISTOLOGY_MORPHOLOGIES[kind], wave)
 
-    # A cancer patch has its tumour in the centre third. A healthy one has none, or a rim beyond the
-    # corners of that third, which lie 0.47 from the middle; bumps reach 0.18 at most.
+    # Cancer: in the centre third. Healthy: no tumour, or a rim outside that third (bumps: 0.18).
     x, y = _axes(size)
     centre_x, centre_y = _uniform(g, -0.2, 0.2, 2)
     radius = _uniform(g, 0.40, 0.75, 1)

@@ -1,6 +1,4 @@
 """datasets.py: folders with tables and masks, .npz, phantoms, labels."""
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -20,12 +18,6 @@ def with_table(folder, names, *rows):
     folder_of(folder, names)
     (folder / "labels.csv").write_text("\n".join(rows))
     return folder
-
-
-class Payload(str):
-    """Unpickling it would create a folder of that name."""
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
 
 
 # ---- names and tables
@@ -88,16 +80,12 @@ def test_a_table_of_other_names(tmp_path):
 
 # ---- patients, folders' names
 
-def test_unknown_patients_are_said(tmp_path):
-    images = opened(folder_of(tmp_path, ["a.png", "b.png"]))
-    assert images.groups is None
-    assert any("split one by one; a patient may be on both sides" in line
-               for line in images.problems)
-
-
 def test_patients_from_paths(tmp_path):
-    """The first group of the expression; bad ones and those that match nothing are errors."""
+    """The first group of the expression; bad ones and those that match nothing are errors; without
+    any, the first lines say that patients are unknown."""
     folder_of(tmp_path, ["patient01/a.png", "patient01/b.png", "patient02/a.png", "x.png"])
+    images = opened(tmp_path)
+    assert images.groups is None and datasets.NO_PATIENTS in images.problems
     images = opened(tmp_path, patient_from=r"(patient\d+)/")
     assert images.groups == ["patient01", "patient01", "patient02", "x.png"]
     assert any("without a patient" in line and "1 (x.png)" in line for line in images.problems)
@@ -254,17 +242,14 @@ def test_medmnist(tmp_path, shape, labels):
 
 
 def test_bad_npz_is_refused(tmp_path):
-    """Volumes, floats, pickled objects and cut files are refused with the file's name."""
+    """Volumes, floats and cut files are refused with the file's name."""
     npz(tmp_path / "volume.npz", (8, 8, 8))
     npz(tmp_path / "float.npz", dtype=np.float32)
-    payload = np.array([Payload(tmp_path / "ran")], dtype=object)
-    np.savez(tmp_path / "object.npz", train_images=payload, train_labels=np.zeros(1))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "volume.npz").read_bytes()[:900])
     for path in sorted(tmp_path.glob("*.npz")):
         with pytest.raises(UserError, match=f"{path.name}.*2-D"):
             open_dataset(path, 28)
-    assert not (tmp_path / "ran").exists()
 
 
 # ---- labels

@@ -107,18 +107,6 @@ def test_one_picture_is_one_set_of_numbers(tmp_path, name):
         assert (load_image(path, 32, depth)[0] - want).abs().max() < 1.1 / 1023
 
 
-def test_five_encodings_in_one_folder(tmp_path):
-    """Files of several depths in one set are each what they are."""
-    for name in ENCODINGS:
-        if "10bit" not in name:
-            write(tmp_path / name, ENCODINGS[name](chest()))
-    depth = choose_depth(list_images(tmp_path))
-    images = [load_image(path, 32, depth) for path in list_images(tmp_path)]
-    mean = torch.stack(images).mean(dim=(1, 2, 3))
-    # With 16 bits in the set, files of 12 have a sixteenth of its white: they go by themselves.
-    assert len(images) == 7 and mean.max() - mean.min() < 1e-3
-
-
 @pytest.mark.parametrize("high", [800, 4000, 4110, 6000])
 def test_the_set_decides_and_no_file(tmp_path, high):
     """A dark or overexposed file of a 12-bit set keeps its values; alone, a file that exceeds 12

@@ -251,16 +251,11 @@ def test_what_a_mil_model_should_satisfy(name):
 
 # ---- what a run makes of its slides ----
 
-def test_heat_maps_are_bounded(tmp_path):
+def test_heat_maps_are_bounded():
     """Pieces of tissue 3,900 cells apart give pictures of at most PICTURE_SIDE pixels, in which
     the attended patches are red."""
     slide = slide_of(200, 20)
     slide.grid[100:] += 3_900
-    args = Namespace(patches=64, focus=True)
-    mil.heat_maps(tmp_path / "far.png", model_of((2,)), [slide], args, 0)
-    side = support_slides.PICTURE_SIDE
-    with Image.open(tmp_path / "far.png") as image:
-        assert image.width < 2 * side and image.height < 4 * side
     tissue, heat, _ = support_slides.paint_patches(slide, [3_920, 3_920], torch.ones(200),
                                                    torch.zeros(2, 200))
     assert tissue.shape == heat.shape == (3, 980, 980)

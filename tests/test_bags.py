@@ -68,7 +68,7 @@ def test_a_witness_is_found(tmp_path, monkeypatch, capsys):
     """The command: one instance far off in each positive bag is learned; figures are written."""
     monkeypatch.chdir(tmp_path)
     path = write_bags(tmp_path / "planted.npz", make_bags(24))
-    experiments(["bags", path, "--folds", "3", "--repeats", "2", "--epochs", "12"])
+    experiments(["bags", path, "--folds", "2", "--repeats", "2", "--epochs", "9"])
     said = capsys.readouterr().out
     assert "24 bags (12 positive) of 2 to 6 instances, 5 features" in said
     result = json.loads((tmp_path / "planted_bags.json").read_text())

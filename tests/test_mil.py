@@ -222,7 +222,7 @@ def test_what_a_mil_model_should_satisfy(name):
     """After a short training: one positive patch decides, and attention finds it; without it the
     bag is negative; and twice as many negative patches leave the decision. Mean pooling, by design,
     cannot satisfy the last: its evidence is diluted by half."""
-    args = Namespace(patches=18, steps=150, batch=16, lr=5e-3, starts=1)
+    args = Namespace(patches=18, steps=120, batch=16, lr=5e-3, starts=1)
     trial = Trial("t", name, 0, 0, marked(120, 1, "train"), None)
     model = mil.train_model(trial, args, Run(), torch.device("cpu"))
 

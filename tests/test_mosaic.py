@@ -1,9 +1,12 @@
 """Mosaics of support/slides.py: real labelled patches, patients apart, foci known."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import mil
+from evaluate import bootstrap_interval
 from support.command import UserError
 from support.files import write_csv
 from support.pictures import save_png
@@ -52,11 +55,12 @@ def write_patches(folder, labels=("cancer", "healthy")):
     write_csv(folder / "labels.csv", rows)
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, monkeypatch, capsys):
     """From a folder of patches to AUCs and heat maps; --positive names the label of a focus."""
+    monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))
     write_patches(tmp_path / "patches")
     mil.main(["--data", "mosaic", "--patches-of", str(tmp_path / "patches"), "--positive", "cancer",
-              "--count", "20", "--models", "mean", "2x2", "--steps", "2", "--device", "cpu",
+              "--count", "10", "--models", "2x2", "--steps", "2", "--device", "cpu",
               "--out", str(tmp_path / "run")])
     assert "2x2, 256 + 256 focused" in capsys.readouterr().out
     assert (tmp_path / "run" / "heat_2x2.png").exists()

@@ -20,6 +20,7 @@ import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -166,8 +167,8 @@ def open_phantoms(name, size, seed, count):
 
 
 def open_npz(path, size):
-    """A MedMNIST file: SPLIT_images (N, H, W) or (N, H, W, 3) uint8, SPLIT_labels (N, L). It is
-    unpacked into a temporary folder and mapped from there, not held in memory."""
+    """A MedMNIST file, unpacked into a temporary folder and mapped from there, not held in memory.
+    """
     sources = []
     labels = []
     files = []
@@ -209,17 +210,18 @@ def add_names(problems, what, names):
 
 def check_files(images):
     """Read the header of each file: leave out the damaged, name those that the crop cuts much."""
-    wide = []
-    reasons = {}
-    for i, path in enumerate(images.sources):
+    def shape_or_reason(path):
         try:
-            shape = image_shape(path)
+            return image_shape(path)
         except UserError as error:
-            reasons[i] = one_line(error)
-            continue
-        if min(shape) < 0.75 * max(shape):
-            wide.append(images.files[i])
-    add_names(images.problems, "images that lose more than a quarter to the centre crop", wide)
+            return one_line(error)
+
+    with ThreadPool(8) as pool:  # disks are slow
+        shapes = dict(enumerate(pool.map(shape_or_reason, images.sources)))
+    reasons = {i: shape for i, shape in shapes.items() if isinstance(shape, str)}
+    add_names(images.problems, "images that lose more than a quarter to the centre crop",
+              [images.files[i] for i, shape in shapes.items()
+               if i not in reasons and min(shape) < 0.75 * max(shape)])
     images.leave_out(reasons)
 
 
@@ -241,11 +243,12 @@ def match_names(names, files, root=""):
     exact = {file: [i] for i, file in enumerate(files)}
     relative = defaultdict(list)
     by_end = defaultdict(list)
+    lengths = {*map(len, wanted)}
     for i, file in enumerate(files):
-        parts = split_name(file)
-        relative[parts].append(i)
-        for length in {*map(len, wanted)}:
-            by_end[(split_name(root) + parts)[-length:]].append(i)
+        relative[split_name(file)].append(i)
+        path = split_name(root) + split_name(file)
+        for length in lengths:
+            by_end[path[-length:]].append(i)
     candidates = [exact.get(name) or relative.get(parts) or by_end.get(parts, [])
                   for name, parts in zip(names, wanted)]
     return [same[0] if len(same) == 1 else None for same in candidates]
@@ -363,11 +366,14 @@ def find_masks(images, folder, root, beside):
         stems = [names[path][1].with_suffix("").as_posix() for path in paths]
         same = match_names(stems, images.files)
         bare = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
+        indices = [i if i is not None else j for i, j in zip(same, bare)]
+        with ThreadPool(8) as pool:
+            problems = pool.starmap(mask_problem, [
+                (path, images.sources[i] if i is not None else None)
+                for path, i in zip(paths, indices)])
         images.masks[kind] = [None] * len(images)
         left_out = defaultdict(list)
-        for path, i, j in zip(paths, same, bare):
-            i = j if i is None else i
-            problem = "without an image" if i is None else mask_problem(path, images.sources[i])
+        for path, i, problem in zip(paths, indices, problems):
             if problem:
                 left_out[problem].append(path.name)
             else:
@@ -378,6 +384,8 @@ def find_masks(images, folder, root, beside):
 
 def mask_problem(path, image_path):
     """Why a file cannot be the mask of an image, or ""."""
+    if image_path is None:
+        return "without an image"
     try:
         height, width = image_shape(path)
         image_height, image_width = image_shape(image_path)

@@ -31,16 +31,17 @@ def split_holdout(images, holdout, seed):
     try:
         share = float(str(holdout))
     except ValueError:  # a file
-        share = 0.0
+        share = None
+    if share is None:
         _, test = read_split(holdout, images)
         held_out = {groups[i] for i in test.tolist()}
-    else:
-        held_out = draw_groups(groups, share, seed)
-    if not 0 <= share < 1:
+    elif not 0 <= share < 1:
         raise UserError(f"--holdout {holdout}", "a share from 0 to below 1, or a CSV, is needed",
                         "pass e.g. 0.15")
-    if share and images.official:
+    elif share and images.official:
         held_out = {group for group, side in zip(groups, images.official) if side == "test"}
+    else:
+        held_out = draw_groups(groups, share, seed)
 
     in_test = torch.tensor([group in held_out for group in groups])
     if in_test.all():

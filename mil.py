@@ -67,12 +67,16 @@ MODELS = {
 @dataclass(frozen=True)
 class Trial:
     """One model to train and to test."""
-    stage: str     # its name in state.pt and log.jsonl
     name: str      # of MODELS
     seed: int
     fold: int
-    train: list    # of slides
-    test: list
+    train: list = ()  # of slides
+    test: list = ()
+
+    @property
+    def stage(self):
+        """Its name in state.pt and log.jsonl."""
+        return f"{self.name}, seed {self.seed}, fold {self.fold}"
 
 
 class Bags(torch.utils.data.Dataset):
@@ -267,8 +271,6 @@ def parse(argv=None):
     if (args.data == "mosaic") != (args.patches_of is not None):
         raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a "
                         "folder of labelled patches go together", "pass both or neither")
-    if args.foci[0] > args.foci[1]:
-        raise UserError(f"--foci {args.foci[0]} {args.foci[1]}", "LEAST comes first", "swap them")
     if Path(args.out, "metrics.json").exists():
         raise UserError(f"{args.out} already contains a finished run", "a new folder is needed",
                         "pass another --out, or --explain SLIDE")
@@ -321,17 +323,12 @@ def explain(args):
     device = pick_device(args.device)
     slides_of = slide_source(args, device)
     finished = load_checkpoint(out / "state.pt", ("finished",), "train again")["finished"]
-    for model_name, seed, fold in sorted(tested):
-        slides = [slide for slide in slides_of(seed) if slide.name == name]
-        state = finished[stage_name(model_name, seed, fold)]
-        model = new_model(model_name, len(state["shift"])).to(device).eval()
+    for trial in (Trial(*key) for key in sorted(tested)):
+        slides = [slide for slide in slides_of(trial.seed) if slide.name == name]
+        state = finished[trial.stage]
+        model = new_model(trial.name, len(state["shift"])).to(device).eval()
         model.load_state_dict(state)
-        heat_maps(out / f"{name}_{stage_name(model_name, seed, fold)}.png", model, slides, args,
-                  seed)
-
-
-def stage_name(name, seed, fold):
-    return f"{name}, seed {seed}, fold {fold}"
+        heat_maps(out / f"{name}_{trial.stage}.png", model, slides, args, trial.seed)
 
 
 def main(argv=None):
@@ -352,7 +349,7 @@ def main(argv=None):
             slides = slides_of(seed)
         for fold, (train, test) in enumerate(split_slides(slides, args.folds, seed)):
             for name in args.models:
-                trial = Trial(stage_name(name, seed, fold), name, seed, fold, train, test)
+                trial = Trial(name, seed, fold, train, test)
                 model = train_model(trial, args, run, device)
                 scores += test_model(model, trial, args)
 

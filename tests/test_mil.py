@@ -223,7 +223,7 @@ def test_what_a_mil_model_should_satisfy(name):
     bag is negative; and twice as many negative patches leave the decision. Mean pooling, by design,
     cannot satisfy the last: its evidence is diluted by half."""
     args = Namespace(patches=18, steps=120, batch=16, lr=5e-3, starts=1)
-    trial = Trial("t", name, 0, 0, marked(120, 1, "train"), None)
+    trial = Trial(name, 0, 0, marked(120, 1, "train"))
     model = mil.train_model(trial, args, Run(), torch.device("cpu"))
 
     def logits(slides):

@@ -67,12 +67,16 @@ MODELS = {
 @dataclass(frozen=True)
 class Trial:
     """One model to train and to test."""
-    stage: str     # its name in state.pt and log.jsonl
     name: str      # of MODELS
     seed: int
     fold: int
-    train: list    # of slides
-    test: list
+    train: list = ()  # of slides
+    test: list = ()
+
+    @property
+    def stage(self):
+        """Its name in state.pt and log.jsonl."""
+        return f"{self.name}, seed {self.seed}, fold {self.fold}"
 
 
 class Bags(torch.utils.data.Dataset):
@@ -105,24 +109,20 @@ class Bags(torch.utils.data.Dataset):
 
 
 def plan_steps(name, slides, args):
-    """(steps, batch) of training, both scaled down on small sets: a slide is seen VISITS times
-    (otherwise hundreds), and small batches give more steps for the same work."""
+    """(steps, batch) of training, scaled down on small sets: a slide is seen VISITS times."""
     batch = args.batch or min(16, max(4, len(slides) // 12))
     few = max(LEAST_STEPS, VISITS * len(slides) // batch)
     return args.steps or min(MODELS[name].steps, few), batch
 
 
-def new_model(name, width, state=None):
-    """An untrained RegionalMIL of a recipe, or one with a trained state."""
-    model = RegionalMIL(MILConfig(width, MODELS[name].windows, MODELS[name].pool))
-    if state:
-        model.load_state_dict(state)
-    return model.eval()
+def new_model(name, width):
+    """An untrained RegionalMIL of a recipe."""
+    return RegionalMIL(MILConfig(width, MODELS[name].windows, MODELS[name].pool))
 
 
 def train_model(trial, args, run, device):
-    """The RegionalMIL of a trial, trained on random bags of twice --patches patches. Of several
-    starts the one with the least loss on training bags is returned."""
+    """The RegionalMIL of a trial, trained on random bags of twice --patches patches; of several
+    starts the one with the least loss on training bags."""
     recipe = MODELS[trial.name]
     steps, batch = plan_steps(trial.name, trial.train, args)
     trained = []
@@ -146,14 +146,12 @@ def train_model(trial, args, run, device):
             device=device, seed=trial.seed, run=run, betas=(0.9, 0.999))
         trained.append(model.eval())
 
-    best = 0
-    if args.starts > 1:
-        bags = Bags(trial.train, recipe.windows, 2 * args.patches, seed=0)
-        bag = [x.to(device) for x in bags.__getitems__(range(min(128, len(trial.train))))]
-        with torch.no_grad():
-            best = int(np.argmin([model.loss(*bag).item() for model in trained]))
-    run.finish(trial.stage, trained[best].state_dict())
-    return trained[best]
+    bags = Bags(trial.train, recipe.windows, 2 * args.patches, seed=0)
+    bag = [x.to(device) for x in bags.__getitems__(range(min(128, len(trial.train))))]
+    with torch.no_grad():
+        best = min(trained, key=lambda model: model.loss(*bag).item())
+    run.finish(trial.stage, best.state_dict())
+    return best
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -180,10 +178,8 @@ def test_model(model, trial, args):
 
 
 def write_results(out, scores, log):
-    """Print and write the AUC of each model and sampling (mean over seeds), draw the losses.
-
-    scores: rows of test_model. log: rows of log.jsonl.
-    """
+    """Print and write the AUC of each model and sampling (mean over seeds), draw the losses;
+    scores: rows of test_model, log: rows of log.jsonl."""
     by_model = {}
     for row in scores:
         by_model.setdefault(f"{row['model']}, {row['patches']}", []).append(row)
@@ -195,24 +191,20 @@ def write_results(out, scores, log):
             labels = np.array([row["label"] for row in rows if row["seed"] == seed])
             logits = np.array([row["logit"] for row in rows if row["seed"] == seed])
             aucs.append(roc_auc(labels, logits))
-        table[key] = {"AUC": float(np.mean(aucs)), "sd": None, "95 %": None, "hits a focus": None}
-        if len(aucs) > 1:
-            table[key]["sd"] = float(np.std(aucs, ddof=1))
-        else:
-            table[key]["95 %"] = bootstrap_interval(roc_auc, labels, logits)
+        several = len(aucs) > 1
         hits = [row["hit"] for row in rows if row["hit"] is not None]
-        if hits:
-            table[key]["hits a focus"] = float(np.mean(hits))
+        table[key] = {"AUC": float(np.mean(aucs)),
+                      "sd": float(np.std(aucs, ddof=1)) if several else None,
+                      "95 %": None if several else bootstrap_interval(roc_auc, labels, logits),
+                      "hits a focus": float(np.mean(hits)) if hits else None}
     print_table(table)
     write_json(out / "metrics.json", {"table": table, "scores": scores})
 
-    losses = {}
-    for row in log:
-        losses.setdefault(row["stage"], []).append(row["loss"])
     chart = {}
-    for stage, values in list(losses.items())[:5]:
-        starts = range(0, len(values), 20)
-        chart[stage] = (starts, [np.mean(values[i:i + 20]) for i in starts])
+    for stage in list(dict.fromkeys(row["stage"] for row in log))[:5]:
+        losses = [row["loss"] for row in log if row["stage"] == stage]
+        starts = range(0, len(losses), 20)
+        chart[stage] = (starts, [np.mean(losses[i:i + 20]) for i in starts])
     line_chart(out / "curves.png", chart, "training loss, mean of 20 steps", "step", "loss")
 
 
@@ -279,8 +271,6 @@ def parse(argv=None):
     if (args.data == "mosaic") != (args.patches_of is not None):
         raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a "
                         "folder of labelled patches go together", "pass both or neither")
-    if args.foci[0] > args.foci[1]:
-        raise UserError(f"--foci {args.foci[0]} {args.foci[1]}", "LEAST comes first", "swap them")
     if Path(args.out, "metrics.json").exists():
         raise UserError(f"{args.out} already contains a finished run", "a new folder is needed",
                         "pass another --out, or --explain SLIDE")
@@ -290,9 +280,8 @@ def parse(argv=None):
 def load_embedder(args, device):
     """The Tiling of --embedder, --tile and --level: features are a frozen ViT's global tokens."""
     if args.embedder == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            vit = VisionTransformer(VISION_TRANSFORMERS["tiny"])
+        torch.manual_seed(0)
+        vit = VisionTransformer(VISION_TRANSFORMERS["tiny"])
     else:
         with user_errors():
             vit = load_dino(args.embedder)
@@ -300,7 +289,6 @@ def load_embedder(args, device):
 
     @torch.no_grad()
     def embed(images):
-        """Images (n, 3, side, side) in [-1, 1] -> global tokens in a row (n, D)."""
         return conditioning_tokens(vit, images.to(device)).flatten(1).cpu()
 
     return Tiling(embed, fingerprint(vit.parameters()), Path(args.out, "features"),
@@ -320,7 +308,7 @@ def slide_source(args, device):
 
 
 def explain(args):
-    """Heat maps of one slide by each model of the finished run that was tested on it."""
+    """Draw heat maps of one slide by each model of the finished run that was tested on it."""
     out = Path(args.out)
     name = args.explain
     with user_errors(f"{out} holds no finished run", "run mil.py without --explain first"):
@@ -335,16 +323,12 @@ def explain(args):
     device = pick_device(args.device)
     slides_of = slide_source(args, device)
     finished = load_checkpoint(out / "state.pt", ("finished",), "train again")["finished"]
-    for model_name, seed, fold in sorted(tested):
-        slides = [slide for slide in slides_of(seed) if slide.name == name]
-        state = finished[stage_name(model_name, seed, fold)]
-        model = new_model(model_name, len(state["shift"]), state).to(device)
-        heat_maps(out / f"{name}_{stage_name(model_name, seed, fold)}.png", model, slides, args,
-                  seed)
-
-
-def stage_name(name, seed, fold):
-    return f"{name}, seed {seed}, fold {fold}"
+    for trial in (Trial(*key) for key in sorted(tested)):
+        slides = [slide for slide in slides_of(trial.seed) if slide.name == name]
+        state = finished[trial.stage]
+        model = new_model(trial.name, len(state["shift"])).to(device).eval()
+        model.load_state_dict(state)
+        heat_maps(out / f"{name}_{trial.stage}.png", model, slides, args, trial.seed)
 
 
 def main(argv=None):
@@ -365,15 +349,14 @@ def main(argv=None):
             slides = slides_of(seed)
         for fold, (train, test) in enumerate(split_slides(slides, args.folds, seed)):
             for name in args.models:
-                trial = Trial(stage_name(name, seed, fold), name, seed, fold, train, test)
+                trial = Trial(name, seed, fold, train, test)
                 model = train_model(trial, args, run, device)
                 scores += test_model(model, trial, args)
 
-                # Two test slides of each label.
                 if fold == 0:
-                    examples = [slide for label in (1, 0)
-                                for slide in [s for s in test if s.label == label][:2]]
-                    heat_maps(Path(args.out, f"heat_{name}.png"), model, examples, args, seed)
+                    sides = [[s for s in test if s.label == label] for label in (1, 0)]
+                    heat_maps(Path(args.out, f"heat_{name}.png"), model,
+                              sides[0][:2] + sides[1][:2], args, seed)
     write_results(Path(args.out), scores, read_jsonl(Path(args.out, "log.jsonl")))
     run.close()
 

@@ -10,7 +10,7 @@
     pcam      Kaggle's train_labels.csv, or PatchCamelyon's *_x.h5, *_y.h5 (unpacked to images/)
 
 labels.csv has the columns file, patient, split (the set's own test part), and one per finding: 1, 0
-or empty, which is unknown. --uncertain says what -1 becomes: ignore (empty), zeros or ones.
+or empty, which is unknown, and what -1 (uncertain) becomes.
 """
 import argparse
 import ast
@@ -21,15 +21,12 @@ from pathlib import Path
 from support.command import UserError, run_script
 from support.datasets import match_names
 from support.files import read_csv, write_csv
-from support.images import list_images
+from support.images import image_root, list_images
 from support.pictures import save_png
-
-UNCERTAIN = {"ignore": "", "zeros": "0", "ones": "1"}
 
 
 def tables(folder, pattern, needed=True):
-    """The rows of all tables of that name below the folder; UserError if one is needed but missing.
-    """
+    """The rows of all tables of that name below the folder; UserError if a needed one lacks."""
     paths = [path for path in sorted(folder.rglob(pattern))
              if path.name.endswith((".csv", ".csv.gz"))]
     if needed and not paths:
@@ -52,8 +49,7 @@ def one_hot(values):
 # Each yields (name of the image, patient, split, {finding: answer}).
 
 def nih(folder):
-    lists = [path.read_text().split() for path in folder.rglob("test_list.txt")]
-    test = {name for names in lists for name in names}
+    test = {name for path in folder.rglob("test_list.txt") for name in path.read_text().split()}
     for row in tables(folder, "Data_Entry_2017*"):
         values = row["Finding Labels"].split("|")
         split = ("test" if row["Image Index"] in test else "train") if test else ""
@@ -130,39 +126,35 @@ MAKERS = (nih, chexpert, mimic, rsna, vindr, padchest, kermany, pcam)
 SETS = {make.__name__: make for make in MAKERS}
 
 
-def merge(rows, uncertain):
-    """Rows of the makers -> (table of labels.csv, one row an image: what any of its rows says)."""
+def merge(rows):
+    """Rows of the makers -> the table of labels.csv; an image has what any of its rows says."""
     images = {}
     answers = defaultdict(set)
-    known = set()
     for name, patient, split, found in rows:
-        images[name] = [patient, split]
-        if found is not None:
-            known.add(name)
-            for finding, answer in found.items():
-                answers[name, finding].add(answer)
+        images[name] = [patient, split, found is not None]
+        for finding, answer in (found or {}).items():
+            answers[name, finding].add(answer)
     names = sorted({finding for _, finding in answers})
 
-    def cell(name, finding):
-        given = answers.get((name, finding), {"0"} if name in known else {""})
-        answer = next(answer for answer in ("1", "-1", "0", "") if answer in given)
-        return UNCERTAIN[uncertain] if answer == "-1" else answer
+    def cell(name, finding, is_known):
+        given = answers[name, finding]
+        return "1" if "1" in given else "0" if is_known and "-1" not in given else ""
 
     return [["file", "patient", "split", *names],
-            *([name, *head, *(cell(name, finding) for finding in names)]
-              for name, head in images.items())]
+            *([name, patient, split, *(cell(name, finding, is_known) for finding in names)]
+              for name, (patient, split, is_known) in images.items())]
 
 
-def prepare(name, folder, uncertain="ignore"):
+def prepare(name, folder):
     """Write folder/labels.csv for the images that are there; returns (rows written, left out)."""
     try:
-        table = merge(SETS[name](folder), uncertain)
+        table = merge(SETS[name](folder))
     except (KeyError, TypeError, ValueError, ImportError) as error:
         raise UserError(f"{folder} is not {name} as its owners ship it ({error!r})",
                         "its own tables are needed", "compare the list in prepare.py") from error
-    root = folder / "images" if (folder / "images").is_dir() else folder
+    root = image_root(folder)
     files = [path.relative_to(root).as_posix() for path in list_images(folder)]
-    indices, _, _ = match_names([row[0] for row in table[1:]], files, root.resolve().as_posix())
+    indices = match_names([row[0] for row in table[1:]], files, root.resolve().as_posix())
     rows = [[files[i], *row[1:]] for i, row in zip(indices, table[1:]) if i is not None]
     if not rows:
         raise UserError(f"the tables in {folder} name none of its {len(files):,} images",
@@ -179,9 +171,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--uncertain", choices=UNCERTAIN, default="ignore")
     args = parser.parse_args(argv)
-    count, lost = prepare(args.set, args.folder, args.uncertain)
+    count, lost = prepare(args.set, args.folder)
     print(f"wrote {args.folder / 'labels.csv'}: {count:,} images; {lost:,} rows without an image")
 
 

@@ -15,10 +15,9 @@ inference; 256 patches per pass: random, 64 regions of 2x2 or 4 of 8x8). ABMIL: 
 equation 9.
 
 Our choices: learned relative position biases, two blocks per level, gated attention over regions
-(one query, so cost grows linearly with the bag), class tokens initialised by the same attention, a
-loss at every level. Pass 2 goes where pass 1's evidence of tumour, smoothed over positions, is
-highest; the logit pools both passes. For stacked windows (8x8) pass 1 scans 64 windows of 2x2,
-because four large regions miss most of a slide.
+(cost grows linearly with the bag), class tokens initialised by it, a loss at every level. Pass 2
+goes where pass 1's evidence of tumour, smoothed over positions, is highest; the logit pools both.
+For stacked windows (8x8) pass 1 scans windows of 2x2, because large regions miss most of a slide.
 """
 import math
 from dataclasses import dataclass
@@ -84,9 +83,8 @@ def draw_regions(slide, windows, generator):
 def focus(seen, evidence, unseen, count, reach):
     """The `count` unseen regions with the highest expected evidence, as rows of `unseen` (R, 2).
 
-    seen (S, 2), evidence (S,): centres in patches and evidence of the regions of pass 1. The
-    expected evidence is a Gaussian-weighted mean over them (standard deviation `reach` patches),
-    shrunk towards the overall mean with weight 0.3.
+    seen (S, 2), evidence (S,): centres and evidence of the regions of pass 1, over which a Gaussian
+    of `reach` patches averages, shrunk towards the overall mean with weight 0.3.
     """
     near = (-(torch.cdist(unseen, seen) / reach).square() / 2).exp()
     expected = (near @ evidence + 0.3 * evidence.mean()) / (near.sum(dim=1) + 0.3)
@@ -97,8 +95,7 @@ def focus(seen, evidence, unseen, count, reach):
 
 class RegionBlock(nn.Module):
     """ViT block on windows of side x side cells: x (M, 1 + T, d), absent (M, 1 + T) bool -> the
-    first `wanted` tokens (None: all). Absent patches are masked. Initialised as the identity (see
-    RegionalMIL)."""
+    first `wanted` tokens (None: all). It starts as the identity (see RegionalMIL)."""
 
     def __init__(self, config, side):
         super().__init__()
@@ -133,9 +130,8 @@ class RegionBlock(nn.Module):
 
 
 class RegionLevel(nn.Module):
-    """Tokens (M, T, d), present (M, T), attention (M, T) -> class token of each window (M, d).
-    The class token is initialised with the attention-weighted mean, because a free initial token
-    trains too slowly to find a few patches among thousands."""
+    """Tokens (M, T, d), present (M, T), attention (M, T) -> class token of each window (M, d). It
+    starts as the attention-weighted mean, because a free initial token trains too slowly."""
 
     def __init__(self, config, side):
         super().__init__()
@@ -181,9 +177,9 @@ class RegionalMIL(nn.Module):
         return score.masked_fill(~present, -1e9).softmax(dim=1) * present
 
     def encode(self, x, present):
-        """Regions (M, T, D), present (M, T) -> tokens (M, d), attention to each patch (M, T), and
-        the inputs of each level: a list of tokens (M, n, d), present (M, n), patches first. Regions
-        may also be windows of the first level alone."""
+        """Regions (M, T, D), or windows of the first level alone, present (M, T) -> tokens (M, d),
+        attention to each patch (M, T), and the inputs of each level, patches first: a list of
+        tokens (M, n, d), present (M, n)."""
         M = len(x)
         weight = self.embed.weight / self.scale  # standardises the features
         x = F.gelu(F.linear(x, weight, self.embed.bias - weight @ self.shift))
@@ -191,8 +187,7 @@ class RegionalMIL(nn.Module):
         share = present.float()
         below = []
         for level, side in zip(self.levels, self.config.windows):
-            one_token_per_region = below and len(x) == M
-            if one_token_per_region:
+            if below and len(x) == M:  # a window of the first level alone
                 break
             x = x.reshape(-1, side ** 2, x.shape[-1])                    # a row per window
             present = present.reshape(-1, side ** 2)

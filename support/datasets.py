@@ -27,16 +27,16 @@ import numpy as np
 import torch
 
 from support.command import UserError, one_line, user_errors
-from support.dicom import read_header
+from support.dicom import DICOM_SUFFIXES, read_header
 from support.files import read_csv
-from support.images import (EIGHT_BITS, IMAGE_SUFFIXES, choose_depth, inspect_image, is_dicom,
-                            list_images, load_image, scan_folder)
+from support.images import (EIGHT_BITS, IMAGE_SUFFIXES, choose_depth, image_root, image_shape,
+                            is_dicom, list_images, load_image, scan_folder)
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
                               histology_phantoms)
 
 CACHE_BYTES = 1 << 30  # of decoded images, per data set and process
-OTHERS = {".jp2", ".heic", ".heif", ".avif", ".nii", ".nrrd", ".mha", ".pgm", ".h5"}
 FEW_GROUPS = 10        # with fewer, no share of images can be held out by group
+ANSWERS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": np.nan, "-1.0": np.nan}
 NO_PATIENTS = "patients are unknown: images are split one by one; a patient may be on both sides"
 
 
@@ -87,22 +87,19 @@ class ImageSet:
         self.unreadable += [(self.files[i], reasons[i]) for i in reasons]
         add_names(self.problems, f"left out as unreadable (the first: {self.unreadable[0][1]})",
                   [file for file, _ in self.unreadable])
-        if len(self.unreadable) > 0.1 * (len(self) - len(reasons) + len(self.unreadable)):
+        rows = [i for i in range(len(self)) if i not in reasons]
+        if len(self.unreadable) > 0.1 * (len(rows) + len(self.unreadable)):
             raise UserError(self.problems[-1], "at least 90 % of the images must be readable",
                             "replace or remove these files")
-
-        rows = [i for i in range(len(self)) if i not in reasons]
-        self.cache = {new: self.cache[i] for new, i in enumerate(rows) if i in self.cache}
 
         def remaining(cells):
             return [cells[i] for i in rows] if cells else cells
 
-        self.files = remaining(self.files)
-        self.groups = remaining(self.groups)
-        self.official = remaining(self.official)
-        self.sources = remaining(self.sources)
+        for name in ("files", "groups", "official", "sources"):
+            setattr(self, name, remaining(getattr(self, name)))
         self.columns = {name: remaining(cells) for name, cells in self.columns.items()}
         self.masks = {kind: remaining(masks) for kind, masks in self.masks.items()}
+        self.cache = {new: self.cache[i] for new, i in enumerate(rows) if i in self.cache}
 
 
 def open_dataset(data, size, *, table=None, file_column="file", group_column="patient",
@@ -126,34 +123,32 @@ def open_dataset(data, size, *, table=None, file_column="file", group_column="pa
         raise UserError(f"there is no data set {name}", "a folder of images or a MedMNIST .npz is "
                         "needed", "pass --data cxr, histology, phantoms or PATH")
 
-    root = path / "images" if (path / "images").is_dir() else path
+    root = image_root(path)
     paths = list_images(path)
     files = [image.relative_to(root).as_posix() for image in paths]
     images = ImageSet(path.resolve().name, "", size, files, sources=paths)
+    _, mask_paths, links = scan_folder(path)
+    add_names(images.problems, "links out of the folder, left out", [link.name for link in links])
     check_files(images)
-    add_names(images.problems, "passed over, in formats that are not read; save them as PNG",
-              [other.name for other in sorted(root.rglob("*.*")) if other.suffix.lower() in OTHERS])
     images.depth = depth or choose_depth(images.sources)
-    about = read_table(images, path, root, table, file_column, group_column)
+    note = f"{len(images):,} images from {root}"
+    note += read_table(images, path, root, table, file_column, group_column)
     find_patients(images, group_column, patient_from)
-    find_masks(images, path, root)
-    counts = [f"{len(images):,} images from {root}", about]
-    counts += [f"{sum(map(bool, masks)):,} {kind}" for kind, masks in images.masks.items()]
+    find_masks(images, path, root, mask_paths)
+    for kind, masks in images.masks.items():
+        note += f", {sum(map(bool, masks)):,} {kind}"
     if images.groups:
-        counts.append(f"{len(set(images.groups)):,} patients")
+        note += f", {len(set(images.groups)):,} patients"
     if images.official:
-        counts.append(f"the official test part has {images.official.count('test'):,}")
-    if images.depth["white"] != EIGHT_BITS["white"]:
-        counts.append(f"deep grey, {images.depth['white']:g} is white")
-    images.note = one_line(", ".join(counts))
+        note += f", the official test part has {images.official.count('test'):,}"
+    if images.depth != EIGHT_BITS:
+        note += f", deep grey, {images.depth['white']:g} is white"
+    images.note = one_line(note)
     return images
 
 
-# ---- phantoms and arrays -----------------------------------------------------------------------
-
 def open_phantoms(name, size, seed, count):
-    """Generated chests, with a column "0" or "1" per exact label, or histology patches with a label
-    (healthy, cancer) and their true morphology."""
+    """Generated chests, a column "0" or "1" per label, or histology patches with two columns."""
     with user_errors():
         if name == "histology":
             images, masks, labels, kinds = histology_phantoms(count, size, seed)
@@ -163,7 +158,6 @@ def open_phantoms(name, size, seed, count):
             images, masks, labels = chest_phantoms(count, size, seed)
             columns = {label: [str(cell) for cell in column]
                        for label, column in zip(CHEST_LABELS, labels.T.tolist())}
-
     note = f"{count:,} generated phantoms, not real images ({size} px, seed {seed})"
     if name != "phantoms":
         note = f"no folder data/{name}/, so {note}"
@@ -173,20 +167,18 @@ def open_phantoms(name, size, seed, count):
 
 
 def open_npz(path, size):
-    """A MedMNIST file: SPLIT_images (N, H, W) or (N, H, W, 3) uint8, SPLIT_labels (N, L).
-
-    The images are unpacked into a temporary folder and mapped from there, not held in memory.
+    """A MedMNIST file, unpacked into a temporary folder and mapped from there, not held in memory.
     """
     sources = []
     labels = []
     files = []
     try:
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-            splits = [split for split in ("train", "val", "test")
-                      if f"{split}_images.npy" in archive.namelist()]
-            for split in splits:
-                pixels, cells = (np.load(archive.extract(f"{split}_{kind}.npy", folder), "r")
-                                 for kind in ("images", "labels"))
+            for split in ("train", "val", "test"):
+                if f"{split}_images.npy" not in archive.namelist():
+                    continue
+                pixels, cells = (np.load(archive.extract(f"{split}_{kind}.npy", folder), "r",
+                                         allow_pickle=False) for kind in ("images", "labels"))
                 is_flat = pixels.ndim == 3 or pixels.shape[3:] == (3,)
                 if pixels.dtype != np.uint8 or not is_flat or len(pixels) != len(cells):
                     raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape}")
@@ -199,7 +191,6 @@ def open_npz(path, size):
         raise UserError(f"{path} cannot be read ({one_line(error)[:120]})", "MedMNIST in 2-D is "
                         "needed: train_images (N, H, W[, 3]) of uint8, train_labels (N, L)",
                         "take a 2-D set, or download it again") from error
-
     columns = {f"label_{j}": [str(cell) for cell in column]
                for j, column in enumerate(zip(*labels))}
     note = f"{len(files):,} images from {path}, labels {', '.join(columns)}"
@@ -214,64 +205,53 @@ def add_names(problems, what, names):
     """Add a line with the number of names and the first three, if there are any."""
     if names:
         first = ", ".join(one_line(name) for name in names[:3])
-        more = ", ..." if len(names) > 3 else ""
-        problems.append(f"{what}: {len(names):,} ({first}{more})")
+        problems.append(f"{what}: {len(names):,} ({first}{', ...' * (len(names) > 3)})")
 
 
 def check_files(images):
-    """Read the header of each file: leave out the damaged, note what will not be seen."""
-    def header(path):
+    """Read the header of each file: leave out the damaged, name those that the crop cuts much."""
+    def shape_or_reason(path):
         try:
-            return inspect_image(path)
+            return image_shape(path)
         except UserError as error:
             return one_line(error)
 
-    with ThreadPool(8) as pool:
-        headers = pool.map(header, images.sources)
-    sizes = [(file, h) for file, h in zip(images.files, headers) if not isinstance(h, str)]
+    with ThreadPool(8) as pool:  # disks are slow
+        shapes = dict(enumerate(pool.map(shape_or_reason, images.sources)))
+    reasons = {i: shape for i, shape in shapes.items() if isinstance(shape, str)}
     add_names(images.problems, "images that lose more than a quarter to the centre crop",
-              [file for file, (height, width, _) in sizes if min(height, width)
-               < 0.75 * max(height, width)])
-    add_names(images.problems, "files with several pages, of which only the first is read",
-              [file for file, (_, _, pages) in sizes if pages > 1])
-    images.leave_out({i: h for i, h in enumerate(headers) if isinstance(h, str)})
+              [images.files[i] for i, shape in shapes.items()
+               if i not in reasons and min(shape) < 0.75 * max(shape)])
+    images.leave_out(reasons)
 
 
 def split_name(name):
     """A file's name as a tuple: its folders, and its bare name without an image's suffix."""
     name = unicodedata.normalize("NFC", str(name)).replace("\\", "/")
     *folders, last = [part for part in name.split("/") if part not in ("", ".")] or [""]
-    stem, dot, suffix = last.rpartition(".")
-    is_suffix = dot + suffix.lower() in IMAGE_SUFFIXES | {".dcm", ".dicom"}
-    return (*folders, stem if is_suffix else last)
+    is_image = Path(last).suffix.lower() in IMAGE_SUFFIXES | DICOM_SUFFIXES
+    return (*folders, Path(last).stem if is_image else last)
 
 
 def match_names(names, files, root=""):
-    """Which file each name means: (an index or None per name, lost names, ambiguous names).
+    """Which file each name means: the indices, None for names of no file or of several.
 
     A name is a file's path, else the end of exactly one path (below `root`, whose folders count
     too). So a bare name must be unique, and a name with other folders matches nothing.
     """
-    exact = {file: i for i, file in enumerate(files)}
     wanted = [split_name(name) for name in names]
+    exact = {file: [i] for i, file in enumerate(files)}
     relative = defaultdict(list)
     by_end = defaultdict(list)
+    lengths = {*map(len, wanted)}
     for i, file in enumerate(files):
-        parts = split_name(file)
-        relative[parts].append(i)
-        parts = split_name(root) + parts
-        for depth in {*map(len, wanted)}:
-            by_end[parts[-depth:]].append(i)
-
-    indices = []
-    lost = []
-    ambiguous = []
-    for name, parts in zip(names, wanted):
-        same = [exact[name]] if name in exact else relative.get(parts) or by_end.get(parts, [])
-        indices.append(same[0] if len(same) == 1 else None)
-        if len(same) != 1:
-            (ambiguous if same else lost).append(name or "(empty)")
-    return indices, lost, ambiguous
+        relative[split_name(file)].append(i)
+        path = split_name(root) + split_name(file)
+        for length in lengths:
+            by_end[path[-length:]].append(i)
+    candidates = [exact.get(name) or relative.get(parts) or by_end.get(parts, [])
+                  for name, parts in zip(names, wanted)]
+    return [same[0] if len(same) == 1 else None for same in candidates]
 
 
 def read_table(images, folder, root, table, file_column, group_column):
@@ -285,22 +265,19 @@ def read_table(images, folder, root, table, file_column, group_column):
         raise UserError(f"{path} has the columns {', '.join(rows[0] if rows else ())[:200]}",
                         f"a column {file_column} of the images' names is needed",
                         "pass --file-column, or make labels.csv with prepare.py")
-
-    indices, lost, ambiguous = match_names([row[file_column] for row in rows], images.files,
-                                           root.resolve().as_posix())
-    row_of = {}
-    for i, row in zip(indices, rows):
-        if i in row_of and i is not None:
-            raise UserError(f"{path} has two rows for {row[file_column]}", "one row an image is "
-                            "needed; a cell may hold several values, as in a|b", "merge them")
-        row_of[i] = row
-    row_of.pop(None, None)
+    names = [row[file_column] for row in rows]
+    indices = match_names(names, images.files, root.resolve().as_posix())
+    row_of = {i: row for i, row in zip(indices, rows) if i is not None}
+    twice = [images.files[i] for i, n in Counter(indices).items() if n > 1 and i is not None]
+    if twice:
+        raise UserError(f"{path} has two rows for {twice[0]}", "one row per image is needed; a "
+                        "cell may hold several values, as in a|b", "merge them")
     if not row_of:
         raise UserError(f"{path} names none of the images in {root} (its first: "
-                        f"{rows[0][file_column] or 'empty'})", "paths below that folder are needed",
+                        f"{names[0] or 'empty'})", "paths below that folder are needed",
                         "correct them, or pass another --table")
-    add_names(images.problems, f"rows of {path} without an image", lost)
-    add_names(images.problems, f"names in {path} that several images have", ambiguous)
+    add_names(images.problems, f"rows of {path} that match no image, or several",
+              [name or "(empty)" for i, name in zip(indices, names) if i is None])
     add_names(images.problems, f"images without a row in {path}",
               [file for i, file in enumerate(images.files) if i not in row_of])
 
@@ -312,23 +289,22 @@ def read_table(images, folder, root, table, file_column, group_column):
             images.official = official_sides(cells)
         elif name != file_column:
             images.columns[name] = cells
-    shown = ", ".join(list(images.columns)[:8]) or "none"
-    return f"{path.name} ({len(row_of):,} of {len(rows):,} rows matched), labels {shown}"
+    labels = ", ".join(list(images.columns)[:8]) or "none"
+    return f", {path.name} ({len(row_of):,} of {len(rows):,} rows matched), labels {labels}"
 
 
 def read_folder_names(images):
     """Without a table: train/ or test/ as the top folder, and a folder a class (no digits)."""
     parts = [file.split("/")[:-1] for file in images.files]
-    is_split = all(folders and folders[0] in ("train", "val", "test") for folders in parts)
-    if is_split:
+    if all(folders and folders[0] in ("train", "val", "test") for folders in parts):
         images.official = official_sides([folders[0] for folders in parts])
         parts = [folders[1:] for folders in parts]
-    classes = Counter(folders[0] if len(folders) == 1 else "" for folders in parts)
-    if 2 <= len(classes) <= 20 and min(classes.values()) > 1 and not any(
-            not name or re.search(r"\d", name) for name in classes):
-        images.columns["label"] = [folders[0] for folders in parts]
-        return "no table, label = folder"
-    return "no table"
+    classes = Counter(folders[0] if len(folders) == 1 else "0" for folders in parts)
+    is_label = 2 <= len(classes) <= 20 and not any(re.search(r"\d", name) for name in classes)
+    if not is_label or min(classes.values()) < 2:
+        return ", no table"
+    images.columns["label"] = [folders[0] for folders in parts]
+    return ", no table, label = folder"
 
 
 def official_sides(words):
@@ -336,19 +312,16 @@ def official_sides(words):
 
     Validation images count as training images, unless the set has no test part.
     """
-    sides = {"train": "train", "training": "train", "test": "test", "testing": "test"}
     words = [word.strip().lower() for word in words]
-    validation = "train" if {"test", "testing"} & set(words) else "test"
-    sides.update(dict.fromkeys(("val", "valid", "validation", "dev"), validation))
+    sides = {"train": "train", "test": "test"}
+    sides["val"] = sides["valid"] = "train" if "test" in words else "test"
     official = [sides.get(word, "") for word in words]
     return official if any(official) else None
 
 
 def find_patients(images, group_column, patient_from):
-    """Set the groups: by patient_from, else the table's column, else DICOM's PatientID.
-
-    What is doubtful about them goes into the problems.
-    """
+    """Set the groups: by patient_from, else the table's column, else DICOM's PatientID; add what is
+    doubtful about them to the problems."""
     if patient_from:
         try:
             matches = [re.search(patient_from, file) for file in images.files]
@@ -372,68 +345,59 @@ def find_patients(images, group_column, patient_from):
         return
     add_names(images.problems, "images without a patient, each taken for one of its own",
               [file for file, group in zip(images.files, images.groups) if not group])
+    images.groups = [group or file for group, file in zip(images.groups, images.files)]
     count = len(set(images.groups))
     if count < FEW_GROUPS:
         images.problems.append(f"only {count} different patients: is that column the patient? "
                                "A small share cannot be held out")
-    for name, cells in images.columns.items():
-        if count == len(set(cells)) == len(set(zip(images.groups, cells))) < len(images):
-            images.problems.append(f"the patients are the same as the label {name}")
-    images.groups = [group or file for group, file in zip(images.groups, images.files)]
     if images.official:
-        sides = {side: {group for group, other in zip(images.groups, images.official)
-                        if (other == "test") == (side == "test")} for side in ("train", "test")}
+        pairs = {(group, side == "test") for group, side in zip(images.groups, images.official)}
         add_names(images.problems, "patients on both sides of the official split, held out whole",
-                  sorted(sides["train"] & sides["test"]))
+                  sorted(group for group, n in Counter(g for g, _ in pairs).items() if n > 1))
 
 
-def find_masks(images, folder, root):
-    """Set masks from masks/ and masks_*/ beside the images, and from NAME_mask beside NAME."""
-    candidates = {place.name: sorted(path for path in place.rglob("*.*")
-                                     if path.suffix.lower() in IMAGE_SUFFIXES)
-                  for place in sorted(folder.glob("masks*/"))}
-    names = {kind: [path.relative_to(folder / kind) for path in paths]
-             for kind, paths in candidates.items()}
-    _, beside = scan_folder(folder)
-    if beside:
-        candidates.setdefault("masks", []).extend(beside)
-        names.setdefault("masks", []).extend(path.relative_to(root) for path in beside)
-
-    for kind, paths in candidates.items():
-        stems = [name.with_name(name.stem).as_posix() for name in names[kind]]
-        same, _, _ = match_names(stems, images.files)
-        bare, _, _ = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
+def find_masks(images, folder, root, beside):
+    """Set masks from masks/ and masks_*/ in the folder, and from NAME_mask beside NAME."""
+    names = {path: ("masks", path.relative_to(root)) for path in beside}
+    for place in sorted(folder.glob("masks*/")):
+        names |= {path: (place.name, path.relative_to(place)) for path in scan_folder(place)[0]}
+    for kind in sorted({kind for kind, _ in names.values()}):
+        paths = [path for path in names if names[path][0] == kind]
+        stems = [names[path][1].with_suffix("").as_posix() for path in paths]
+        same = match_names(stems, images.files)
+        bare = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
         indices = [i if i is not None else j for i, j in zip(same, bare)]
-        add_names(images.problems, f"{kind} without an image of their name",
-                  [path.name for i, path in zip(indices, paths) if i is None])
-        pairs = [(i, path) for i, path in zip(indices, paths) if i is not None]
         with ThreadPool(8) as pool:
-            reasons = pool.starmap(mask_problem, [(path, images.sources[i]) for i, path in pairs])
-        for reason in sorted({*reasons} - {""}):
-            add_names(images.problems, f"{kind} left out, {reason}",
-                      [path.name for (_, path), why in zip(pairs, reasons) if why == reason])
+            problems = pool.starmap(mask_problem, [
+                (path, images.sources[i] if i is not None else None)
+                for path, i in zip(paths, indices)])
         images.masks[kind] = [None] * len(images)
-        for (i, path), reason in zip(pairs, reasons):
-            images.masks[kind][i] = None if reason else path
+        left_out = defaultdict(list)
+        for path, i, problem in zip(paths, indices, problems):
+            if problem:
+                left_out[problem].append(path.name)
+            else:
+                images.masks[kind][i] = path
+        for problem, lost in sorted(left_out.items()):
+            add_names(images.problems, f"{kind} left out, {problem}", lost)
 
 
 def mask_problem(path, image_path):
-    """Why a file cannot be the mask of an image, or "".
-
-    A value well between the least and the largest that covers 0.5 % of the pixels is one of a label
-    map, of which no half can be guessed; rarer ones are the soft edges of a resized or JPEG mask.
-    """
+    """Why a file cannot be the mask of an image, or ""."""
+    if image_path is None:
+        return "without an image"
     try:
-        height, width, _ = inspect_image(path)
-        image_height, image_width, _ = inspect_image(image_path)
+        height, width = image_shape(path)
+        image_height, image_width = image_shape(image_path)
         values, counts = load_image(path, None)[0].unique(return_counts=True)
     except UserError:
-        return "which cannot be read"
+        return "unreadable"
     if not 0.95 < height * image_width / (width * image_height) < 1.05:
-        return "of other proportions than their images"
+        return "of other proportions than the image"
+    # A value in between is of a label map if it is frequent, else of the soft edges of a JPEG.
     place = (values - values[0]) / (values[-1] - values[0]).clamp_min(1e-6)  # in [0, 1]
     is_label = (place > 0.1) & (place < 0.9) & (counts > 0.005 * counts.sum())
-    return "which have several values (two are needed)" if is_label.any() else ""
+    return "of several values (two are needed)" if is_label.any() else ""
 
 
 # ---- labels ------------------------------------------------------------------------------------
@@ -441,9 +405,9 @@ def mask_problem(path, image_path):
 def label_matrix(columns, names):
     """Columns of cells -> (names of labels, (N, L) float64 of 1, 0, and NaN where unknown).
 
-    A column of 0 and 1 is one label. Any other is cut at "|" into one label per value, called
-    "column: value" if two columns have that value. Empty cells are unknown, and so is any other
-    number in a column of 0 and 1, such as -1. Raises UserError for a name that is no column.
+    A column of 0, 1 and -1 (unknown) is one label. Any other is cut at "|" into one label per
+    value, called "column: value" if two columns have that value; empty cells are unknown. Raises
+    UserError for a name that is no column.
     """
     parts = []  # (column, value or None, values (N,))
     for name in names:
@@ -451,9 +415,9 @@ def label_matrix(columns, names):
             raise UserError(f"there is no column {name!r}", f"the table has "
                             f"{', '.join(columns) or 'no columns'}", "pass another --label-column")
         cells = columns[name]
-        if set(cells) <= {"", "0", "1", "-1", "0.0", "1.0", "-1.0"} and {*cells} - {""}:
-            known = [float(cell or "nan") for cell in cells]
-            parts.append((name, None, [x if x in (0, 1) else np.nan for x in known]))
+        given = {*cells} - {""}
+        if given and given <= {*ANSWERS}:
+            parts.append((name, None, [ANSWERS.get(cell, np.nan) for cell in cells]))
             continue
         values = [set(filter(None, cell.split("|"))) for cell in cells]
         for value in sorted(set().union(*values)):

@@ -10,7 +10,6 @@ values of a sample. A file far above or below it has another depth: its own maxi
 import math
 import os
 from contextlib import contextmanager
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from support.command import UserError, one_line
 from support.dicom import DICOM_SUFFIXES, decode_dicom, read_header
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow runs a program for EPS
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 EIGHT_BITS = {"white": 255.0}
 LEVELS = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
 OVERSHOOT = 1.05   # processed pictures may exceed their white by this factor
@@ -30,7 +29,7 @@ DEPTH_SAMPLE = 32  # files that decide the depth of a data set
 
 
 def is_dicom(path):
-    """Whether a file is DICOM: by its suffix, or by the magic word if it has none (or digits)."""
+    """By the suffix, or if there is none (or digits), by the magic word."""
     suffix = Path(path).suffix.lower()
     if suffix.strip(".0123456789"):
         return suffix in DICOM_SUFFIXES
@@ -53,26 +52,15 @@ def reading(path):
                         "a whole image file is needed", "replace or remove it") from error
 
 
-def open_image(path):
-    """The Pillow image, its pixels not yet read; ValueError if it is too large for the memory."""
-    image = Image.open(path, formats=IMAGE_FORMATS)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
-    return image
-
-
-def inspect_image(path):
-    """(height, width, pages) from the header of a file; raises UserError if that is damaged."""
+def image_shape(path):
+    """(height, width) from the header of a file; raises UserError if that is damaged."""
     with reading(path):
         if is_dicom(path):
             header = read_header(path)
-            return int(header.Rows), int(header.Columns), int(header.get("NumberOfFrames") or 1)
-        with open_image(path) as image:
-            pages = image.n_frames if image.format == "TIFF" else 1
-            return image.height, image.width, pages
+            return int(header.Rows), int(header.Columns)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return image.height, image.width
 
-
-# ---- deep grey ---------------------------------------------------------------------------------
 
 def white_level(high, is_float):
     """The least white of 8, 10, 12, 14 or 16 bits (for floats also 1) that holds the value."""
@@ -82,22 +70,17 @@ def white_level(high, is_float):
 
 def choose_depth(paths):
     """The depth {"white": level} of a data set, from the largest value of a sample of its files."""
-    paths = [path for path in paths if not is_dicom(path)]
-    sample = paths[::math.ceil(len(paths) / DEPTH_SAMPLE) or 1]
-
-    def deep_maximum(path):
+    maxima = []
+    are_floats = []
+    for path in paths[::math.ceil(len(paths) / DEPTH_SAMPLE) or 1]:
         try:
-            with open_image(path) as image:
-                is_deep = image.mode[0] in "IF"
-                return (image.mode == "F", np.asarray(image).max()) if is_deep else None
-        except Exception:  # Pillow raises anything for a damaged file; it is reported elsewhere
-            return None
-
-    with ThreadPool(4) as pool:
-        maxima = [maximum for maximum in pool.map(deep_maximum, sample) if maximum]
-    if not maxima:
-        return dict(EIGHT_BITS)
-    return {"white": white_level(max(high for _, high in maxima), all(f for f, _ in maxima))}
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                if image.mode[0] in "IF":
+                    maxima.append(np.asarray(image).max())
+                    are_floats.append(image.mode == "F")
+        except Exception:  # DICOM, or damaged, which is reported elsewhere
+            continue
+    return {"white": white_level(max(maxima), all(are_floats))} if maxima else dict(EIGHT_BITS)
 
 
 def scale_deep(deep, depth, is_float):
@@ -115,17 +98,14 @@ def scale_deep(deep, depth, is_float):
 
 def decode_picture(path, depth):
     """Image file -> (H, W) or (H, W, 3) in [0, 1]: its first page, upright by EXIF."""
-    with open_image(path) as image:
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
         zero_is_white = image.format == "TIFF" and image.tag_v2.get(262) == 0
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         grey = scale_deep(np.asarray(image, np.float64), depth, image.mode == "F")
         return 1 - grey if zero_is_white else grey  # Pillow inverts 8 bits, but not deep grey
-
-    if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA")) / np.float32(255)
-        alpha = rgba[..., 3:] if rgba[..., 3:].any() else 1  # ignore an all-zero alpha
-        return rgba[..., :3] * alpha  # over black
+    if image.has_transparency_data:  # over black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     return np.asarray(image.convert("L" if image.mode in "1L" else "RGB")) / np.float32(255)
 
 
@@ -155,14 +135,24 @@ def load_image(source, size, depth=None):
 
 # ---- folders -----------------------------------------------------------------------------------
 
-def scan_folder(folder):
-    """(images, masks beside them as NAME_mask) below a folder, or its images/: sorted paths.
+def is_inside(path, folder):
+    """Whether a path stays below the folder; a link may leave it."""
+    return path.resolve().is_relative_to(Path(folder).resolve())
 
-    Hidden files, folders named masks or masks_*, and the folders of our own runs are left out.
-    """
-    root = Path(folder, "images") if Path(folder, "images").is_dir() else Path(folder)
+
+def image_root(folder):
+    """Where the images of a data folder lie: in images/, if it has that."""
+    images = Path(folder, "images")
+    return images if images.is_dir() and is_inside(images, folder) else Path(folder)
+
+
+def scan_folder(folder):
+    """(images, masks beside them as NAME_mask, links out of the folder) of a data folder: sorted
+    paths. Hidden files, mask folders and folders of our own runs are left out."""
+    root = image_root(folder)
     images = []
     masks = []
+    links = []
     for place, folders, files in os.walk(root):
         is_run = "config.json" in files and {"log.jsonl", "split.csv"} & set(files)
         if is_run and Path(place) != root:
@@ -171,19 +161,20 @@ def scan_folder(folder):
         folders[:] = [name for name in folders
                       if not name.startswith(".") and not f"{name}_".startswith("masks_")]
         stems = {os.path.splitext(name)[0] for name in files}
-        for name in files:
-            path = Path(place, name)
-            is_picture = path.suffix.lower() in IMAGE_SUFFIXES
-            if name.startswith(".") or not (is_picture or is_dicom(path)):
+        for path in (Path(place, name) for name in [*folders, *files]):
+            if path.is_symlink() and not is_inside(path, folder):
+                links.append(path)
+            elif path.name in folders or path.name.startswith("."):
                 continue
-            is_mask = path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems
-            (masks if is_mask else images).append(path)
-    return sorted(images), sorted(masks)
+            elif path.suffix.lower() in IMAGE_SUFFIXES or is_dicom(path):
+                is_mask = path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems
+                (masks if is_mask else images).append(path)
+    return sorted(images), sorted(masks), sorted(links)
 
 
 def list_images(folder):
     """Sorted paths of the images of a folder, see scan_folder; UserError if there are none."""
-    images, _ = scan_folder(folder)
+    images = scan_folder(folder)[0]
     if not images:
         raise UserError(f"{folder} holds no image", "files "
                         f"{' '.join(sorted(IMAGE_SUFFIXES | DICOM_SUFFIXES))} are needed",
@@ -192,15 +183,11 @@ def list_images(folder):
 
 
 def otsu_level(values):
-    """The level, an int of 0 to 255, that splits whole numbers (array or tensor) best in two.
-
-    Best: with the largest variance between both sides; values up to the level are the lower side.
-    Source: Otsu 1979.
-    """
+    """The last level of the lower side if values, whole numbers from 0 to 255, are split so that
+    the variance between both sides is largest (Otsu 1979)."""
     values = torch.as_tensor(values).flatten()
     share = torch.bincount(values, minlength=256).double() / values.numel()
     below = share.cumsum(0)
     mean_below = (share * torch.arange(256, device=share.device)).cumsum(0)
     difference = mean_below[-1] * below - mean_below
-    between = difference.square() / (below * (1 - below)).clamp_min(1e-9)
-    return int(between.argmax())
+    return int((difference.square() / (below * (1 - below)).clamp_min(1e-9)).argmax())

@@ -1,14 +1,14 @@
 """Generated images with exact ground truth: chest X-rays with lung masks, H&E patches, slides.
 
-They replace medical images where none are at hand, and provide what real sets lack: exact masks,
-exact labels, any number of images. They are cartoons: what works on them may fail on patients.
+They stand in where no medical images are at hand. They are cartoons: what works on them may fail
+on patients.
 
     images, masks, labels = chest_phantoms(16, size=64, seed=0)  # float32 in [-1, 1]
     images, masks, labels, morphology = histology_phantoms(16, size=96, seed=0)
     tiles, foci, labels = slide_phantoms(16, bank, seed=0)  # bank: what the line above returned
 
-Image i depends on (seed, start + i, size) only: each is drawn from its own generator. Stains:
-Ruifrok and Johnston 2001, with eosin slightly pinker.
+Image i depends on (seed, i, size) only: each is drawn from its own generator. Stains: Ruifrok and
+Johnston 2001, with eosin slightly pinker.
 """
 import math
 from functools import partial
@@ -38,24 +38,21 @@ CHEST_RANGES = dict(
 
 # ---- drawing tools -----------------------------------------------------------------------------
 
-def _generator(*key):
-    return torch.Generator().manual_seed(step_seed(*key))
-
-
-def _draw(one, n, size, seed, start):
-    """Stack of what one(seed, number, size) returns for n numbers.
-
-    On one thread: tensors here are small, and more threads cost up to 100 times on a busy machine.
-    """
-    if n < 1 or size < 16 or start < 0:
-        raise ValueError(f"got n={n}, size={size}, start={start}: need n from 1, size from 16 "
-                         "(below is too coarse to draw), start from 0: pass larger numbers")
+def _draw(one, n, size, seed):
+    """Stack of what one(seed, number, size) returns for n numbers."""
+    if n < 1 or size < 16:
+        raise ValueError(f"got n={n}, size={size}: need n from 1, size from 16 (below is too "
+                         "coarse to draw): pass larger numbers")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # tensors here are small: threads would contend for cores
     try:
-        return tuple(map(torch.stack, zip(*(one(seed, start + i, size) for i in range(n)))))
+        return tuple(map(torch.stack, zip(*(one(seed, i, size) for i in range(n)))))
     finally:
         torch.set_num_threads(threads)
+
+
+def _generator(*key):
+    return torch.Generator().manual_seed(step_seed(*key))
 
 
 def _uniform(g, low, high, *shape):
@@ -87,9 +84,9 @@ def _soft(f, width=0.04):
     return t.square() * (3 - 2 * t)
 
 
-def _both(a, b, width=0.12):
+def _both(a, b):
     """Minimum of two implicit functions, corner rounded so that tips leave no stray pixels."""
-    return torch.minimum(a, b) - (width - (a - b).abs()).clamp(min=0).square() / (4 * width)
+    return torch.minimum(a, b) - (0.12 - (a - b).abs()).clamp(min=0).square() / 0.48
 
 
 def _wave(t):
@@ -195,14 +192,11 @@ def _chest(seed, number, size):
     return (2 * image - 1).clamp(-1, 1)[None], lungs[None] > 0, labels.long()
 
 
-def chest_phantoms(n, size=64, seed=0, start=0):
-    """Chest X-rays number `start` to `start + n - 1` of the endless set `seed`.
-
-    Returns images (n, 1, size, size) float32 in [-1, 1], lung masks (n, 1, size, size) bool
-    (without heart and mediastinum, with the other findings), labels (n, 4) int64, 0 or 1.
-    Raises ValueError for n < 1, start < 0, size < 16.
-    """
-    return _draw(_chest, n, size, seed, start)
+def chest_phantoms(n, size=64, seed=0):
+    """Chest X-rays: images (n, 1, size, size) float32 in [-1, 1], lung masks (n, 1, size, size)
+    bool (without heart and mediastinum, with the other findings), labels (n, 4) int64, 0 or 1.
+    Raises ValueError for n < 1 and size < 16."""
+    return _draw(_chest, n, size, seed)
 
 
 # ---- histology ---------------------------------------------------------------------------------
@@ -294,8 +288,7 @@ def _histology(seed, number, size):
     rough = _noise(g, 20, size)
     haematoxylin, eosin, nuclei = _tissue(g, size, HISTOLOGY_MORPHOLOGIES[kind], wave)
 
-    # A cancer patch has its tumour in the centre third. A healthy one has none, or a rim beyond the
-    # corners of that third, which lie 0.47 from the middle; bumps reach 0.18 at most.
+    # Cancer: in the centre third. Healthy: no tumour, or a rim outside that third (bumps: 0.18).
     x, y = _axes(size)
     centre_x, centre_y = _uniform(g, -0.2, 0.2, 2)
     radius = _uniform(g, 0.40, 0.75, 1)
@@ -329,15 +322,12 @@ def _histology(seed, number, size):
     return (2 * image - 1).clamp(-1, 1), tumour[None] > 0, cancer.long(), kind
 
 
-def histology_phantoms(n, size=96, seed=0, start=0):
-    """H&E patches number `start` to `start + n - 1` of the endless set `seed`.
-
-    Returns images (n, 3, size, size) float32 in [-1, 1], tumour masks (n, 1, size, size) bool,
-    labels (n,) int64 (1: tumour in the centre third, the rule of PatchCamelyon) and morphology (n,)
-    int64: the healthy tissue, an index into HISTOLOGY_MORPHOLOGIES, independent of the label.
-    Raises ValueError for n < 1, start < 0, size < 16.
-    """
-    return _draw(_histology, n, size, seed, start)
+def histology_phantoms(n, size=96, seed=0):
+    """H&E patches: images (n, 3, size, size) float32 in [-1, 1], tumour masks (n, 1, size, size)
+    bool, labels (n,) int64 (1: tumour in the centre third, the rule of PatchCamelyon), morphology
+    (n,) int64: the healthy tissue, an index into HISTOLOGY_MORPHOLOGIES, independent of the label.
+    Raises ValueError for n < 1 and size < 16."""
+    return _draw(_histology, n, size, seed)
 
 
 # ---- slides ------------------------------------------------------------------------------------
@@ -384,18 +374,16 @@ def _slide(pools, seed, number, side):
     return tiles, foci, cancer.long()
 
 
-def slide_phantoms(n, bank, side=64, seed=0, start=0):
-    """Slides number `start` to `start + n - 1` of the endless set `seed`: mosaics of patches.
+def slide_phantoms(n, bank, side=64, seed=0):
+    """Slides, mosaics of patches: tiles (n, side, side) int64, indices into the bank or -1 outside
+    the tissue; foci (n, side, side) bool; labels (n,) int64.
 
-    bank: what histology_phantoms returned, a few hundred patches or more. Returns tiles
-    (n, side, side) int64, indices into the bank or -1 outside the tissue; foci (n, side, side)
-    bool; labels (n,) int64. A tumour slide has one or two round foci in under 1 % of its tissue, of
-    patches that are more than a quarter tumour. All slides have lymphoid aggregates, scattered
-    patches with tumour at the rim only (like isolated tumour cells, which leave a lymph node
-    negative), and up to three reactions; every focus is surrounded by one more. This design is
-    ours. It favours models that see neighbours, because only neighbours show the mixture, and
-    focusing, because reactions are more frequent with tumour than without.
-    Raises ValueError as histology_phantoms does, and for a bank that lacks a kind of patch.
+    bank: what histology_phantoms returned, a few hundred patches. A tumour slide has one or two
+    round foci in under 1 % of its tissue, of patches that are more than a quarter tumour. All have
+    lymphoid aggregates, scattered patches with tumour at the rim only, and up to three reactions;
+    every focus is surrounded by one more. This design is ours. It favours models that see
+    neighbours, because only neighbours show the mixture, and focusing, because reactions are more
+    frequent with tumour than without. Raises ValueError for a bank that lacks a kind of patch.
     """
     _, masks, labels, morphology = bank
     kinds = torch.where(masks.flatten(1).any(1), ATYPICAL, morphology)
@@ -405,4 +393,4 @@ def slide_phantoms(n, bank, side=64, seed=0, start=0):
     if not all(map(len, pools)):
         raise ValueError(f"got a bank of {len(labels)} patches, {[*map(len, pools)]} of each kind: "
                          "need every kind: pass a bank of 200 or more")
-    return _draw(partial(_slide, pools), n, side, seed, start)
+    return _draw(partial(_slide, pools), n, side, seed)

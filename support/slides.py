@@ -4,9 +4,9 @@
     generated_slides(seed, count, embed)      # mosaics of histology phantoms
     mosaic_slides(bank, seed, count)          # mosaics of real labelled patches, patients apart
 
-A folder holds images, whole slides (tiled by support/tiles.py) or feature files (.h5, .npz, .pt) of
+A folder holds images, whole slides (tiled by support/tiles.py) or feature files (.h5, .npz) of
 features (N, D), coords (N, 2), x and y, and optionally step, the distance between neighbours.
-labels.csv has the columns file (or slide), a label, and optionally patient and split.
+labels.csv has the columns file, a label, and optionally patient and split.
 """
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from support.command import UserError
 from support.datasets import open_dataset
 from support.files import read_csv
-from support.images import IMAGE_SUFFIXES
+from support.images import IMAGE_SUFFIXES, is_inside
 from support.phantoms import histology_phantoms, slide_phantoms
 from support.seeds import step_seed
 from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
@@ -28,7 +28,7 @@ from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
 BANK = 2000          # patches that the generated slides of one part are made of
 PICTURE_SIDE = 1024  # pixels of a slide in heat maps, at most
 GRID_SIDE = 4000     # cells of a grid's side, at most
-FEATURE_SUFFIXES = {".h5", ".npz", ".pt"}
+FEATURE_SUFFIXES = {".h5", ".npz"}
 
 MOSAIC_SIDE = 48     # cells of a mosaic's side; at least half of them are tissue
 MOSAIC_PATCH = 64    # pixels of a patch's side, as it is embedded
@@ -53,7 +53,7 @@ class Slide:
         return self.read()[0][self.rows[patches]].float()
 
 
-# ---- feature files -----------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------
 
 def to_grid(coords, step=None):
     """Coordinates x, y (N, 2) -> grid (N, 2) int64 of rows and columns, from 0.
@@ -66,7 +66,6 @@ def to_grid(coords, step=None):
         return torch.zeros(0, 2, dtype=torch.int64)
     if not np.isfinite(places).all():
         raise ValueError("coords are not finite")
-
     places = places - places.min(axis=0)
     if step is None:
         differences = np.concatenate([np.diff(np.unique(column)) for column in places.T])
@@ -82,28 +81,19 @@ def to_grid(coords, step=None):
     return torch.from_numpy(grid)
 
 
-def _read_arrays(path):
-    """Those of features, coords, pictures, step that a feature file has, as tensors."""
-    keys = ("features", "coords", "pictures", "step")
-    if path.suffix == ".h5":
-        import h5py
-        with h5py.File(path, "r") as file:
-            return {key: torch.as_tensor(file[key][()]) for key in keys if key in file}
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {key: torch.as_tensor(file[key]) for key in keys if key in file}
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: torch.as_tensor(content[key]) for key in keys if key in content}
-
-
 @lru_cache(maxsize=64)
 def read_features(path):
-    """(features (N, D), pictures or None, grid (N, 2)) of a feature file.
-
-    Raises UserError for damaged files, other shapes and values that are not finite.
-    """
+    """(features (N, D), pictures or None, grid (N, 2)) of a feature file; UserError if it is
+    damaged, or has other shapes or values that are not finite."""
     try:
-        content = _read_arrays(path)
+        if path.suffix == ".h5":
+            import h5py
+            open_file = h5py.File(path, "r")
+        else:
+            open_file = np.load(path, allow_pickle=False)
+        with open_file as file:
+            content = {key: torch.as_tensor(file[key][()])
+                       for key in ("features", "coords", "pictures", "step") if key in file}
         features, coords = content["features"], content["coords"]
         if features.ndim != 2 or coords.shape != (len(features), 2):
             raise ValueError(f"shapes {tuple(features.shape)} and {tuple(coords.shape)}")
@@ -117,36 +107,15 @@ def read_features(path):
                         "(N, 2) on a grid are needed", "extract them again") from error
 
 
-# ---- folders -----------------------------------------------------------------------------------
-
-def read_labels(folder):
-    """({name: row}, path) of labels.csv in or beside the folder; names with and without suffix."""
-    path = folder / "labels.csv"
-    if not path.is_file():
-        path = folder.resolve().parent / "labels.csv"
-    rows = read_csv(path)
-    columns = list(rows[0]) if rows else []
-    column = next((name for name in ("slide", "slide_id", "file") if name in columns), None)
-    if column is None:
-        raise UserError(f"{path} has the columns {', '.join(columns) or 'none'}",
-                        "file (or slide) and a label are needed", "rename a column")
-    by_name = {Path(row[column]).name: row for row in rows}
-    if len(by_name) < len(rows):
-        raise UserError(f"{path} names a slide twice", "one row per slide is needed", "correct it")
-    return {Path(name).stem: row for name, row in by_name.items()} | by_name, path
-
-
 def list_slides(folder):
     """Sorted paths of a folder's feature files, or if there are none, of its images."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file()
-                   and path.resolve().is_relative_to(folder.resolve()))
-    for kinds in ({".h5", ".npz"}, {".pt"}, IMAGE_SUFFIXES | SLIDE_SUFFIXES):
-        slides = [path for path in paths if path.suffix.lower() in kinds]
-        if slides:
-            break
-    names = [path.stem for path in slides]
-    if not slides or len(set(names)) < len(names):
-        raise UserError(f"{folder} has {len(slides)} slides, {len(set(names))} names",
+    paths = [path for path in sorted(folder.rglob("*"))
+             if path.is_file() and is_inside(path, folder)]
+    slides = [path for path in paths if path.suffix.lower() in FEATURE_SUFFIXES] or [
+        path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES | SLIDE_SUFFIXES]
+    names = {path.stem for path in slides}
+    if not slides or len(names) < len(slides):
+        raise UserError(f"{folder} has {len(slides)} slides, {len(names)} names",
                         "feature files, images or whole slides with different names are needed",
                         "pass another --data")
     return slides
@@ -158,17 +127,30 @@ def open_slides(folder, tiling, label_column="label"):
     Raises UserError unless there are two labels and one feature width.
     """
     folder = Path(folder)
-    table, table_path = read_labels(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no data set {folder}", "a folder of slides is needed",
+                        "pass --data slides, mosaic or FOLDER")
+    table = folder / "labels.csv"
+    if not table.is_file():
+        table = folder.resolve().parent / "labels.csv"
+    table_rows = read_csv(table)
+    columns = list(table_rows[0]) if table_rows else []
+    if "file" not in columns:
+        raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}",
+                        "file and a label are needed", "rename a column")
+    row_of = {split_suffix(row["file"]): row for row in table_rows}
+    if len(row_of) < len(table_rows):
+        raise UserError(f"{table} names a slide twice", "one row per slide is needed", "correct it")
+
     slides = []
     widths = set()
-    unlabelled = []
-    empty = []
+    left_out = {"without a label": [], "without tissue": []}
     blank = 0
     for path in list_slides(folder):
         name = path.stem
-        row = table.get(name, {})
+        row = row_of.get(name, {})
         if not row.get(label_column):
-            unlabelled.append(name)
+            left_out["without a label"].append(name)
             continue
         if path.suffix not in FEATURE_SUFFIXES:
             target = Path(tiling.folder, f"{name}.npz")
@@ -176,14 +158,14 @@ def open_slides(folder, tiling, label_column="label"):
             path = target
         features, _, grid = read_features(path)
         if not len(features):
-            empty.append(name)
+            left_out["without tissue"].append(name)
             continue
         widths.add(features.shape[1])
         slides.append(Slide(name, row[label_column], row.get("patient") or name,
                             row.get("split") == "test", grid, torch.arange(len(grid)),
                             partial(_features_and_pictures, path)))
 
-    for reason, names in (("without a label", unlabelled), ("without tissue", empty)):
+    for reason, names in left_out.items():
         if names:
             print(f"left out, {reason}: {len(names)} ({', '.join(names[:3])})")
     labels = sorted({slide.label for slide in slides})
@@ -191,16 +173,23 @@ def open_slides(folder, tiling, label_column="label"):
         raise UserError(f"{len(slides)} slides have the labels {labels[:5]} in column "
                         f"{label_column!r} and features of width {sorted(widths)}",
                         "two labels and one width are needed",
-                        f"correct {table_path}, or pass --label-column")
+                        f"correct {table}, or pass --label-column")
     for slide in slides:
         slide.label = labels.index(slide.label)
     patients = f"{len({slide.patient for slide in slides})} patients"
-    if not any("patient" in row for row in table.values()):
+    if "patient" not in columns:
         patients = "no column patient: slides are split one by one"
     print(f"{len(slides)} slides, {sum(slide.label for slide in slides)} of them {labels[1]}; "
           f"{patients}; {sum(len(slide.grid) for slide in slides):,} patches, "
           f"{blank:,} blank tiles left out")
     return slides
+
+
+def split_suffix(file):
+    """A slide's name: the bare name of its file, without the suffix of a slide."""
+    path = Path(file)
+    is_slide = path.suffix.lower() in FEATURE_SUFFIXES | IMAGE_SUFFIXES | SLIDE_SUFFIXES
+    return path.stem if is_slide else path.name
 
 
 def _features_and_pictures(path):
@@ -214,7 +203,7 @@ def split_slides(slides, folds, seed):
     """
     test_patients = {slide.patient for slide in slides if slide.is_test}
     both = sorted(test_patients & {slide.patient for slide in slides if not slide.is_test})
-    held_out = [test_patients]
+    held_out = [test_patients]  # of each fold
     if not test_patients:
         patients = sorted({slide.patient for slide in slides})
         generator = torch.Generator().manual_seed(seed)
@@ -249,13 +238,18 @@ def generated_slides(seed, count, embed):
         features = torch.cat([embed(images) for images in bank[0].split(64)])
         pictures = F.adaptive_avg_pool2d(bank[0], THUMB)
         read = partial(tuple, (features, pictures))
-        for i, (tiles, foci, label) in enumerate(zip(*slide_phantoms(number, bank,
-                                                                     seed=part_seed))):
-            tissue = tiles >= 0
-            name = f"{part}_{i:04d}"
-            slides.append(Slide(name, int(label), name, part == "test", torch.nonzero(tissue),
-                                tiles[tissue], read, foci[tissue]))
+        phantoms = zip(*slide_phantoms(number, bank, seed=part_seed))
+        slides += [slide_of_tiles(part, i, int(label), tiles, foci, read)
+                   for i, (tiles, foci, label) in enumerate(phantoms)]
     return slides
+
+
+def slide_of_tiles(part, i, label, tiles, foci, read):
+    """A Slide of tiles and foci (side, side): rows of the bank, -1 outside the tissue."""
+    tissue = tiles >= 0
+    name = f"{part}_{i:04d}"
+    return Slide(name, label, name, part == "test", torch.nonzero(tissue), tiles[tissue], read,
+                 foci[tissue])
 
 
 @dataclass
@@ -283,22 +277,18 @@ def open_patches(folder, embed, label_column, positive=None):
                         f"{positive}, patients {'un' * (images.groups is None)}known",
                         "two labels, one of them positive, and a patient per patch are needed",
                         "complete labels.csv, or pass --label-column or --positive")
-    features = []
-    pictures = []
-    for rows in torch.arange(len(images)).split(64):
-        batch = images.batch(rows.tolist()).expand(-1, 3, -1, -1)
-        features.append(embed(batch))
-        pictures.append(F.adaptive_avg_pool2d(batch, THUMB))
-    return Patches(torch.cat(features), torch.cat(pictures), labels == positive,
-                   np.array(images.groups))
+    batches = [images.batch(rows.tolist()) for rows in torch.arange(len(images)).split(64)]
+    return Patches(torch.cat([embed(batch) for batch in batches]),
+                   torch.cat([F.adaptive_avg_pool2d(batch, THUMB) for batch in batches]),
+                   labels == positive, np.array(images.groups))
 
 
 def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
     """Rows of the bank (side, side), -1 outside the tissue, and the focus (side, side) bool.
 
     healthy, cancer: for each patient the rows of their patches. foci: least and largest share of
-    the tissue; its logarithm is uniform. Each field of healthy tissue is of one patient, and so is
-    the round focus. This design is ours: nothing but the focus shows where to look.
+    the tissue. Each field of healthy tissue is of one patient, and so is the round focus: nothing
+    but the focus shows where to look (our design).
     """
     # Smooth random fields: the first shapes the outline, the largest of the others the patient.
     coarse = torch.from_numpy(rng.standard_normal((1, 1 + FIELDS, 5, 5)))
@@ -341,13 +331,8 @@ def mosaic_slides(bank, seed, count, foci=FOCI):
                             f"{len(cancer)} with cancer patches", "one of each is needed",
                             "bring patches of more patients")
         for i in range(number):
-            tiles, focus = draw_mosaic(healthy, cancer, i % 2, rng, foci)
-            tissue = tiles >= 0
-            name = f"{part}_{i:04d}"
-            slides.append(Slide(name, i % 2, name, part == "test",
-                                torch.from_numpy(np.argwhere(tissue)),
-                                torch.from_numpy(tiles[tissue]), bank.read,
-                                torch.from_numpy(focus[tissue])))
+            tiles, focus = map(torch.from_numpy, draw_mosaic(healthy, cancer, i % 2, rng, foci))
+            slides.append(slide_of_tiles(part, i, i % 2, tiles, focus, bank.read))
     return slides
 
 

@@ -6,7 +6,6 @@
 """
 import hashlib
 import os
-from contextlib import suppress
 
 import torch
 
@@ -29,9 +28,10 @@ def split_holdout(images, holdout, seed):
     Raises UserError if nothing is left to train on.
     """
     groups = image_groups(images)
-    share = None
-    with suppress(ValueError):
+    try:
         share = float(str(holdout))
+    except ValueError:  # a file
+        share = None
     if share is None:
         _, test = read_split(holdout, images)
         held_out = {groups[i] for i in test.tolist()}
@@ -79,12 +79,11 @@ def read_split(path, images):
     if not rows or not {"file", "split"} <= set(rows[0]):
         raise UserError(f"{path} has the columns {', '.join(rows[0] if rows else ())[:200]}",
                         "file and split are needed", "correct its first line")
-    indices, lost, ambiguous = match_names([row["file"] for row in rows], images.files)
-    if lost or ambiguous:
-        raise UserError(f"{path} names {', '.join((lost + ambiguous)[:3])}, which {images.name} "
-                        "does not have (or not once)", "the images that it was made of are needed",
-                        "pass their folder as --data")
-    sides = {"train": [], "test": []}
-    for i, side in zip(indices, official_sides([row["split"] for row in rows]) or ()):
-        sides.setdefault(side, []).append(i)
-    return tuple(torch.tensor(sorted(sides[side]), dtype=torch.int64) for side in ("train", "test"))
+    indices = match_names([row["file"] for row in rows], images.files)
+    if None in indices:
+        lost = rows[indices.index(None)]["file"]
+        raise UserError(f"{path} names {lost}, which {images.name} does not have (or not once)",
+                        "the images that it was made of are needed", "pass their folder as --data")
+    sides = official_sides([row["split"] for row in rows]) or ()
+    return tuple(torch.tensor(sorted(i for i, other in zip(indices, sides) if other == side),
+                              dtype=torch.int64) for side in ("train", "test"))

@@ -17,11 +17,11 @@ from PIL import Image
 
 from support.command import UserError
 from support.files import atomic_file
+from support.images import IMAGE_FORMATS, otsu_level
 
 THUMB = 8        # pixels of a tile in pictures
 OVERVIEW = 2048  # pixels of the longer side of the thumbnail in which tissue is detected
 SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu"}
-IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,7 @@ def open_pixels(path):
         return FlatImage(path)
     if not openslide.OpenSlide.detect_format(str(path)):
         return FlatImage(path)
-    slide = openslide.OpenSlide(str(path))
-    width, height = slide.level_dimensions[-1]
-    if width * height > 2 * 10 ** 8:
-        raise ValueError(f"its coarsest level has {width} x {height} pixels")
-    return slide
-
-
-def otsu_level(values):
-    """The threshold of uint8 values with the largest variance between both sides (Otsu 1979)."""
-    share = np.bincount(values.ravel(), minlength=256) / values.size
-    below = share.cumsum()
-    mean_below = (share * np.arange(256)).cumsum()
-    difference = mean_below[-1] * below - mean_below
-    return int((difference ** 2 / np.maximum(below * (1 - below), 1e-9)).argmax())
+    return openslide.OpenSlide(str(path))
 
 
 def find_tissue(pixels, step):
@@ -89,7 +76,7 @@ def find_tissue(pixels, step):
 
     # The mean of the mask in each tile; partial tiles are dropped.
     columns, rows = (int(side / step + 1e-6) for side in pixels.dimensions)
-    if not rows or not columns:
+    if not rows * columns:
         return np.zeros((0, 2), int), 0
     scale = step * thumbnail.width / pixels.dimensions[0]
     box = (0, 0, min(columns * scale, thumbnail.width), min(rows * scale, thumbnail.height))
@@ -101,7 +88,7 @@ def find_tissue(pixels, step):
 
 def tile_image(path, target, tiling):
     """Write features, coords and pictures of a slide's tissue tiles to `target`, unless it has
-    them; returns the number of blank tiles. Raises UserError for unreadable files."""
+    them; returns the number of blank tiles. UserError if the file is unreadable."""
     stat = path.stat()
     made_by = (f"{tiling.made_by} {tiling.side} level {tiling.level} "
                f"{stat.st_size} {stat.st_mtime_ns}")
@@ -120,17 +107,13 @@ def tile_image(path, target, tiling):
         features = [torch.zeros(0, 1)] if not len(corners) else []
         pictures = [torch.zeros(0, 3, THUMB, THUMB)]
         for start in range(0, len(corners), 64):
-            tiles = [_read_tile(pixels, tuple(corner), tiling)
-                     for corner in corners[start:start + 64].tolist()]
+            tiles = [_read_tile(pixels, corner, tiling) for corner in corners[start:start + 64]]
             images = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 127.5 - 1
             features.append(tiling.embed(images))
             pictures.append(F.adaptive_avg_pool2d(images, THUMB))
     except UserError:
         raise
-    except Exception as error:
-        known = isinstance(error, (OSError, ValueError, Image.DecompressionBombError))
-        if not known and not type(error).__module__.startswith("openslide"):
-            raise
+    except Exception as error:  # damaged files make both readers raise anything
         raise UserError(f"{path} cannot be tiled ({error})", "a whole slide or an image below 180 "
                         "megapixels is needed", "replace it, or bring features") from error
     with atomic_file(target) as file:
@@ -141,7 +124,8 @@ def tile_image(path, target, tiling):
 
 def _read_tile(pixels, corner, tiling):
     """RGB pixels (side, side, 3) uint8; regions that the scanner skipped are white."""
-    region = pixels.read_region(corner, tiling.level, (tiling.side, tiling.side))
+    side = tiling.side
+    region = pixels.read_region(tuple(map(int, corner)), tiling.level, (side, side))
     white = Image.new("RGB", region.size, "white")
     white.paste(region, mask=region.getchannel("A") if region.mode == "RGBA" else None)
     return np.asarray(white)

@@ -33,8 +33,8 @@ class TrainingSet:
 def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **options):
     """The TrainingSet of the run in `folder`; options go to open_dataset.
 
-    Rank 0 decides and prints the first lines; the other ranks follow. Raises UserError if more than
-    a tenth of the images cannot be read, or if the images of a resumed run have changed.
+    Rank 0 decides and prints the first lines. Raises UserError if more than a tenth of the images
+    cannot be read, or if the images of a resumed run have changed.
     """
     split = Path(folder, "split.csv")
     is_resumed = resume and split.exists()
@@ -42,47 +42,42 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
         options["depth"] = json.loads(Path(folder, "config.json").read_text()).get("depth")
     images = open_dataset(data, size, seed=seed, **options)
 
-    decision = None
-    if not rank():
-        if is_resumed:
-            reasons = read_unreadable(folder, images)
-        else:
-            reasons = decode_all(images)
-        decision = images.depth, reasons
-    images.depth, reasons = all_ranks(decision)[0]
+    reasons = {}
+    if is_resumed:
+        reasons = read_unreadable(folder, images)
+    elif not rank():
+        reasons = decode_all(images)
+    images.depth, reasons = all_ranks((images.depth, reasons))[0]
     images.leave_out(reasons)
     if not rank():
         print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
 
     train, test = read_split(split, images) if is_resumed else split_holdout(images, holdout, seed)
-    if len(train) + len(test) < len(images):
-        known = {*train.tolist(), *test.tolist()}
-        new = next(file for i, file in enumerate(images.files) if i not in known)
-        raise UserError(f"the images differ from those that {folder} began with (new: {new})",
-                        "the same images are needed", "restore them, or start a run with --out DIR")
+    new = {*range(len(images))} - {*train.tolist(), *test.tolist()}
+    if new:
+        raise UserError(f"the images differ from those that {folder} began with (new: "
+                        f"{images.files[min(new)]})", "the same images are needed",
+                        "restore them, or start a run with --out DIR")
     return TrainingSet(images, train, test)
 
 
 def decode_all(images):
     """{index: why} of the images that cannot be decoded; the others are then in the cache."""
-    def reason(i):
+    reasons = {}
+
+    def decode(i):
         try:
             images[i]
         except UserError as error:
-            return one_line(error)
-        return ""
+            reasons[i] = one_line(error)
 
-    if not len(images.sources):
-        return {}  # phantoms
-    reasons = {}
-    status = StatusLine(len(images), "reading")
-    with ThreadPool(4) as pool:  # Pillow releases Python's lock
-        for i, why in enumerate(pool.imap(reason, range(len(images)))):
-            status.update(i + 1)
-            if why:
-                reasons[i] = why
-    status.close()
-    return reasons
+    if len(images.sources):  # phantoms have none
+        status = StatusLine(len(images), "reading")
+        with ThreadPool(4) as pool:  # Pillow releases Python's lock
+            for i, _ in enumerate(pool.imap(decode, range(len(images)))):
+                status.update(i + 1)
+        status.close()
+    return dict(sorted(reasons.items()))
 
 
 def read_unreadable(folder, images):

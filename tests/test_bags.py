@@ -68,7 +68,7 @@ def test_a_witness_is_found(tmp_path, monkeypatch, capsys):
     """The command: one instance far off in each positive bag is learned; figures are written."""
     monkeypatch.chdir(tmp_path)
     path = write_bags(tmp_path / "planted.npz", make_bags(24))
-    experiments(["bags", path, "--folds", "3", "--repeats", "2", "--epochs", "12"])
+    experiments(["bags", path, "--folds", "2", "--repeats", "2", "--epochs", "9"])
     said = capsys.readouterr().out
     assert "24 bags (12 positive) of 2 to 6 instances, 5 features" in said
     result = json.loads((tmp_path / "planted_bags.json").read_text())
@@ -77,16 +77,8 @@ def test_a_witness_is_found(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("changed,says", [
     ({"x": np.zeros(3)}, "holds no bags"), ({"bag": np.zeros(3)}, "holds no bags"),
-    ({"bag_label": np.array([0, 2] * 22)[:43]}, "holds no bags")])
+    ({}, "--folds 10, 4 positive bags of 8")])
 def test_bad_files_are_one_line(tmp_path, changed, says):
-    path = write_bags(tmp_path / "bad.npz", make_bags(12), **changed)
+    path = write_bags(tmp_path / "bad.npz", make_bags(8), **changed)
     with pytest.raises(UserError, match=says):
         experiments(["bags", path])
-
-
-def test_bad_settings(tmp_path):
-    path = write_bags(tmp_path / "few.npz", make_bags(8))
-    with pytest.raises(UserError, match="--folds 10, 4 positive bags of 8"):
-        experiments(["bags", path])
-    with pytest.raises(UserError, match="holds no bags"):
-        experiments(["bags", str(tmp_path / "none.npz")])

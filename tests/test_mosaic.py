@@ -1,13 +1,16 @@
 """Mosaics of support/slides.py: real labelled patches, patients apart, foci known."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import mil
+from evaluate import bootstrap_interval
 from support.command import UserError
 from support.files import write_csv
 from support.pictures import save_png
-from support.slides import Patches, draw_mosaic, mosaic_slides, open_patches
+from support.slides import Patches, mosaic_slides, open_patches
 
 
 def bank_of(patients=10, each=6):
@@ -43,16 +46,6 @@ def test_patients_are_apart_and_foci_are_what_cancer_is():
     assert min(larger) > 0.099 and max(larger) < 0.201
 
 
-def test_a_focus_is_in_one_piece():
-    """The focus is a disc: no cell of it is farther from its middle than a cell beside it."""
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        tiles, focus = draw_mosaic([np.array([0])], [np.array([1])], 1, rng)
-        cells = np.argwhere(focus)
-        assert (tiles[focus] == 1).all() and set(np.unique(tiles)) == {-1, 0, 1}
-        assert np.ptp(cells, axis=0).max() <= 2 * np.sqrt(len(cells)) + 2
-
-
 def write_patches(folder, labels=("cancer", "healthy")):
     rows = [["file", "label", "patient"]]
     for i in range(16):
@@ -62,11 +55,12 @@ def write_patches(folder, labels=("cancer", "healthy")):
     write_csv(folder / "labels.csv", rows)
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, monkeypatch, capsys):
     """From a folder of patches to AUCs and heat maps; --positive names the label of a focus."""
+    monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))
     write_patches(tmp_path / "patches")
     mil.main(["--data", "mosaic", "--patches-of", str(tmp_path / "patches"), "--positive", "cancer",
-              "--count", "20", "--models", "mean", "2x2", "--steps", "2", "--device", "cpu",
+              "--count", "10", "--models", "2x2", "--steps", "2", "--device", "cpu",
               "--out", str(tmp_path / "run")])
     assert "2x2, 256 + 256 focused" in capsys.readouterr().out
     assert (tmp_path / "run" / "heat_2x2.png").exists()
@@ -91,5 +85,3 @@ def test_bad_input(tmp_path):
     for flags in (["--data", "mosaic"], ["--patches-of", "x"]):
         with pytest.raises(UserError, match="go together"):
             mil.parse(flags)
-    with pytest.raises(UserError, match="LEAST comes first"):
-        mil.parse(["--data", "mosaic", "--patches-of", "x", "--foci", "0.2", "0.1"])

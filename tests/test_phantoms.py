@@ -25,26 +25,11 @@ def chests_with(monkeypatch, *labels, size=64):
 @BOTH
 @pytest.mark.parametrize("size", [33, 64])
 def test_image_depends_on_seed_and_index_only(draw, size):
-    """Any stretch of a set equals that part of the whole, bit for bit; the seed changes it."""
-    whole = draw(11, size, seed=3)
-    assert equal([x[2:3] for x in whole], draw(1, size, seed=3, start=2))
-    assert equal([x[5:11] for x in whole], draw(6, size, seed=3, start=5))
+    """The start of a set equals that part of the whole, bit for bit; the seed changes it."""
+    whole = draw(5, size, seed=3)
+    assert equal([x[:3] for x in whole], draw(3, size, seed=3))
     assert not torch.equal(whole[0][0], whole[0][1])
     assert not torch.equal(whole[0][:1], draw(1, size, seed=4)[0])
-
-
-@BOTH
-def test_threads_and_global_generator(draw):
-    """Thread counts change no bit at sides large enough to split; both are left as they were."""
-    before, state = torch.get_num_threads(), torch.get_rng_state()
-    try:
-        torch.set_num_threads(1)
-        one = draw(1, 200)
-        torch.set_num_threads(2)
-        assert equal(one, draw(1, 200)) and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 @BOTH
@@ -118,15 +103,6 @@ def test_findings_brighten_the_lungs_and_leave_the_mask(label, monkeypatch):
     assert change[far].abs().max() < 0.2 * change.max()  # soft edges reach two pixels out
 
 
-def test_cardiomegaly_takes_from_the_mask_only_what_the_heart_covers(monkeypatch):
-    """The heart is never lung, so a larger one shrinks the mask; it never adds to it."""
-    small, large = chests_with(monkeypatch)[1], chests_with(monkeypatch, "cardiomegaly")[1]
-    assert not (large & ~small).any()
-    lost = small & ~large
-    assert (lost.flatten(1).sum(1) > 0).all()
-    assert not lost[..., :12, :].any()  # lung tops, 12 of 64 rows, are out of the heart's reach
-
-
 def test_side_does_not_change_the_anatomy():
     """64 pixels show what 128 show: correlation > 0.95 (the rest is noise), Dice > 0.97."""
     small, large = chest_phantoms(8, 64, seed=5), chest_phantoms(8, 128, seed=5)
@@ -135,13 +111,6 @@ def test_side_does_not_change_the_anatomy():
         assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.95
     mask = avg_pool2d(large[1].float(), 2) > 0.5
     assert 2 * (mask & small[1]).sum() / (mask.sum() + small[1].sum()) > 0.97
-
-
-def test_chests_are_alike_but_not_the_same():
-    """Mean correlation of two chests: posed alike (over 0.45), yet far from copies (under 0.75)."""
-    images = chest_phantoms(100, 32, seed=6)[0].flatten(1)
-    off_diagonal = ~torch.eye(100, dtype=torch.bool)
-    assert 0.45 < torch.corrcoef(images)[off_diagonal].mean() < 0.75
 
 
 def test_histology_labels():
@@ -168,8 +137,7 @@ def test_tumour_has_more_nuclear_stain_than_fat_or_stroma():
 @BOTH
 def test_errors_say_got_need_do(draw):
     """Bad arguments end in a ValueError of one line: the value, the rule and the remedy."""
-    for bad, got in (({"n": 0}, "n=0"), ({"n": 1, "size": 15}, "size=15"),
-                     ({"n": 1, "start": -2}, "start=-2")):
+    for bad, got in (({"n": 0}, "n=0"), ({"n": 1, "size": 15}, "size=15")):
         with pytest.raises(ValueError, match=f"^got .*{got}.*: need .*: pass [^\n]*$"):
             draw(**bad)
 
@@ -181,9 +149,9 @@ def bank():
 
 
 def test_slide_depends_on_seed_and_index_only(bank):
-    """Any stretch of a set of slides equals that part of the whole; the seed changes it."""
+    """The start of a set of slides equals that part of the whole; the seed changes it."""
     whole = slide_phantoms(5, bank, 40, seed=3)
-    assert equal([x[2:4] for x in whole], slide_phantoms(2, bank, 40, seed=3, start=2))
+    assert equal([x[:2] for x in whole], slide_phantoms(2, bank, 40, seed=3))
     assert not torch.equal(whole[0][:1], slide_phantoms(1, bank, 40, seed=4)[0])
     assert not torch.equal(whole[0][0], whole[0][1])
 

@@ -1,5 +1,4 @@
 """prepare.py: a miniature of each public set, as its owners ship it, becomes a labels.csv."""
-import csv
 import gzip
 import sys
 from types import SimpleNamespace
@@ -123,16 +122,6 @@ def test_public_sets(tmp_path, capsys, make, column, cells, patients, tests):
         assert not {images.groups[i] for i in train} & {images.groups[i] for i in test}
     else:
         assert "a patient may be on both sides" in " ".join(images.problems)
-
-
-@pytest.mark.parametrize("uncertain, cell", [("ignore", ""), ("zeros", "0"), ("ones", "1")])
-def test_uncertain_labels(tmp_path, uncertain, cell):
-    """-1 is unknown, 0 or 1, as the user says."""
-    chexpert(tmp_path)
-    prepare.main(["chexpert", str(tmp_path), "--uncertain", uncertain])
-    rows = list(csv.DictReader(open(tmp_path / "labels.csv")))
-    assert [row["Edema"] for row in rows[:4]] == ["0", cell, "0", "1"]
-    assert list(rows[0]) == ["file", "patient", "split", "Edema", "No Finding"]
 
 
 def test_patchcamelyon_arrays(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 
 from pictures_on_disk import folder_of
 from support.command import UserError
-from support.datasets import official_sides, open_dataset
+from support.datasets import open_dataset
 from support.splits import image_groups, read_split, split_holdout, write_split
 
 
@@ -61,13 +61,6 @@ def test_split_file_comes_back(tmp_path):
 def test_impossible_splits(tmp_path, holdout):
     with pytest.raises(UserError):
         split_holdout(patients(tmp_path, 12), holdout, 0)
-
-
-def test_words_of_official_splits():
-    """Validation images are trained on, unless there is no test part."""
-    assert official_sides(["Train", "val", "test", "x"]) == ["train", "train", "test", ""]
-    assert official_sides(["train", "valid"]) == ["train", "test"]
-    assert official_sides(["", "left"]) is None
 
 
 def test_the_official_test_part_is_held_out(tmp_path):

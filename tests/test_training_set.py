@@ -73,18 +73,6 @@ def test_a_resumed_run_goes_by_its_files(folder):
         opened(folder, resume=True)
 
 
-def test_a_run_inside_its_data_resumes(folder):
-    """A run folder's own pictures are not images of the set."""
-    inside = folder / "in/run1"
-    new = open_training_set(inside, False, 16, folder / "in", 0.25)
-    inside.mkdir()
-    (inside / "config.json").write_text("{}")
-    write_choice(SimpleNamespace(folder=inside, writes=True, config={"resume": False}), new)
-    save_png(inside / "curves.png", new.images[0])
-    resumed = open_training_set(inside, True, 16, folder / "in", 0.25)
-    assert resumed.images.files == new.images.files and torch.equal(resumed.test, new.test)
-
-
 def test_examples_have_their_labels(folder):
     images = open_dataset(folder / "in", 16)
     last = write_examples(folder / "held_out", TrainingSet(images, torch.arange(8),

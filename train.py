@@ -75,7 +75,7 @@ class Preset:
     vae: str = "train"
     vae_config: VAEConfig = VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4),
                                       layers_per_block=1)
-    vae_steps: int = 2000
+    vae_steps: int = 1200             # the refiner makes up for a softer decoder
     vae_batch: int = 4                # small batches learn it faster
     vae_lr: float = 3e-3
     kl_weight: float = 1e-6
@@ -99,7 +99,7 @@ class Preset:
 
     # Stage 5, the refiner; 0 steps: none.
     refiner_width: int = 48           # channels of its first level
-    refiner_steps: int = 1000
+    refiner_steps: int = 400
     refiner_batch: int = 8
     refiner_window: int = 96          # pixels of a side that it learns from
     refiner_lr: float = 1e-3
@@ -120,11 +120,12 @@ PRESETS = {
     "tissue64": Preset(  # colour patches
         vae_config=VAEConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 4),
                              layers_per_block=1),
-        vae_batch=8, vae_lr=2e-3,
+        vae_steps=2000, vae_batch=8, vae_lr=2e-3,
         unet_config=UNetConfig(
             in_channels=8, out_channels=8, base_channels=64, channel_multipliers=(1, 2, 2),
             layers_per_block=1, attention_levels=(False, True, True), context_dim=192,
-            num_heads=4)),
+            num_heads=4),
+        refiner_steps=1500),
     "small": Preset(  # one GPU
         size=128, embedder="dino_vits16", embedder_steps=4000, embedder_batch=128,
         vae_config=VAEConfig(base_channels=64, channel_multipliers=(1, 2, 4), layers_per_block=1),

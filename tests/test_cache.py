@@ -74,7 +74,7 @@ def test_a_damaged_cache_and_a_full_disk_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is damaged.*delete it"):
         Arrays(tmp_path, ARRAYS)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 89}))
-    with pytest.raises(UserError, match="free space.*are needed"):
+    with pytest.raises(UserError, match="too little free space.*are needed"):
         build_cache(tmp_path, ARRAYS, Numbers(9), encode, "b", Run())  # 9 x (6 + 4) bytes
 
 

@@ -16,7 +16,7 @@ masks for prompts, and the images sampled from them here). In diffusers that is
 
 Latents are standardised here, but not there: shift and scale are folded into the 1x1 convolutions
 next to the latent. diffusers has one number of groups for all norms of a network, so widths must
-be multiples of 32.
+be multiples of 32. The refiner is not exported.
 """
 import json
 from pathlib import Path
@@ -126,14 +126,14 @@ def make_example(model, count, steps):
     elif model.embedding_sampler is not None:
         condition = model.embedding_sampler.sample([torch.Generator().manual_seed(seed)
                                                     for seed in seeds])
-    context, mask = model.context(condition, count)
+    context, mask = (model.null_context(count) if condition is None else model.context(condition))
     side = model.config.image_size // model.config.vae.factor
     shape = (count, model.config.vae.latent_channels, side, side)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     example = {
         "noise": seeded_noise(generators, shape, model.shift),
         "context": context,
-        "images": model.sample(condition, seeds, steps),
+        "images": model.sample(condition, seeds, steps, sampler="ddim", refine=False),
     }
     return example if mask is None else {**example, "mask": mask.int()}
 

@@ -47,7 +47,7 @@ from support.files import load_checkpoint, resolve_checkpoint, write_csv
 from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)
-from support.run import FREE_TO_CHANGE, Run, Stopped, print_end, print_start, saved_settings
+from support.run import Run, Stopped, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
 from support.training_set import open_training_set, write_choice, write_examples
 from support.vectors import read_vectors
@@ -701,33 +701,12 @@ def flags():
 
 
 def parse(argv=None):
-    """Flags -> Namespace; with --resume, what is not given is as the run began.
-
-    Raises UserError for a folder that holds a run, and for a resume that changes a setting.
+    """Flags -> Namespace; with --resume, what is not given is as the run began: see resume_flags.
     """
     parser = flags()
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{Path(args.data).resolve().stem}"
-    if args.dry_run:
-        return args
-
-    before = saved_settings(args.out)
-    if before and not args.resume:
-        raise UserError(f"{args.out} already contains a run", "a new folder is needed, or --resume",
-                        "pass --out DIR or --resume")
-    out = args.out
-    flags_before = {name: value for name, value in before.items()
-                    if name in vars(args) and name not in ("out", "resume", "dry_run")}
-    args = parser.parse_args(argv, argparse.Namespace(**flags_before))
-    args.out = out
-    for name, value in flags_before.items():
-        now = getattr(args, name)
-        is_moved = name == "data" and Path(now).is_dir()  # split.csv tells whether it is the same
-        if now != value and not is_moved and (name not in FREE_TO_CHANGE or name == "data"):
-            raise UserError(f"--{name.replace('_', '-')} {now} differs from the run's {value}",
-                            "a resumed run keeps its settings",
-                            "leave the flag out, or start again with --out DIR")
-    return args
+    return args if args.dry_run else resume_flags(parser, argv, args.out)
 
 
 MAY_BE_ZERO = {"unet_steps", "refiner_steps", "kl_weight", "perceptual", "weight_decay", "ema",

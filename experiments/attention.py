@@ -3,15 +3,15 @@
     python -m experiments attention --image chest.png
     python -m experiments attention --image chest.png --embedder dinov2_vits14_reg
 
-The picture shows the image and a heat map for each head of the last block, from black through red
-and yellow to white at its maximum. The number is exp(entropy) of a head's attention over patches,
-from 1 (one patch) to N (all equal).
+The picture: the image and a heat map for each head of the last block, from black through red and
+yellow to white at its maximum. The number: exp(entropy) of a head's attention over patches, from 1
+(one patch) to N (all equal).
 """
 import torch
 import torch.nn.functional as F
 
 from dino import load_dino
-from support.command import UserError, user_errors
+from support.command import user_errors
 from support.fast import attention_weights
 from support.files import resolve_checkpoint
 from support.images import load_image
@@ -21,10 +21,8 @@ PANEL = 224  # pixels
 
 
 def attention_maps(vit, x):
-    """Attention of CLS to each patch in the last block, (B, heads, H/patch, W/patch).
-
-    Images x (B, 3, H, W) in [-1, 1]. Maps sum to 1 minus the attention to CLS and registers.
-    """
+    """Images x (B, 3, H, W) in [-1, 1] -> attention of CLS to each patch in the last block,
+    (B, heads, H/patch, W/patch). Maps sum to 1 minus the attention to CLS and registers."""
     tokens = vit.embed(x)
     for block in vit.blocks[:-1]:
         tokens = block(tokens)
@@ -58,8 +56,6 @@ def add_flags(parser):
 
 @torch.no_grad()
 def main(args):
-    if not args.out.lower().endswith(".png"):
-        raise UserError(f"{args.out} is not a .png file", "a .png is needed", "change --out")
     weights = args.embedder or resolve_checkpoint()
     with user_errors():
         vit = load_dino(weights)

@@ -16,7 +16,7 @@ masks for prompts, and the images sampled from them here). In diffusers that is
 
 Latents are standardised here, but not there: shift and scale are folded into the 1x1 convolutions
 next to the latent. diffusers has one number of groups for all norms of a network, so widths must
-be multiples of 32.
+be multiples of 32. The refiner is not exported.
 """
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import nn
 
 from dinodiff import DinoDiffusion, ddim_sample, seeded_noise
 from support.command import UserError, number, user_errors
-from support.files import load_checkpoint, make_folder, resolve_checkpoint, write_text_atomic
+from support.files import load_checkpoint, resolve_checkpoint, write_text_atomic
 from support.tensors import write_safetensors
 from unet import UNet
 from vae import AutoencoderKL
@@ -40,26 +40,14 @@ def add_flags(parser):
     parser.add_argument("--steps", type=number(int, 1), default=20, help="DDIM steps")
 
 
-def norm_groups(network, name):
-    """The number of groups of all GroupNorms of a network; UserError if they differ."""
-    groups = sorted({m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)})
-    if len(groups) > 1:
-        raise UserError(f"the {name} has norms of {groups} groups", "diffusers has one number of "
-                        "groups: widths that are multiples of 32 are needed",
-                        "train with another --preset")
-    return groups[0]
-
-
 # ---- contents of the files: state dicts and configs ---------------------------------------------
 
 def standardised_latents(state, shift, scale):
     """The VAE's state dict with x0 = (z - shift) * scale as its latent; shift, scale (C,)."""
     state = dict(state)
     mean_scale = torch.cat([scale, torch.ones_like(scale)])[:, None, None, None]
-    weight = state["quant_conv.weight"]
-    bias = state["quant_conv.bias"]
-    state["quant_conv.weight"] = weight * mean_scale
-    mean, logvar = bias.chunk(2)
+    state["quant_conv.weight"] = state["quant_conv.weight"] * mean_scale
+    mean, logvar = state["quant_conv.bias"].chunk(2)
     state["quant_conv.bias"] = torch.cat([(mean - shift) * scale, logvar + 2 * scale.log()])
 
     weight = state["post_quant_conv.weight"]  # z = x0 / scale + shift
@@ -68,42 +56,46 @@ def standardised_latents(state, shift, scale):
     return state
 
 
+def network_config(network, side):
+    """The part of config.json that diffusers' VAE and U-Net share; side: of images or latents."""
+    groups = sorted({m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)})
+    if len(groups) > 1:
+        raise UserError(f"norms of {groups} groups", "diffusers has one number of groups: widths "
+                        "that are multiples of 32 are needed", "train with another --preset")
+    return {
+        "block_out_channels": list(network.config.widths),
+        "layers_per_block": network.config.layers_per_block,
+        "norm_num_groups": groups[0],
+        "in_channels": network.config.in_channels,
+        "sample_size": side,
+    }
+
+
 def vae_config(vae, side):
     """config.json of diffusers' AutoencoderKL for images of this side."""
-    config = vae.config
-    levels = len(config.widths)
+    levels = len(vae.config.widths)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.widths),
-        "layers_per_block": config.layers_per_block,
+        "out_channels": vae.config.in_channels,
+        "latent_channels": vae.config.latent_channels,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": norm_groups(vae, "autoencoder"),
         "scaling_factor": 1.0,
-        "sample_size": side,
+        **network_config(vae, side),
     }
 
 
 def unet_config(unet, side):
     """config.json of diffusers' UNet2DConditionModel for latents of this side."""
-    config = unet.config
-    down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in config.attention_levels]
-    up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in config.attention_levels]
+    kinds = ["CrossAttn" if has else "" for has in unet.config.attention_levels]
     return {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": list(config.widths),
-        "layers_per_block": config.layers_per_block,
-        "down_block_types": down,
-        "up_block_types": up[::-1],
-        "cross_attention_dim": config.context_dim,
-        "attention_head_dim": config.num_heads,  # diffusers' name for the number of heads
-        "norm_num_groups": norm_groups(unet, "U-Net"),
-        "sample_size": side,
+        "out_channels": unet.config.out_channels,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "cross_attention_dim": unet.config.context_dim,
+        "attention_head_dim": unet.config.num_heads,  # diffusers' name for the number of heads
+        **network_config(unet, side),
     }
 
 
@@ -132,40 +124,36 @@ def make_example(model, count, steps):
     if model.prompts:
         condition = model.prompt_ids([model.prompts[i % len(model.prompts)] for i in seeds])
     elif model.embedding_sampler is not None:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        condition = model.embedding_sampler.sample(generators)
-    context, mask = model.context(condition, count)
-
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        condition = model.embedding_sampler.sample([torch.Generator().manual_seed(seed)
+                                                    for seed in seeds])
+    context, mask = (model.null_context(count) if condition is None else model.context(condition))
     side = model.config.image_size // model.config.vae.factor
     shape = (count, model.config.vae.latent_channels, side, side)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     example = {
         "noise": seeded_noise(generators, shape, model.shift),
         "context": context,
-        "images": model.sample(condition, seeds, steps),
+        "images": model.sample(condition, seeds, steps, sampler="ddim", refine=False),
     }
-    if mask is not None:
-        example["mask"] = mask.int()
-    return example
+    return example if mask is None else {**example, "mask": mask.int()}
 
 
 def write_folder(model, folder):
     """Write everything but the example; raises UserError if diffusers cannot load this model."""
     side = model.config.image_size
-    latent_side = side // model.config.vae.factor
-    vae_state = standardised_latents(model.vae.state_dict(), model.shift.flatten(),
-                                     model.scale.flatten())
-    projection = {**model.projection.state_dict(), "token_mean": model.token_mean,
-                  "token_std": model.token_std}
-
+    configs = {
+        "vae/config.json": vae_config(model.vae, side),
+        "unet/config.json": unet_config(model.unet, side // model.config.vae.factor),
+        "scheduler/scheduler_config.json": scheduler_config(model.schedule),
+    }
     stem = "diffusion_pytorch_model.safetensors"
-    configs = {"vae/config.json": vae_config(model.vae, side),
-               "unet/config.json": unet_config(model.unet, latent_side),
-               "scheduler/scheduler_config.json": scheduler_config(model.schedule)}
-    states = {f"vae/{stem}": vae_state, f"unet/{stem}": model.unet.state_dict(),
-              "projection.safetensors": projection}
-    for name in configs:
-        make_folder((folder / name).parent)
+    states = {
+        f"vae/{stem}": standardised_latents(model.vae.state_dict(), model.shift.flatten(),
+                                            model.scale.flatten()),
+        f"unet/{stem}": model.unet.state_dict(),
+        "projection.safetensors": {**model.projection.state_dict(),
+                                   "token_mean": model.token_mean, "token_std": model.token_std},
+    }
     for name, config in configs.items():
         write_text_atomic(folder / name, json.dumps(config, indent=2) + "\n")
     for name, state in states.items():
@@ -194,12 +182,8 @@ def main(args):
                         "diffusers has no such network", "export a run of another --preset")
     folder = Path(args.folder)
     write_folder(model, folder)
-    with user_errors():
-        example = make_example(model, args.count, args.steps)
+    example = make_example(model, args.count, args.steps)
     write_safetensors(folder / "example.safetensors", example)
-    print(f"wrote {folder}: vae/ unet/ scheduler/ for diffusers, "
-          "projection.safetensors, example.safetensors")
-
     difference = largest_difference(folder, example, model.schedule, args.steps)
-    print(f"read back, {args.count} images of {args.steps} DDIM steps: the largest difference of a "
-          f"pixel in [-1, 1] is {difference:.1e}")
+    print(f"wrote {folder}; read back, {args.count} images of {args.steps} DDIM steps: the largest "
+          f"difference of a pixel in [-1, 1] is {difference:.1e}")

@@ -23,7 +23,7 @@ from support.run import Stopped
 
 def are_files(images):
     """Whether the pixels of an ImageSet are in files that must be decoded."""
-    return isinstance(images.sources, list) and len(images.sources) > 0
+    return isinstance(images.sources, list)
 
 
 class Pictures(Dataset):
@@ -59,7 +59,7 @@ class Arrays(Dataset):
 class Latents(Arrays):
     """The cache of latents and tokens, by row: (mean, std, condition).
 
-    The condition is the image's raw tokens (G, D), or its row of `conditions` if these are given.
+    conditions: one for each image, in place of its raw tokens (G, D).
     order: the image of each row, if images do not come equally often.
     """
 
@@ -87,12 +87,6 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-def reading_processes(dataset):
-    """How many processes read ahead: up to eight to decode files for a GPU; arrays need none."""
-    decodes = isinstance(dataset, Pictures) and are_files(dataset.images)
-    return min(8, os.cpu_count()) if decodes and torch.cuda.is_available() else 0
-
-
 def _ignore_ctrl_c(worker):
     """A terminal sends Ctrl-C to the loader's processes as well; the run decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -101,9 +95,11 @@ def _ignore_ctrl_c(worker):
 def loader(dataset, plan, device=torch.device("cpu"), workers=None):
     """One batch, a tuple of tensors, for each list of rows in `plan`.
 
-    For a GPU the batches are in pinned memory, so that the copy is asynchronous.
+    workers: processes that read ahead; by default up to eight to decode files for a GPU.
     """
-    workers = reading_processes(dataset) if workers is None else workers
+    if workers is None:
+        decodes = isinstance(dataset, Pictures) and are_files(dataset.images)
+        workers = min(8, os.cpu_count()) if decodes and device.type == "cuda" else 0
     return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple,
                       pin_memory=device.type == "cuda", worker_init_fn=_ignore_ctrl_c)
 
@@ -112,9 +108,9 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
                 device=torch.device("cpu")):
     """Write encode(batch of the dataset, its rows) -> {name: (B, ...)} for every row.
 
-    arrays: name -> (shape of a row, NumPy dtype), one file NAME.npy each. made_by: a text that
-    changes with the weights and the images; a complete cache with the same text is kept.
-    Ranks take batches in turn and write into the same files, so they need a shared folder.
+    arrays: name -> (shape of a row, NumPy dtype), one file NAME.npy each.
+    made_by: tells the weights and images; a complete cache with the same text is kept.
+    Ranks take batches in turn and write into the same files of a shared folder.
     Raises Stopped after a signal: an incomplete cache is built again.
     """
     n = len(dataset)
@@ -124,12 +120,11 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
     if not rank():
         make_folder(folder)
         complete.unlink(missing_ok=True)
-        need = n * sum(math.prod(shape) * np.dtype(dtype).itemsize
-                       for shape, dtype in arrays.values())
-        free = shutil.disk_usage(folder).free
-        if need > free:
-            raise UserError(f"{folder} has {free / 1e9:.1f} GB of free space",
-                            f"{need / 1e9:.1f} GB are needed", "make space, or pass another --out")
+        need = sum(n * math.prod(shape) * np.dtype(dtype).itemsize
+                   for shape, dtype in arrays.values())
+        if need > shutil.disk_usage(folder).free:  # a memory-mapped file would crash half-way
+            raise UserError(f"{folder} has too little free space", f"{need / 1e9:.1f} GB are "
+                            "needed", "make space, or pass another --out")
         for name, (shape, dtype) in arrays.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (n, *shape))
     all_ranks()

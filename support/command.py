@@ -1,7 +1,4 @@
-"""What every script needs: errors of one line, number flags, the device, tables, progress.
-
-A user's mistake ends as a `UserError` of one line in three parts: got, need, do.
-"""
+"""What every script needs: errors of one line, number flags, the device, tables, progress."""
 import argparse
 import os
 import re
@@ -22,7 +19,7 @@ def one_line(text):
 
 
 class UserError(Exception):
-    """An error that a user can fix: one line in three parts, got, need, do."""
+    """A mistake that a user can fix: one line in three parts, got, need, do."""
 
     def __init__(self, *parts):
         super().__init__(one_line(": ".join(map(str, parts))))
@@ -69,8 +66,8 @@ def run_script(main):
         is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not is_full and not re.search(r"allocate memory|DataLoader worker \(pid", str(error)):
             raise  # a bug keeps its traceback
-        text = ("the memory is full: a batch must fit: lower --batch, --size or --count, pass "
-                "--checkpointing, or take a smaller --preset, where the script has these flags")
+        text = ("the memory is full: a batch must fit: lower --batch, --size or --count, or take "
+                "a smaller --preset, where the script has these flags")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {text}", file=sys.stderr)

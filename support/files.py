@@ -15,7 +15,6 @@ from support.command import UserError, user_errors
 
 CHECKPOINT_VERSION = 3
 BOX = Path(__file__).resolve().parent.parent / "weights" / "cxr128.pt"
-ABOUT = "the bundled model (weights/README.md): chest X-rays at 128 px, not for clinical use"
 
 
 def make_folder(path):
@@ -35,10 +34,7 @@ def next_folder(parent, name):
 
 @contextmanager
 def atomic_file(path, sync=True):
-    """A binary file that replaces `path` once it is complete and on the disk.
-
-    sync=False: the system decides when it reaches the disk, which is faster for many files.
-    """
+    """A binary file that replaces `path` once it is complete; sync: and on the disk."""
     path = Path(path)
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -70,7 +66,7 @@ def write_text_atomic(path, text):
 
 
 def write_csv(path, rows):
-    """Write rows, column names first, as a file that replaces the old one at once."""
+    """Write rows, column names first, as text that replaces the old file at once."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text_atomic(path, text.getvalue())
@@ -78,16 +74,15 @@ def write_csv(path, rows):
 
 def append_csv(path, rows):
     """Add rows at the end of a table."""
-    with user_errors(f"{path} must be writable", "make space there, or pass another --out"):
-        with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    with (user_errors(f"{path} must be writable", "make space there, or pass another --out"),
+          open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file):
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def read_csv(path):
-    """Rows of a CSV file as dicts, column -> text without surrounding spaces.
+    """Rows of a CSV file in UTF-8 as dicts, column -> text without surrounding spaces.
 
-    UTF-8; comma, semicolon or tab, whichever is most frequent in the first line; also .csv.gz.
-    Raises UserError if it cannot be read, or if two columns have the same name.
+    Columns are parted by commas, semicolons or tabs; also .csv.gz.
     """
     open_text = gzip.open if str(path).endswith(".gz") else open
     try:
@@ -95,14 +90,11 @@ def read_csv(path):
             delimiter = max(",;\t", key=file.readline().count)
             file.seek(0)
             reader = csv.DictReader(file, delimiter=delimiter, restval="", skipinitialspace=True)
-            rows = [{name.strip(): cell.strip() for name, cell in row.items() if name}
+            return [{name.strip(): cell.strip() for name, cell in row.items() if name}
                     for row in reader]
-        if len(set(reader.fieldnames or [])) < len(reader.fieldnames or [""]):
-            raise ValueError("columns need different names")
     except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error})", "a CSV file in UTF-8 is needed",
                         "save it as CSV UTF-8") from error
-    return rows
 
 
 def write_json(path, result):
@@ -113,9 +105,9 @@ def write_json(path, result):
 
 def append_jsonl(path, row):
     """Add one dict as a line of JSON."""
-    with user_errors(f"{path} must be writable", "make space there, and start again"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    with (user_errors(f"{path} must be writable", "make space there, and start again"),
+          open(path, "a", encoding="utf-8") as file):
+        file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path):
@@ -130,34 +122,32 @@ def read_jsonl(path):
 
 def load_checkpoint(path, needs=(), do="make one with: python train.py --data cxr"):
     """Load a file of this project on the CPU; code inside such a file is never run."""
+    why = ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [name for name in needs if name not in checkpoint]
-        version = str(checkpoint["version"])[:40]
+        if checkpoint["version"] != CHECKPOINT_VERSION:
+            why = f"its version is {str(checkpoint['version'])[:40]}; train it again"
+        elif not set(needs) <= checkpoint.keys():
+            why = f"it lacks {', '.join(set(needs) - checkpoint.keys())}"
     except Exception:  # torch.load raises all kinds of errors for a damaged or foreign file
         why = "missing, damaged, no checkpoint, or pickled code, which is refused"
-    else:
-        if version == str(CHECKPOINT_VERSION) and not missing:
-            return checkpoint
-        why = f"it lacks {', '.join(missing)}"
-        if version != str(CHECKPOINT_VERSION):
-            why = f"its version is {version}; models of other versions must be trained again"
-    raise UserError(f"{path} cannot be read ({why})",
-                    f"a model.pt or state.pt of version {CHECKPOINT_VERSION} is needed", do)
+    if why:
+        raise UserError(f"{path} cannot be read ({why})",
+                        f"a model.pt or state.pt of version {CHECKPOINT_VERSION} is needed", do)
+    return checkpoint
 
 
 def resolve_checkpoint(argument=None, root="runs"):
-    """Path of a model.pt: the file or run folder given, or "box" for the bundled model. Without
-    an argument: that of the newest run, else the bundled model, with a note."""
+    """Path of a model.pt: a file, a run's folder, or "box", the bundled model. Without an argument:
+    the newest run's, else the box, with a note."""
+    runs = sorted(Path(root).glob("*/model.pt"), key=os.path.getmtime)
+    if argument is None and not runs:
+        print(f"no run in {root}: this is the bundled model (weights/README.md): chest X-rays at "
+              "128 px, not for clinical use")
+    path = Path(argument or (runs[-1] if runs else BOX))
     if argument == "box":
-        argument = BOX
-    if argument is None:
-        runs = sorted(Path(root).glob("*/model.pt"), key=os.path.getmtime)
-        argument = runs[-1] if runs else BOX
-        if not runs:
-            print(f"no run in {root}: this is {ABOUT}")
-    path = Path(argument)
-    if path.is_dir():
+        path = BOX
+    elif path.is_dir():
         path = path / "model.pt"
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}", "a trained model is needed",
@@ -166,7 +156,6 @@ def resolve_checkpoint(argument=None, root="runs"):
 
 
 def note_colour(images):
-    """Note that the bundled model knows only X-rays, if an image (3, H, W) in [-1, 1] has colour.
-    """
+    """If an image (3, H, W) in [-1, 1] has colours, note that the box knows only X-rays."""
     if any((x.amax(0) - x.amin(0)).max() > 0.1 for x in images):
         print("note: the source has colours; the bundled model renders any input as a chest X-ray")

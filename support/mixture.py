@@ -3,7 +3,7 @@
     sampler = EmbeddingSampler.fit(tokens)             # standardised training tokens (N, G, D)
     condition = sampler.sample(generators)             # (B, G, D), one set for each generator
 
-Not in the paper; an addition, for people who have a model but no image to start from.
+Not in the paper: for people who have a model but no image to start from.
 """
 import torch
 from scipy.cluster.vq import kmeans2
@@ -11,11 +11,9 @@ from torch import nn
 
 
 class EmbeddingSampler(nn.Module):
-    """Tokens without a source image: a Gaussian mixture over the training set's tokens.
+    """A Gaussian for each K-means cluster of the tokens, in at most 64 principal components.
 
-    The flattened standardised tokens (N, G*D) are brought to at most 64 principal components; each
-    K-means cluster there becomes one Gaussian, its covariance shrunk towards the pooled one:
-    few images cannot fix 64 x 64 numbers. What the left-out components held is not sampled.
+    Covariances are shrunk towards the pooled one, because few images cannot fix 64 x 64 numbers.
     """
 
     def __init__(self, components, rank, tokens, dim):
@@ -47,8 +45,7 @@ class EmbeddingSampler(nn.Module):
         distinct = scores.float().unique(dim=0).shape[0]
         k = max(1, min(components, N // (2 * rank), distinct))
         _, assignment = kmeans2(scores.numpy(), k, iter=30, minit="++", seed=seed)
-        groups = [scores[torch.from_numpy(assignment == j)] for j in range(k)]
-        groups = [group for group in groups if len(group)]
+        groups = [scores[torch.from_numpy(assignment == j)] for j in sorted(set(assignment))]
 
         # A Gaussian for each.
         within = torch.cat([group - group.mean(0) for group in groups])

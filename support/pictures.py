@@ -19,15 +19,14 @@ def to_picture(image):
 
 
 def save_png(path, image):
-    """Write (3, H, W) as RGB or (1, H, W) as grey, in [-1, 1], or a Pillow image, as a PNG."""
+    """Write (3, H, W) or (1, H, W) in [-1, 1], or a Pillow image, as a PNG."""
     picture = image if isinstance(image, Image.Image) else to_picture(image)
     with atomic_file(path) as file:
         picture.save(file, format="PNG")
 
 
 def save_pngs(paths, images):
-    """Write images (N, 3 or 1, H, W) in [-1, 1] to N paths with a few threads, lightly compressed.
-    """
+    """Write images (N, 3 or 1, H, W) in [-1, 1] to N paths with a few threads."""
     def save(path, image):
         with atomic_file(path, sync=False) as file:
             to_picture(image).save(file, format="PNG", compress_level=1)
@@ -63,11 +62,8 @@ def save_grid(path, rows, captions=None):
 def line_chart(path, series, title, xlabel, ylabel, log_y=False):
     """Write a PNG chart of at most five lines name -> (xs, ys), from x = 0."""
     # The lines, and their range.
-    lines = {}
-    for name, (xs, ys) in series.items():
-        if log_y:
-            ys = [math.log10(max(y, 1e-9)) for y in ys]
-        lines[name] = list(zip(xs, ys))
+    lines = {name: [(x, math.log10(max(y, 1e-9)) if log_y else y) for x, y in zip(xs, ys)]
+             for name, (xs, ys) in series.items()}
     points = sum(lines.values(), []) or [(0, 0)]
     heights = [y for _, y in points]
     margin = 0.05 * (max(heights) - min(heights)) or 0.5

@@ -1,7 +1,7 @@
 """Several processes, called ranks, that train or sample together, started by torchrun.
 
-Each computes its share of every batch; gradients are averaged before each step of the optimizer,
-so that all hold the same weights. With one process these functions do nothing.
+Each computes its share of every batch; gradients are averaged before each step, so that all hold
+the same weights. With one process these functions do nothing.
 """
 import atexit
 import os
@@ -45,9 +45,7 @@ def rows_of_rank(rows):
 
 def average_gradients(parameters):
     """Replace each gradient by its mean over all ranks: that of the whole batch."""
-    if ranks() == 1:
-        return
-    for parameter in parameters:
+    for parameter in parameters if ranks() > 1 else ():
         if parameter.grad is not None:
             mean = parameter.grad.contiguous()
             dist.all_reduce(mean)

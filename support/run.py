@@ -7,9 +7,9 @@
         run.finish("vae", model.state_dict())
     run.close()
 
-Run() without a folder writes nothing and still watches the losses. Of several ranks, rank 0 writes;
-the others read state.pt.
+Run() without a folder writes nothing and still watches the losses. Of several ranks, rank 0 writes.
 """
+import argparse
 import json
 import math
 import os
@@ -28,8 +28,7 @@ from support.files import (CHECKPOINT_VERSION, append_jsonl, load_checkpoint, ma
 from support.pictures import line_chart
 from support.ranks import all_ranks, rank
 
-# Settings that a resumed run may change.
-FREE_TO_CHANGE = {"data", "device", "out", "resume", "dry_run", "torch", "torchvision"}
+FREE_TO_CHANGE = {"device"}  # flags that a resumed run may change, beside the place of its data
 SAVE_SECONDS = 300  # between two saves of the state
 
 
@@ -50,25 +49,49 @@ def lock(folder):
     except (BlockingIOError, PermissionError):
         raise UserError(f"{folder} is in use by another run", "a folder takes one run at a time",
                         "wait for it, stop it, or pass another --out") from None
-    except (ImportError, OSError):
+    except OSError:
         print(f"note: {folder} cannot be locked here; do not start a second run in it")
     return file
 
 
 def saved_settings(folder):
-    """The settings of the run in that folder, from config.json; {} if it contains no run."""
+    """What config.json says of the run in that folder; {} if there is none."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        return {}
     with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def resume_flags(parser, argv, out):
+    """The flags of argv; with --resume, those that argv leaves out are as the run in `out` began.
+
+    parser needs --resume and --out. Raises UserError if `out` contains a run and --resume is
+    missing, or if a flag would change a setting of that run.
+    """
+    args = parser.parse_args(argv)
+    saved = saved_settings(out)
+    if saved and not args.resume:
+        raise UserError(f"{out} already contains a run", "a new folder is needed, or --resume",
+                        "pass --out DIR or --resume")
+    flags = {name: value for name, value in saved.items()
+             if name in vars(args) and name not in ("out", "resume", "dry_run")}
+    args = parser.parse_args(argv, argparse.Namespace(**flags))
+    args.out = out
+    for name, before in flags.items():
+        now = getattr(args, name)
+        # A folder of images may have moved: split.csv tells whether it is the same.
+        has_moved = name == "data" and Path(now).is_dir()
+        if now != before and not has_moved and name not in FREE_TO_CHANGE:
+            raise UserError(f"--{name.replace('_', '-')} {now} differs from the run's {before}",
+                            "a resumed run keeps its settings",
+                            "leave the flag out, or start again with --out DIR")
+    return args
 
 
 class Run:
     """A folder with the settings, the log, and everything that a resume needs.
 
-    Construct it after everything else has been checked, because it overwrites an older run.
-    Raises UserError if the folder cannot be made, is in use, or holds the state of another run.
+    It overwrites an older run: check everything else first. Raises UserError if the folder cannot
+    be made or is in use, or if its state is damaged.
     """
 
     def __init__(self, folder=None, config=None, resume=False):
@@ -85,28 +108,21 @@ class Run:
             self.lock = lock(self.folder)
         all_ranks()
 
-        # The saved state, the settings, and the log up to the saved step.
-        if resume and (self.folder / "state.pt").exists():
-            self._load_state()
+        # The saved state; the settings; the log up to the saved step.
+        path = self.folder / "state.pt"
+        if resume and path.exists():
+            saved = load_checkpoint(path, ("finished", "state"),
+                                    "restore it, or delete it and lose its steps")
+            self.finished = saved["finished"]
+            self.state = saved["state"]
+            if self.state:
+                print(f"{self.state['stage']}: resumes after step {self.state['step']}")
         if self.writes:
             write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
-            rows = [json.dumps(row) + "\n" for row in self.rows() if row["stage"] in self.finished
+            rows = [row for row in self.rows() if row["stage"] in self.finished
                     or row["step"] <= self.steps_done(row["stage"])]
-            write_text_atomic(self.folder / "log.jsonl", "".join(rows))
-
-    def _load_state(self):
-        """Read state.pt; refuse that of a run with other settings."""
-        path = self.folder / "state.pt"
-        do = "restore it, or delete it and lose its steps"
-        saved = load_checkpoint(path, ("finished", "state"), do)
-        for name, value in saved.get("config", {}).items():
-            if name not in FREE_TO_CHANGE and self.config.get(name, value) != value:
-                raise UserError(f"{path} was made with {name} {value}, not {self.config[name]}",
-                                "the same settings are needed to resume", do)
-        self.finished = saved["finished"]
-        self.state = saved["state"]
-        if self.state:
-            print(f"{self.state['stage']}: resumes after step {self.state['step']}")
+            write_text_atomic(self.folder / "log.jsonl",
+                              "".join(json.dumps(row) + "\n" for row in rows))
 
     def steps_done(self, stage):
         """The number of saved steps of a stage in progress."""
@@ -115,7 +131,7 @@ class Run:
     # ---- during a stage
 
     def begin(self, stage, steps, upto, model, optimizer, ema):
-        """Begin or resume a stage; returns its Progress."""
+        """Begin or resume a stage: its Progress."""
         return Progress(self, stage, steps, upto, model, optimizer, ema)
 
     def rows(self):
@@ -129,12 +145,9 @@ class Run:
 
     def save(self, stage, step, model, optimizer, ema):
         """Save everything that the stage needs to resume after this step."""
-        self._set_state(stage, step, model, optimizer, ema)
-        self._write_state()
-
-    def _set_state(self, stage, step, model, optimizer, ema):
         self.state = {"stage": stage, "step": step, "model": model.state_dict(),
                       "optimizer": optimizer.state_dict(), "ema": ema}
+        self._write_state()
 
     def restore(self, stage, model, optimizer, ema):
         """Load the saved state of this stage; returns the number of steps done."""
@@ -149,7 +162,9 @@ class Run:
                     moments[name] = torch.empty_like(parameter).copy_(moments[name])
             for name in ema or {}:
                 ema[name].copy_(self.state["ema"][name])
-            self._set_state(stage, step, model, optimizer, ema)  # frees the copy from the file
+            # In place of the copies from the file:
+            self.state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                           "ema": ema}
         return step
 
     def finish(self, stage, result):
@@ -161,8 +176,7 @@ class Run:
     def _write_state(self):
         if self.writes:
             save_atomic(self.folder / "state.pt", {
-                "version": CHECKPOINT_VERSION, "config": self.config,
-                "finished": self.finished, "state": self.state})
+                "version": CHECKPOINT_VERSION, "finished": self.finished, "state": self.state})
 
     @contextmanager
     def signals_caught(self):
@@ -183,23 +197,19 @@ class Run:
     # ---- outputs
 
     def write_model(self, checkpoint, name="model.pt"):
-        """Write a model's checkpoint with its version and the settings of its training."""
+        """Write a checkpoint with its version and the settings of its training."""
         if self.writes:
             save_atomic(self.folder / name, {
                 "version": CHECKPOINT_VERSION, **checkpoint, "training": self.config})
 
     def draw_curves(self, stages):
         """curves.png: the loss of each stage."""
-        if not self.writes:
-            return
-        series = {stage: ([], []) for stage in stages}
-        for row in self.rows():
-            if row["stage"] in series:
-                series[row["stage"]][0].append(row["step"])
-                series[row["stage"]][1].append(row["loss"])
-        series = {stage: line for stage, line in series.items() if line[0]}
-        line_chart(self.folder / "curves.png", series, title="training loss", xlabel="step",
-                   ylabel="loss", log_y=True)
+        if self.writes:
+            rows = self.rows()
+            series = {stage: ([row["step"] for row in rows if row["stage"] == stage],
+                              [row["loss"] for row in rows if row["stage"] == stage])
+                      for stage in dict.fromkeys(row["stage"] for row in rows) if stage in stages}
+            line_chart(self.folder / "curves.png", series, "training loss", "step", "loss", True)
 
     def close(self):
         """The run is complete: release the folder."""
@@ -208,7 +218,7 @@ class Run:
 
 
 class Progress:
-    """One stage in progress: called after every step, it prints, logs, saves and stops.
+    """One stage in progress: after every step it prints, logs, saves and stops.
 
     done: steps made so far, including those of earlier runs. The state is saved every few minutes,
     after step `upto`, and on a signal.
@@ -227,8 +237,8 @@ class Progress:
         self.began = self.saved = time.time()
 
     def after_step(self, loss, norm, rate, images, logs):
-        """Record a step: its loss and gradient norm (scalar tensors), learning rate, number of
-        images, and a dict of values for the log. The logged loss is the mean since the last row.
+        """Record a step: loss, gradient norm (scalar tensors), learning rate, number of images,
+        and more values for the log. The logged loss is the mean since the last row.
 
         Raises UserError when a loss or gradient is not finite, Stopped after a signal.
         """
@@ -241,7 +251,7 @@ class Progress:
         values = torch.stack([*self.losses, *(value.float() for value in logs.values())]).tolist()
         by_rank = all_ranks(values[:len(self.losses)])
         losses = [sum(losses) / len(losses) for losses in zip(*by_rank)]
-        logged = dict(zip(logs, values[len(self.losses):]))
+        logged = dict(zip(logs, values[len(losses):]))
         self.losses = []
         for step, value in enumerate(losses, self.done - len(losses) + 1):
             if not math.isfinite(value):
@@ -267,12 +277,12 @@ class Progress:
 
 def print_start(preset, run, model, dataset, device):
     """The first lines: what is trained, on what, where."""
-    print(f"{len(dataset.train)} images to train on, {len(dataset.test)} held out; "
-          f"{model.config.image_size} px; {device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads; run: {run.folder}")
     parameters = sum(p.numel() for p in model.trained.parameters())
     context, _ = model.null_context(1)
-    print(f"U-Net and projection: {parameters / 1e6:.1f} M parameters; context "
+    print(f"{len(dataset.train)} images to train on, {len(dataset.test)} held out; "
+          f"{model.config.image_size} px; {device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads; run: {run.folder}\n"
+          f"U-Net and projection: {parameters / 1e6:.1f} M parameters; context "
           f"{tuple(context.shape[1:])}; condition {model.config.condition}; tokens "
           f"{model.config.token_shape} of embedder {preset.embedder}")
 

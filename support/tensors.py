@@ -29,10 +29,9 @@ def read_tensors(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged files raise all kinds of errors
-        reason = one_line(error).split(". ")[0][:160]
         raise ValueError(
-            f"{path} is not a file of plain tensors ({type(error).__name__}: {reason}): a complete "
-            "state dict without code is needed: download it again, or save it with "
+            f"{path} is not a file of plain tensors ({one_line(error)[:120]}): a complete state "
+            "dict without code is needed: download it again, or save it with "
             "torch.save(model.state_dict(), path)") from error
     return content
 

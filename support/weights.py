@@ -1,14 +1,11 @@
 """One reader of published weights: find the file, read it safely, rename, derive the settings.
 
-    vae = load_model(AutoencoderKL, VAEConfig, "sd-vae-ft-mse", "vae")
+    vae = load_model(AutoencoderKL, VAEConfig, "sd-vae-ft-mse", "vae")    # or "unet", "vit"
 
-Kinds are "vae", "unet" and "vit". Official names load as they are: diffusers' VAE and U-Net (a file
-or folder, with its config.json), Meta's DINO, DINOv2 and registers. Hugging Face's ViTModel and
-Dinov2Model (RAD-DINO) are renamed by the table below. This project's model.pt loads too. Everything
-else is refused by name. Nothing in a file is executed.
-
-Errors are FileNotFoundError if a file is missing and ValueError if it is damaged or of another
-network, in one line of three parts: got, need, do.
+Official names load as they are: diffusers' VAE and U-Net (a file or folder, with its config.json),
+Meta's DINO, DINOv2 and registers. Hugging Face's ViTModel and Dinov2Model (RAD-DINO) are renamed by
+the table below. This project's model.pt loads too. Everything else is refused. Nothing in a file is
+executed.
 """
 import json
 import math
@@ -21,76 +18,62 @@ from support.command import one_line
 from support.files import BOX
 from support.tensors import read_tensors
 
-# ---- published files ----------------------------------------------------------------------------
-
+# Kind -> name -> (address, first digits of the SHA-256 if known).
 HUB = "https://huggingface.co/"
 SD15 = HUB + "stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
 DINO = "https://dl.fbaipublicfiles.com/dino/"
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"
+FILE = "diffusion_pytorch_model.safetensors"
 PUBLISHED = {
     "vae": {
-        "sd-vae-ft-mse":
-            HUB + "stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors",
-        "sd15": SD15 + "vae/diffusion_pytorch_model.safetensors",
+        "sd-vae-ft-mse": (HUB + "stabilityai/sd-vae-ft-mse/resolve/main/" + FILE, "a1d99348"),
+        "sd15": (SD15 + "vae/" + FILE, "a2b5134f"),
     },
     "unet": {
-        "sd15": SD15 + "unet/diffusion_pytorch_model.safetensors",
+        "sd15": (SD15 + "unet/" + FILE, "19da7aaa"),
     },
     "vit": {
-        **{f"dino_vit{size}{p}": f"{DINO}dino_{file}{p}_pretrain/dino_{file}{p}_pretrain.pth"
-           for size, file in (("s", "deitsmall"), ("b", "vitbase")) for p in (16, 8)},
-        **{f"dinov2_vit{size}14": f"{DINOV2}dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth"
-           for size in "sbl"},
-        **{f"dinov2_vit{size}14_reg":
-           f"{DINOV2}dinov2_vit{size}14/dinov2_vit{size}14_reg4_pretrain.pth" for size in "sbl"},
-        "rad-dino": HUB + "microsoft/rad-dino/resolve/main/model.safetensors",
+        "dino_vits16": (DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None),
+        "dino_vits8": (DINO + "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", None),
+        "dino_vitb16": (DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "bf34ad0f"),
+        "dino_vitb8": (DINO + "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", "575f0efc"),
+        "dinov2_vits14": (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1b"),
+        "dinov2_vitb14": (DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f8"),
+        "dinov2_vitl14": (DINOV2 + "dinov2_vitl14/dinov2_vitl14_pretrain.pth", "d5383ea8"),
+        "dinov2_vits14_reg": (DINOV2 + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", "f4331770"),
+        "dinov2_vitb14_reg": (DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", "73182a08"),
+        "dinov2_vitl14_reg": (DINOV2 + "dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff"),
+        "rad-dino": (HUB + "microsoft/rad-dino/resolve/main/model.safetensors", None),
     },
-}
-# First digits of the files' SHA-256, where known.
-SHA256 = {
-    "vae": {"sd-vae-ft-mse": "a1d993488569e928", "sd15": "a2b5134f4dbc140d"},
-    "unet": {"sd15": "19da7aaa4b880e59"},
-    "vit": {"dino_vitb16": "bf34ad0f424b9029", "dino_vitb8": "575f0efc48389383",
-            "dinov2_vits14": "b938bf1bc15cd2ec", "dinov2_vits14_reg": "f433177089a68182",
-            "dinov2_vitb14": "0b8b82f85de91b42", "dinov2_vitb14_reg": "73182a088cf94833",
-            "dinov2_vitl14": "d5383ea8f4877b24", "dinov2_vitl14_reg": "36e4deffbaef061a"},
 }
 NEEDED = {"vae": "diffusers' AutoencoderKL", "unet": "diffusers' UNet2DConditionModel",
           "vit": "a ViT of DINO or DINOv2"}
 
-# ---- layouts: each (pattern, replacement) is applied to every name, one after the other --------
+# Each (pattern, replacement) is applied to every name, one after the other.
+RENAMED = (
+    # diffusers before 0.15, as sd-vae-ft-mse has it
+    (r"(\.attentions\.0)\.(query|key|value)\.", lambda m: f"{m[1]}.to_{m[2][0]}."),
+    (r"(\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+    # Hugging Face's ViTModel and Dinov2Model
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", r"pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", r"patch_embed.proj."),
+    (r"^encoder\.layer\.", r"blocks."),
+    (r"^layernorm\.", r"norm."),
+    (r"\.layernorm_before\.", r".norm1."),
+    (r"\.layernorm_after\.", r".norm2."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.output\.dense\.", r".attn.proj."),
+    (r"\.intermediate\.dense\.", r".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+)
 
-NAMES = {
-    "vae": (  # attention before diffusers 0.15, as sd-vae-ft-mse has it
-        (r"(\.attentions\.0)\.query\.", r"\1.to_q."),
-        (r"(\.attentions\.0)\.key\.", r"\1.to_k."),
-        (r"(\.attentions\.0)\.value\.", r"\1.to_v."),
-        (r"(\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
-    ),
-    "unet": (),
-    "vit": (  # Hugging Face: ViTModel and Dinov2Model
-        (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
-        (r"^embeddings\.position_embeddings$", r"pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", r"patch_embed.proj."),
-        (r"^encoder\.layer\.", r"blocks."),
-        (r"^layernorm\.", r"norm."),
-        (r"\.layernorm_before\.", r".norm1."),
-        (r"\.layernorm_after\.", r".norm2."),
-        (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-        (r"\.attention\.output\.dense\.", r".attn.proj."),
-        (r"\.intermediate\.dense\.", r".mlp.fc1."),
-        (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    ),
-}
-
-# Options of config.json that change the results, and the only value that is implemented here.
+# Options of config.json that change results but no name or shape, and the only value implemented.
 ONLY = {
-    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True},
-    "unet": {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": 1e-5,
-             "flip_sin_to_cos": True, "freq_shift": 0, "transformer_layers_per_block": 1,
-             "resnet_time_scale_shift": "default"},
-    "vit": {"hidden_act": "gelu", "use_swiglu_ffn": False},
+    "vae": {"act_fn": "silu"},
+    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0},
+    "vit": {"hidden_act": "gelu"},
 }
 
 
@@ -98,7 +81,7 @@ def load_model(network, config_class, name_or_path, kind):
     """network(config_class(...)) in float32 with the weights of a published name, file or folder.
 
     kind: "vae", "unet" or "vit"
-    Raises: FileNotFoundError, or ValueError for a damaged file or another network.
+    Raises FileNotFoundError, or ValueError for a damaged file or another network.
     """
     state, settings = load_weights(name_or_path, kind)
     try:
@@ -122,23 +105,20 @@ def load_weights(name_or_path, kind):
             state = content["embedder"] if kind == "vit" else content[kind]
             state = {name.removeprefix("vit."): value for name, value in state.items()}
             return state, content["config"][kind]
-        state = rename(content.get("state_dict", content), kind)
+        state = rename(content.get("state_dict", content))
         refuse(state, path, kind)
         read_settings = {"vae": vae_settings, "unet": unet_settings, "vit": vit_settings}[kind]
-        return state, read_settings(state, read_config(path, kind), path)
+        return state, read_settings(state, read_config(path.parent, kind), path)
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is not {NEEDED[kind]} ({one_line(error)} is missing): such "
                          "weights are needed: pass another file") from error
 
 
 def find_weights(name_or_path, kind):
-    """The file that a published name, a file or a folder stands for."""
+    """The file of a published name, which is downloaded once, of a folder, or itself."""
     path = BOX if str(name_or_path) == "box" else Path(name_or_path)
-    name = str(name_or_path).removeprefix("microsoft/")
     if path.is_file():
         return path
-    if not path.exists() and name in PUBLISHED[kind]:
-        return download(name, kind)
     for folder in (path, path / kind):
         for stem in ("model", "diffusion_pytorch_model", "pytorch_model"):
             for ending in (".pt", ".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):
@@ -147,32 +127,31 @@ def find_weights(name_or_path, kind):
         if list(folder.glob("*.index*.json")):
             raise ValueError(f"{folder} has weights in several files: one file is needed: save it "
                              'with save_pretrained(FOLDER, max_shard_size="100GB")')
-    raise FileNotFoundError(
-        f"no weights at {path}: a .safetensors, .bin, .pt or .pth file, or a folder of diffusers "
-        f"or transformers, is needed: pass one of {', '.join(PUBLISHED[kind])} or another path, or "
-        "train your own with: python train.py")
+    name = str(name_or_path).removeprefix("microsoft/")
+    if path.exists() or name not in PUBLISHED[kind]:
+        raise FileNotFoundError(
+            f"no weights at {path}: a file of weights, or a folder of diffusers or transformers, "
+            f"is needed: pass one of {', '.join(PUBLISHED[kind])} or another path, or train your "
+            "own with: python train.py")
 
-
-def download(name, kind):
-    """The file of a published name in torch.hub's folder, downloaded once."""
-    url = PUBLISHED[kind][name]
+    url, digits = PUBLISHED[kind][name]
     file = Path(url).name if url.endswith(".pth") else f"{kind}-{name}.safetensors"
     path = Path(torch.hub.get_dir(), "checkpoints", file)
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256[kind].get(name))
-    except (OSError, RuntimeError) as error:  # no network, or another hash
-        raise FileNotFoundError(f"could not download {name} ({one_line(error)}): the file is "
-                                f"needed once: save {url} as {path}") from error
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
+        except (OSError, RuntimeError) as error:  # no network, or another hash
+            raise FileNotFoundError(f"could not download {name} ({one_line(error)}): the file is "
+                                    f"needed once: save {url} as {path}") from error
     return path
 
 
-def rename(state, kind):
+def rename(state):
     """The state dict under official names."""
     renamed = {}
     for name, tensor in state.items():
-        for pattern, replacement in NAMES[kind]:
+        for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         if not name.startswith("pooler."):
             renamed[name] = tensor
@@ -190,46 +169,38 @@ def refuse(state, path, kind):
     projection = state.get("mid_block.attentions.0.proj_in.weight")
     compvis = re.compile(r"model\.diffusion_model|first_stage_model|input_blocks|encoder\.down\.")
     no_mask_token = "blocks.0.ls1.gamma" in state and "mask_token" not in state
-
-    if any(compvis.match(name) for name in state):
-        got = "CompVis' layout"
-        do = "convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-    elif "reg_token" in state or no_mask_token:
-        got = "timm's layout of DINOv2"
-        do = "pass Meta's, such as dinov2_vits14_reg"
-    elif projection is not None and projection.ndim == 2:
-        got = "a U-Net of Stable Diffusion 2 (linear projections)"
-        do = "pass sd15"
-    elif stem is not None and stem.shape[1] == 1:
-        got = "a network of one channel"
-        do = "spread its first weights over three channels: w.expand(-1, 3, -1, -1) / 3"
-    else:
-        return
-    raise ValueError(f"{path} holds {got}: {NEEDED[kind]} is needed: {do}")
+    cases = (
+        (any(map(compvis.match, state)), "CompVis' layout",
+         "convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"),
+        ("reg_token" in state or no_mask_token, "timm's layout of DINOv2",
+         "pass Meta's, such as dinov2_vits14_reg"),
+        (projection is not None and projection.ndim == 2,
+         "a U-Net of Stable Diffusion 2 (linear projections)", "pass sd15"),
+        (stem is not None and stem.shape[1] == 1, "a network of one channel",
+         "spread its first weights over three channels: w.expand(-1, 3, -1, -1) / 3"),
+    )
+    for applies, got, do in cases:
+        if applies:
+            raise ValueError(f"{path} holds {got}: {NEEDED[kind]} is needed: {do}")
 
 
 # ---- settings: from shapes, and from config.json what shapes do not tell ------------------------
 
-def read_config(path, kind):
-    """The config.json of diffusers or transformers beside a file of weights, checked; or {}.
-
-    "pixel_mean" in it is the mean that the folder's preprocessor_config.json subtracts.
-    """
+def read_config(folder, kind):
+    """config.json and preprocessor_config.json of diffusers or transformers as one dict, or {}."""
     config = {}
-    for file, key in (("config.json", None), ("preprocessor_config.json", "image_mean")):
+    for path in (folder / "config.json", folder / "preprocessor_config.json"):
         try:
-            if (path.parent / file).is_file():
-                content = json.loads((path.parent / file).read_text(encoding="utf-8"))
-                config |= {"pixel_mean": content.get(key)} if key else dict(content.items())
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path.parent / file} cannot be read ({error!r}): the one that came "
-                             "with the weights is needed: download it again") from error
+            if path.is_file():
+                config |= json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): download it again") from error
     if not {"_class_name", "model_type"} & config.keys():
-        return {}
+        return {}  # another program's
     for option, value in ONLY[kind].items():
         if config.get(option, value) != value:
-            raise ValueError(f"{path.parent / 'config.json'} says {option} = {config[option]}, but "
-                             f"only {value} is implemented: pass other weights")
+            raise ValueError(f"{folder / 'config.json'} says {option} = {config[option]}, but only "
+                             f"{value} is implemented: pass other weights")
     return config
 
 
@@ -238,18 +209,16 @@ def count_indices(state, prefix):
     return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
 
 
-def level_settings(state, prefix, config, path):
+def level_settings(state, prefix, config):
     """The fields that VAEConfig and UNetConfig share."""
     levels = range(count_indices(state, prefix))
     widths = [state[f"{prefix}{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
     base = math.gcd(*widths)
-    if not config and base not in (128, 320):  # of the published networks
-        print(f"note: {path} has no config.json: norms of 32 groups and 8 heads are assumed")
     return {
         "base_channels": base,
         "channel_multipliers": tuple(width // base for width in widths),
         "layers_per_block": count_indices(state, f"{prefix}0.resnets."),
-        "norm_groups": config.get("norm_num_groups", 0),
+        "norm_groups": config.get("norm_num_groups", 0),  # 0: 32, or fewer for odd widths
     }
 
 
@@ -258,25 +227,24 @@ def vae_settings(state, config, path):
     return {
         "in_channels": state["encoder.conv_in.weight"].shape[1],
         "latent_channels": state["post_quant_conv.weight"].shape[0],
-        **level_settings(state, "encoder.down_blocks.", config, path),
+        **level_settings(state, "encoder.down_blocks.", config),
     }
 
 
 def unet_settings(state, config, path):
     """Fields of UNetConfig."""
-    settings = level_settings(state, "down_blocks.", config, path)
-    levels = range(len(settings["channel_multipliers"]))
+    levels = range(count_indices(state, "down_blocks."))
     # What diffusers calls attention_head_dim is the number of heads, one or one for each level.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
-    query = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    key = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
     return {
         "in_channels": state["conv_in.weight"].shape[1],
         "out_channels": state["conv_out.weight"].shape[0],
         "attention_levels": tuple(f"down_blocks.{i}.attentions.0.norm.weight" in state
                                   for i in levels),
-        "context_dim": state[query].shape[1],
+        "context_dim": key.shape[1],
         "num_heads": tuple(heads) if isinstance(heads, list) else heads,
-        **settings,
+        **level_settings(state, "down_blocks.", config),
     }
 
 
@@ -286,13 +254,13 @@ def vit_settings(state, config, path):
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     heads = config.get("num_attention_heads", dim / 64)  # 64 channels each in published ones
     if heads not in range(1, dim + 1) or dim % heads:
-        raise ValueError(f"{path} has {dim} channels and {heads} heads: 64 channels a head, or the "
-                         "num_attention_heads of a config.json beside it, are needed: correct that")
-    mean = config.get("pixel_mean")
-    is_rad_dino = "rad-dino" in str(path) if mean is None else abs(mean[0] - 0.5307) < 1e-3
-    if mean is not None and not is_rad_dino and abs(mean[0] - 0.485) > 1e-3:
+        raise ValueError(f"{path} has {dim} channels and {heads} heads: a divisor is needed: set "
+                         "num_attention_heads in a config.json beside it")
+    mean = config.get("image_mean", [0.5307 if "rad-dino" in str(path) else 0.485])[0]
+    if min(abs(mean - 0.485), abs(mean - 0.5307)) > 1e-3:
         raise ValueError(f"{path.parent} subtracts the mean {mean} from pixels: ImageNet's or "
                          "RAD-DINO's is needed: pass other weights")
+    is_rad_dino = mean > 0.5
     return {
         "patch_size": patch,
         "embed_dim": dim,

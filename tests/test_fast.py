@@ -47,15 +47,6 @@ def steps(unet, count, batch=2):
         unet(xt, torch.arange(batch), context).square().mean().backward()
 
 
-def test_whole_unet_is_one_graph(counter):
-    """No graph break, no recompilation from step to step, one more graph for other batches."""
-    unet = torch.compile(UNet(UNET), backend=counter, fullgraph=True)
-    steps(unet, 3)
-    assert counter.frame_count == 1
-    steps(unet, 1, batch=3)
-    assert counter.frame_count == 2
-
-
 def test_compiled_blocks_keep_their_graphs(counter):
     """Blocks compile without a break; steps add no graph, other batches at most one a block."""
     unet = UNet(UNET)

@@ -23,28 +23,19 @@ from test_files import Payload
 
 # Words of a line in capitals are files of the fixture `desk`.
 BAD_LINES = [
-    (train, "--nonsense", "--nonsense"), (train, "extra", "extra"),
-    (train, "--data", "expected one argument"), (train, "--data /nowhere", "/nowhere"),
+    (train, "extra", "extra"), (train, "--data /nowhere", "/nowhere"),
     (train, "--data TEXT", "TEXT"), (train, "--data EMPTY", "EMPTY"),
-    (train, "--data BAD.npz", "BAD.npz"), (train, "--size 0", "--size"),
-    (train, "--size 64.5", "whole number"), (train, "--size 50", "--size"),
-    (train, "--holdout 1.5", "--holdout"), (train, "--holdout nan", "--holdout"),
-    (train, "--count 0", "--count"), (train, "--preset huge", "choose from"),
+    (train, "--data BAD.npz", "BAD.npz"), (train, "--size 50", "--size"),
+    (train, "--holdout nan", "--holdout"), (train, "--preset huge", "choose from"),
     (train, "--embedder resnet", "resnet"), (train, "--embedder TEXT", "TEXT"),
-    (train, "--vae nowhere", "nowhere"), (train, "--unet TEXT", "TEXT"),
-    (train, "--unet EMPTY", "EMPTY"), (train, "--condition words", "choose from"),
-    (train, "--steps 0", "--steps"), (train, "--steps many", "whole number"),
-    (train, "--batch 0", "--batch"), (train, "--batch 8 --accumulate 3", "batch 8"),
-    (train, "--lr nan", "--lr"), (train, "--seed -1", "--seed"), (train, "--seed 1e3", "--seed"),
+    (train, "--vae nowhere", "nowhere"), (train, "--unet EMPTY", "EMPTY"),
+    (train, "--batch 8 --accumulate 3", "batch 8"), (train, "--seed 1e3", "--seed"),
     (train, "--set nonsense=1", "nonsense"), (train, "--set vae_steps=x", "vae_steps"),
     (train, "--set vae_steps", "vae_steps"), (train, "--set tokens=all", "tokens"),
-    (train, "--device tpu", "pass --device auto"), (train, "--dtype fp16", "choose from"),
+    (train, "--device tpu", "pass --device auto"),
     (train, "--data RUN/held_out --patient-from (", "--patient-from"),
-    (train, "--out TEXT", "--out"),
-    (train, "--out RUN", "--resume"),
-    (sample, "--random --count 0", "--count"), (sample, "--random --steps 1001", "1000"),
-    (sample, "--random --sampler euler", "choose from"),
-    (sample, "--random --guidance-scale nan", "--guidance-scale"),
+    (train, "--out TEXT", "--out"), (train, "--out RUN", "--resume"),
+    (sample, "--random --steps 1001", "1000"),
     (sample, "--from-image /nowhere.png", "/nowhere.png"), (sample, "--from-image TEXT", "TEXT"),
     (sample, "--random --from-image GOOD.png", "--from-image"),
     (sample, "--random --checkpoint TEXT", "TEXT"),
@@ -52,8 +43,7 @@ BAD_LINES = [
     (sample, "--random --device cuda:99", "pass --device auto"),
     (evaluate, "", "required"), (evaluate, "EMPTY EMPTY", "EMPTY"),
     (evaluate, "RUN/held_out /nowhere", "/nowhere"), (mil, "--data /nowhere", "/nowhere"),
-    (mil, "--folds 0", "--folds"), (mil, "--models nonsense", "nonsense"),
-    (mil, "--steps x", "--steps"),
+    (mil, "--models nonsense", "nonsense"),
 ]
 
 
@@ -108,20 +98,15 @@ def test_bad_command_lines(desk, small_networks, monkeypatch, capsys):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "version", "config", "unet"])
-def test_damaged_models(desk, monkeypatch, capsys, damage):
-    """Cut, foreign, of another version, or with parts that do not fit: one line from sample.py."""
+def test_damaged_models(desk, monkeypatch, capsys):
+    """Parts that do not fit: one line from sample.py."""
     path = desk / "RUN" / "model.pt"
     model = torch.load(path, weights_only=True)
-    spoiled = {"version": {**model, "version": 0}, "config": {**model, "config": 3},
-               "unet": {**model, "unet": {}}}
-    if damage in spoiled:
-        torch.save(spoiled[damage], path)
-    else:
-        path.write_bytes({"cut": path.read_bytes()[:-99], "empty": b"", "text": b"hello"}[damage])
-    code, error = error_of(sample, ["--random", "--checkpoint", "RUN", "--device", "cpu"],
-                           monkeypatch, capsys)
-    assert code == 2 and "model.pt" in error and error.count("\n") == 1
+    for damage in ({"config": 3}, {"unet": {}}):
+        torch.save({**model, **damage}, path)
+        code, error = error_of(sample, ["--random", "--checkpoint", "RUN", "--device", "cpu"],
+                               monkeypatch, capsys)
+        assert code == 2 and "model.pt" in error and error.count("\n") == 1
 
 
 def test_no_reader_runs_code(tmp_path):

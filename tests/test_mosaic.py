@@ -1,6 +1,8 @@
 """Mosaics of support/slides.py: real labelled patches, patients apart, foci known."""
 from functools import partial
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch

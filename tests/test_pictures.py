@@ -21,8 +21,8 @@ def test_saved_png_comes_back(tmp_path):
 
 
 def test_pngs_by_threads(tmp_path):
-    """Twenty images at once come back as save_png would have written them; nothing else is left,
-    and a file that cannot be written is an error."""
+    """Images come back as save_png would have written them; nothing else is left, and a file that
+    cannot be written is an error."""
     x = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     paths = [tmp_path / "new" / f"{i}.png" for i in range(20)]
     pictures.save_pngs(paths, x)

@@ -1,4 +1,5 @@
 """A run's folder and its watch: state, log, signals, losses."""
+import argparse
 import json
 import signal
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from support.command import UserError
-from support.run import Run, Stopped
+from support.run import Run, Stopped, resume_flags
 
 ONE = torch.tensor(1.0)
 
@@ -29,7 +30,7 @@ def step(conv, optimizer, seed):
 
 def test_a_saved_state_comes_back(tmp_path):
     """Model, optimizer and EMA of a stage, results of finished ones; log rows after the saved step
-    are dropped; other settings are refused."""
+    are dropped."""
     run = Run(tmp_path / "run", {"size": 1})
     conv, optimizer = network()
     run.finish("vae", {"w": torch.ones(2)})
@@ -52,11 +53,36 @@ def test_a_saved_state_comes_back(tmp_path):
     assert torch.equal(step(conv, optimizer, 1), step(other, its_optimizer, 1))
     again.close()
 
-    before = (tmp_path / "run/config.json").read_text(), (tmp_path / "run/log.jsonl").read_text()
-    with pytest.raises(UserError, match="made with size 1, not 2"):
-        Run(tmp_path / "run", {"size": 2}, resume=True)
-    assert before == ((tmp_path / "run/config.json").read_text(),
-                      (tmp_path / "run/log.jsonl").read_text())
+
+@pytest.fixture
+def parser():
+    parser = argparse.ArgumentParser()
+    for name in ("--data", "--out", "--device"):
+        parser.add_argument(name, default="cxr")
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--resume", action="store_true")
+    return parser
+
+
+def test_flags_of_a_resumed_run(parser, tmp_path):
+    """Flags that are left out are as the run began; the device may change, and the place of the
+    images; anything else is refused, and so is a folder with a run without --resume."""
+    out = str(tmp_path)
+    assert resume_flags(parser, ["--lr", "0.2"], out).lr == 0.2  # no run yet
+    saved = {"data": "old", "lr": 0.3, "device": "cuda", "out": "runs/a", "settings": {"lr": 9}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="already contains a run.*--resume"):
+        resume_flags(parser, [], out)
+    assert vars(resume_flags(parser, ["--resume", "--lr", "3e-1"], out)) == {
+        "data": "old", "lr": 0.3, "device": "cuda", "out": out, "resume": True}
+    args = resume_flags(parser, ["--resume", "--data", out, "--device", "cpu"], out)
+    assert (args.data, args.device) == (out, "cpu")
+    for flags in (["--lr", "0.1"], ["--data", "elsewhere"]):
+        with pytest.raises(UserError, match=f"{flags[0]} {flags[1]} differs from the run's"):
+            resume_flags(parser, ["--resume", *flags], out)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        resume_flags(parser, ["--resume"], out)
 
 
 def test_a_state_of_another_memory_layout_continues_as_before(tmp_path):
@@ -78,13 +104,14 @@ def test_a_state_of_another_memory_layout_continues_as_before(tmp_path):
 
 
 def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
-    """`fit` may be called without a run: losses are still watched."""
+    """`fit` may be called without a run: losses and gradients are still watched."""
     monkeypatch.chdir(tmp_path)
     conv, optimizer = network()
-    progress = Run().begin("test", 2, 2, conv, optimizer, None)
+    progress = Run().begin("test", 3, 3, conv, optimizer, None)
     progress.after_step(ONE, ONE, 0.1, 4, {})
-    with pytest.raises(UserError, match="test: the loss .* is nan at step 2 .*learning rate"):
-        progress.after_step(torch.tensor(float("nan")), ONE, 0.1, 4, {})
+    for loss, norm in ((torch.tensor(float("nan")), ONE), (ONE, torch.tensor(float("inf")))):
+        with pytest.raises(UserError, match="test: the loss .* is nan at step .*learning rate"):
+            progress.after_step(loss, norm, 0.1, 4, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -106,17 +133,6 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path):
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     assert [(row["step"], row["loss"], row["lr"], row["kl"]) for row in run.rows()] == [
         (1, 1.0, 0.1, 1.0), (2, 1.0, 0.1, 1.0)]
-
-
-def test_losses_are_read_every_ten_steps():
-    """Of 5,000 steps a row is the mean of ten losses, because reading one waits for the GPU."""
-    rows = []
-    run = Run()
-    run.log = lambda **row: rows.append((row["step"], row["loss"]))
-    progress = run.begin("vae", 5000, 5000, *network(), None)
-    for value in range(20):
-        progress.after_step(torch.tensor(float(value)), ONE, 0.1, 1, {})
-    assert rows == [(10, 4.5), (20, 14.5)]
 
 
 def test_a_model_knows_its_settings(tmp_path):

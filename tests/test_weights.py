@@ -170,12 +170,12 @@ def test_published_names(states, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
 
     for kind, names in PUBLISHED.items():
-        for name, url in names.items():
+        for name, (url, _) in names.items():
             with pytest.raises(FileNotFoundError, match=f"could not download {name} .*no route.*"
                                f"save {url} as {tmp_path}/hub/checkpoints/"):
                 load_weights(name, kind)
     assert urls["dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"] == (
-        "dinov2_vitl14_reg4_pretrain.pth", "36e4deffbaef061a")
+        "dinov2_vitl14_reg4_pretrain.pth", "36e4deff")
     assert "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth" in urls
     assert "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth" in urls
 
@@ -200,25 +200,23 @@ def write_folder(folder, state, config, preprocessor=None):
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
-def test_config_is_honoured(states, tmp_path, capsys):
-    """Heads, groups and pixel statistics come from the folder; without it a note says so."""
+def test_config_is_honoured(states, tmp_path):
+    """Heads, groups and pixel statistics come from the folder; other programs' are left alone."""
     unet = {"_class_name": "UNet2DConditionModel"}
     for key, given, heads in (("attention_head_dim", 4, 4),
                               ("num_attention_heads", [2, 4, 6], (2, 4, 6))):
         write_folder(tmp_path / "u", states["unet"], {**unet, key: given, "norm_num_groups": 16})
         settings = load_weights(tmp_path / "u", "unet")[1]
         assert settings["num_heads"] == heads and settings["norm_groups"] == 16
-    assert not capsys.readouterr().out
     write_folder(tmp_path / "v", states["vae"], {"steps": 3})  # another program's
-    load_weights(tmp_path / "v", "vae")
-    assert "32 groups and 8 heads are assumed" in capsys.readouterr().out
+    assert load_weights(tmp_path / "v", "vae")[1]["norm_groups"] == 0
 
     dinov2 = {"model_type": "dinov2", "num_attention_heads": 4}
     for mean, rule in (([0.485, 0.456, 0.406], "imagenet"), ([0.5307] * 3, "rad_dino")):
         write_folder(tmp_path / "d", states["vit"], dinov2, {"image_mean": mean})
         assert load_weights(tmp_path / "d", "vit")[1]["normalise"] == rule
     write_folder(tmp_path / "d", states["vit"], dinov2, {"image_mean": [0.5] * 3})
-    with pytest.raises(ValueError, match=r"mean \[0.5, 0.5, 0.5\].*pass other weights"):
+    with pytest.raises(ValueError, match="mean 0.5 .*pass other weights"):
         load_weights(tmp_path / "d", "vit")
 
 
@@ -226,12 +224,9 @@ def test_config_is_honoured(states, tmp_path, capsys):
     ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos = False.*pass other weights"),
     ("unet", {"attention_head_dim": 5}, "u does not fit .*num_heads"),
     ("unet", {"norm_num_groups": 7}, "u does not fit .*divisible"),
-    ("vae", {"_class_name": "AutoencoderTiny"}, "_class_name = AutoencoderTiny.*AutoencoderKL"),
-    ("vae", "{", "config.json cannot be read.*download it again"),
-    ("vae", "[]", "config.json cannot be read"),
-    ("vit", {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
-    ("vit", {"num_attention_heads": 5}, "64 channels and 5 heads"),
-    ("vit", {"num_attention_heads": "many"}, "and many heads")])
+    ("vae", "{", "config.json is damaged .*download it again"),
+    ("vit", {"hidden_act": "relu"}, "hidden_act"),
+    ("vit", {"num_attention_heads": 5}, "64 channels and 5 heads")])
 def test_config_is_refused(kind, config, match, states, tmp_path):
     """Options that are not implemented here are refused when the folder is read."""
     if isinstance(config, dict):
@@ -277,12 +272,3 @@ def test_missing_and_other_files(states, tmp_path, monkeypatch):
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="w.pt does not fit .*quant_conv.bias.*pass another file"):
         AutoencoderKL.from_pretrained(tmp_path / "w.pt")
-
-
-def test_filling_keeps_the_memory_format(states, tmp_path):
-    """Convolutions keep the network's layout, and parameters can be trained."""
-    torch.save(states["unet"], tmp_path / "w.pt")
-    loaded = UNet.from_pretrained(tmp_path / "w.pt")
-    fresh = UNet(CONFIGS["unet"])
-    for (name, parameter), other in zip(loaded.named_parameters(), fresh.parameters()):
-        assert parameter.requires_grad and parameter.stride() == other.stride(), name

@@ -1,13 +1,15 @@
 """evaluate.py and experiments fidelity: two folders; the judges."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
+from dino import ViTConfig, VisionTransformer
 from evaluate import FIDInception
 from experiments import __main__ as experiments
-from experiments import judges
+from experiments import judges, probe
 from experiments.judges import feature_extractor
 from support.command import UserError
 from support.phantoms import chest_phantoms
@@ -93,3 +95,20 @@ def test_judges(tmp_path, monkeypatch):
     extract(images)
     assert names[0] != names[1] and "299 px" in name
     assert seen[-1].min() == 0 and seen[-1].max() == 1
+
+
+def test_models_of_vectors_are_refused(monkeypatch):
+    """A model without a ViT gives no features: one error that says so; a ViT judges its tokens."""
+    vit = ViTConfig(patch_size=8, embed_dim=16, depth=1, num_heads=1, image_size=32)
+    embedder = SimpleNamespace(vit=VisionTransformer(vit))
+    config = SimpleNamespace(vit=vit, tokens="global")
+    model = SimpleNamespace(embedder=embedder, config=config, embed=len)
+    name, extract = feature_extractor("dino", None, "cpu", model)
+    assert "global tokens" in name and "32 px" in name and extract is len
+
+    config.vit = None
+    with pytest.raises(UserError, match="trained on a file of vectors"):
+        feature_extractor("dino", None, "cpu", model)
+    monkeypatch.setattr(probe, "open_run", lambda args: SimpleNamespace(model=model))
+    with pytest.raises(UserError, match="trained on a file of vectors"):
+        experiments.main(["probe"])

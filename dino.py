@@ -66,7 +66,7 @@ RESIZE_META = {"interpolate_offset": 0.1, "antialias": False}      # DINO and DI
 RESIZE_REGISTERS = {"interpolate_offset": 0.0, "antialias": True}  # Meta's models with registers
 RESIZE_TRANSFORMERS = {"interpolate_offset": 0.0, "antialias": False}  # Hugging Face's code
 
-# Networks trained on ImageNet see 224 px whatever their positions belong to.
+# Published networks see 224 px, whatever the size of their position embeddings.
 PUBLISHED_TOKENS = {"normalise": "imagenet", "input_side": 224, "global_tokens": "cls+registers"}
 V1 = {"image_size": 224, **RESIZE_META, **PUBLISHED_TOKENS}
 V2 = {**V1, "image_size": 518, "layer_scale": True}
@@ -353,9 +353,10 @@ def sinkhorn(logits, temperature, rounds=3):
 
 
 def dino_loss(student, targets, student_temp):
-    """Mean cross-entropy of student views under the teacher's targets, never of a view with itself.
+    """Mean cross-entropy between the teacher's targets and other views of the student.
 
-    student: logits (S, B, K), the first two views are those of the teacher
+    student: logits (S, B, K); its first two views are the teacher's, and no view is compared with
+        itself
     targets: probabilities (2, B, K)
     Returns: loss, and two entropies in nats: of a target, and of the batch's mean target.
     Source: DINO equation 3.
@@ -400,7 +401,7 @@ class DINO(nn.Module):
     of the student with momentum m = momentum(progress).
 
     Only `student` has gradients. Collapse shows in the logs as a teacher_entropy of log K, when all
-    images look alike to the teacher; batch_entropy is near log K anyway, by Sinkhorn.
+    images look alike to the teacher; batch_entropy is always near log K because of Sinkhorn.
     Source: DINO algorithm 1.
     """
 
@@ -417,7 +418,7 @@ class DINO(nn.Module):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
     def teacher_vit(self):
-        """The teacher's ViT, frozen: it beats the student throughout training, says the paper."""
+        """The teacher's ViT, frozen: which in the paper is better than the student at any time."""
         return self.teacher["backbone"].eval()
 
     def loss(self, images, generator):
@@ -432,7 +433,7 @@ class DINO(nn.Module):
             large = random_crops(images, 2, side, GLOBAL_AREA, JITTER, generator)
             small = random_crops(images, LOCAL_CROPS, half, LOCAL_AREA, JITTER, generator)
 
-        # The teacher sees the large views alone, the student all.
+        # The teacher sees only the large views, the student all of them.
         with torch.no_grad():
             cls = self.teacher["backbone"](large)[:, 0]
             teacher = self.teacher["head"](cls)                       # (2*B, K)

@@ -10,13 +10,15 @@
     frechet_distance(features_a, features_b)    # (N, D), (M, D) -> float
     prdc(real, fake, k=5)                       # precision, recall, density, coverage
 
-Features are (N, D), torch or NumPy; everything computes in float64 on the CPU. Images are
-(B, 3, H, W) in [-1, 1]. Deliberate choices: the trace term of (1) by singular values (always real,
-faster than `sqrtm`); a fixed-seed random network as the default judge, which needs no download and
-is unbiased: never the features that conditioned the model under test; beside every figure the
-floor, which is that of real images against other real ones at equal counts. Frechet distances
-compare only with those of the same judge, resize rule and counts. With intervals, for runs, and by
-Inception or another judge: `python -m experiments fidelity`.
+Features are (N, D), torch or NumPy; all metrics compute in float64 on the CPU. Images are
+(B, 3, H, W) in [-1, 1]. Frechet distances are comparable only under the same judge, resizing and
+counts. For intervals, runs, Inception and other judges: `python -m experiments fidelity`.
+
+Deliberate choices:
+- The trace term of (1) uses singular values, which are always real and faster than `sqrtm`.
+- The default judge is a fixed-seed random network. It needs no download, and it is not the network
+  whose features conditioned the model under test.
+- Every distance has a floor beside it: that of real images to other real images, at equal counts.
 """
 import argparse
 import warnings
@@ -38,7 +40,10 @@ from support.splits import split_holdout
 # ---------------------------------------------------------------- distances between feature sets
 
 def as_features(*sets, least=2):
-    """Each set as float64 (N, D) on the CPU; ValueError for NaN, infinity, few rows, unlike D."""
+    """Each set as float64 (N, D) on the CPU.
+
+    Raises: ValueError for NaN, infinity, fewer than `least` rows, or different D.
+    """
     sets = [torch.as_tensor(x).detach().to("cpu", torch.float64) for x in sets]
     for x in sets:
         bad = (~x.isfinite().all(dim=1)).sum().item()
@@ -115,7 +120,7 @@ def compare(real, fake):
                      *prdc(real, fake).values()])
 
 
-# ---------------------------------------------------------------- labels, masks, readers
+# ---------------------------------------------------------------- metrics of labels and masks
 
 def roc_auc(labels, scores):
     """Equation (3) of labels (N,) and scores (N,). Source: Mann & Whitney 1947."""
@@ -155,7 +160,7 @@ def cohen_kappa(a, b):
 def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
     """95 % percentile interval [low, high] of metric(*arrays), rows drawn together (Efron 1979).
 
-    Draws for which the metric is undefined (ValueError: one class only) are left out.
+    Resamples with only one class, for which the metric raises ValueError, are left out.
     """
     def on_rows(rows):
         try:
@@ -171,7 +176,7 @@ def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
     return np.nanquantile(result.bootstrap_distribution, [0.025, 0.975]).tolist()
 
 
-# ---------------------------------------------------------------- images as numbers
+# ---------------------------------------------------------------- image statistics
 
 def pixel_rows(images):
     """Grey values (N, P) in [0, 1] of images (N, 3, H, W); sides above 64 are averaged to 64."""
@@ -221,26 +226,27 @@ def brightness(grey):
 class RandomFeatures(nn.Module):
     """Fixed-seed random network: images (B, 3, H, W) in [-1, 1], side >= 32 -> (B, 217) features.
 
-    Texture: the log deviation of each of 104 channels of four convolutions, and apart from it their
-    mean, contrast, otherwise counted 104 times. Layout: 4x4 grids of the picture and the last
-    stage. Source: Naeem et al. 2020, section 5: random embeddings for images unlike ImageNet.
+    Texture: the log standard deviation of each of the 104 channels of four convolutions. Their
+    mean, the contrast, is one separate feature; otherwise it would count 104 times. Layout: 4x4
+    grids of the image and of the last stage.
+    Source: Naeem et al. 2020, section 5: random embeddings for images unlike ImageNet.
     """
     NAME = "random network, seed 0, no resize"
 
     def __init__(self, seed=0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same anywhere
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on all machines
         width = 3
         for i, channels in enumerate((16, 24, 32, 32)):
             w = torch.randn(channels, width, 3, 3, generator=generator)
-            w = w - w.mean(dim=(2, 3), keepdim=True)  # sees edges; brightness is for the grid
+            w = w - w.mean(dim=(2, 3), keepdim=True)  # filters see edges only
             w = w * (2 / w.square().sum(dim=(1, 2, 3), keepdim=True)).sqrt()
             self.register_buffer(f"filters{i}", w)
             width = channels
 
     @torch.no_grad()
     def forward(self, x):
-        picture = F.adaptive_avg_pool2d(x, 4).flatten(1) / 3 ** 0.5  # (B, 3, H, W) -> (B, 48)
+        layout = F.adaptive_avg_pool2d(x, 4).flatten(1) / 3 ** 0.5   # (B, 3, H, W) -> (B, 48)
 
         texture = []
         for i, filters in enumerate(self.buffers()):
@@ -251,11 +257,11 @@ class RandomFeatures(nn.Module):
         contrast = texture.mean(dim=1, keepdim=True)
 
         stage = F.adaptive_avg_pool2d(x[:, :4], 4).flatten(1)        # (B, 4, h, w) -> (B, 64)
-        return torch.cat([0.5 * (texture - contrast), 0.5 * contrast, picture, stage], dim=1)
+        return torch.cat([0.5 * (texture - contrast), 0.5 * contrast, layout, stage], dim=1)
 
 
 def with_pool(block, pool):
-    """torchvision's Inception block, with another pool before its last branch."""
+    """torchvision's Inception block with another pooling before its last branch."""
     class Block(block):
         def forward(self, x):  # torchvision's own last branch is computed and dropped
             return torch.cat([*self._forward(x)[:-1], self.branch_pool(pool(x))], dim=1)
@@ -263,11 +269,11 @@ def with_pool(block, pool):
 
 
 class FIDInception(inception.Inception3):
-    """The Inception network of FID: images (B, 3, H, W) in [0, 1] -> (B, 2048); names of its file.
+    """The Inception network of FID: images (B, 3, H, W) in [0, 1] -> (B, 2048).
 
-    Its weights, unlike torchvision's, want average pools that leave the padding out, a max pool in
-    the last block and 1008 classes; 299 px by bilinear without antialias, as pytorch-fid. Sources:
-    Szegedy et al. 2016; Heusel et al. 2017.
+    Its weights, unlike torchvision's, need average pooling without the padding, max pooling in the
+    last block, and 1008 classes. Images are resized to 299 px, bilinear, not antialiased.
+    Sources: Szegedy et al. 2016; Heusel et al. 2017; parameter names of pytorch-fid.
     """
 
     def __init__(self):
@@ -285,7 +291,7 @@ class FIDInception(inception.Inception3):
 
     def forward(self, x):
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
-        for layer in list(self.children())[:-2]:  # without dropout and classes
+        for layer in list(self.children())[:-2]:  # all but dropout and the classifier
             x = layer(x)
         return x.flatten(1)
 
@@ -303,86 +309,59 @@ def describe(batches, extractor, device="cpu"):
     return torch.cat(features), torch.cat(pixels)
 
 
-def only_side(sides):
-    """The only number of pixels in a set; UserError for several, and for less than 32."""
-    if len(sides) > 1 or min(sides) < 32:
-        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed, 32 or "
-                        "more, because resizing changes figures",
-                        f"pass --size {max(32, min(sides))}")
-    return min(sides)
-
-
-def refuse_unlike_modes(real, synthetic):
-    """UserError if one of two `brightness` is that of grey images, the other of coloured ones."""
-    colours = real["colour"], synthetic["colour"]
-    if min(colours) < 0.01 and max(colours) > 0.05:  # the tint of a VAE stays far below
-        raise UserError("one set is grey, the other in colour", "one mode is needed", "convert "
-                        "one of them")
-
-
-def warn_of_counts(n, m, dimensions):
-    """Warn about sample-size bias of n real and m synthetic images."""
-    if min(n, m) <= dimensions:
-        print(f"warning: fewer images than the {dimensions} dimensions: the covariance has no full "
-              "rank, which raises the Frechet distance: compare it with its floor only")
-    if n != m:
-        print(f"warning: {n} against {m} images, and counts move distances: compare equal ones")
-
-
 @torch.no_grad()
-def fidelity(parts, name, judge, device, batch=64, seed=0):
-    """Compare two sets and print all distances -> (results, features of the three parts).
-
-    parts: (ImageSet, indices) of real, other real and synthetic images; name: the judge's, which
-    maps images (B, 3, H, W) in [-1, 1] to (B, D). Results: a dict for JSON, metric -> {column:
-    value}; columns floor, equal, noise (at equal counts) and all.
-    """
-    # Features, and three grey values, of each image.
+def measure(images, indices, judge, device, batch):
+    """Features (N, D), grey values (N, 3), sharpness (N,), on the CPU, of images of an ImageSet."""
+    if len(indices) < 6:
+        raise UserError(f"got {len(indices)} images in a part of {images.name}",
+                        "6 are needed, for five neighbours each", "add images")
     features = []
     grey = []
     sharp = []
-    sides = set()
-    for images, indices in parts:
-        if len(indices) < 6:
-            raise UserError(f"got {len(indices)} images in a part of {images.name}",
-                            "6 are needed, for five neighbours each", "add images")
-        sides.add(only_side({images[i].shape[-1] for i in indices.tolist()}))
-        rows = []
-        for numbers in indices.split(batch):
-            x = images.batch(numbers.tolist())
-            rows.append(torch.cat([grey_values(x), sharpness(x)[:, None],
-                                   judge(x.to(device)).flatten(1).cpu()], dim=1))
-        rows = torch.cat(rows)
-        grey.append(rows[:, :3])
-        sharp.append(rows[:, 3])
-        features.append(rows[:, 4:])
-    side = only_side(sides)
+    for rows in indices.split(batch):
+        x = images.batch(rows.tolist())
+        features.append(judge(x.to(device)).flatten(1).cpu())
+        grey.append(grey_values(x))
+        sharp.append(sharpness(x))
+    return torch.cat(features), torch.cat(grey), torch.cat(sharp)
+
+
+def fidelity(parts, name, judge, device, batch=64):
+    """Compare two sets and print all distances -> (results, features of the three parts).
+
+    parts: (ImageSet, indices) of real, other real and synthetic images
+    judge: maps images (B, 3, H, W) in [-1, 1] to (B, D); name: its name
+    results: a dict for JSON, metric -> {column: value}; columns floor and equal (both at equal
+        counts) and all
+    """
+    # Resizing changes all figures, so all images must have one side.
+    sides = {images[i].shape[-1] for images, indices in parts for i in indices.tolist()}
+    if len(sides) > 1 or min(sides) < 32:
+        raise UserError(f"got images of {sorted(sides)} pixels a side",
+                        "one side of 32 pixels or more is needed",
+                        f"pass --size {max(32, min(sides))}")
+    features, grey, sharp = zip(*[measure(*part, judge, device, batch) for part in parts])
+
+    # Distances at equal counts between real images, and to synthetic ones; then of all images.
     half, other, fake = features
     real = torch.cat([half, other])
-    light = {"real": brightness(torch.cat(grey[:2])), "synthetic": brightness(grey[2])}
-    refuse_unlike_modes(**light)
-
-    # The ceiling: features of uniform grey noise.
     count = min(map(len, features))
-    generator = torch.Generator().manual_seed(seed)
-    noise = []
-    for rows in torch.arange(count).split(batch):
-        x = 2 * torch.rand(len(rows), 1, side, side, generator=generator) - 1
-        noise.append(judge(x.expand(-1, 3, -1, -1).to(device)).flatten(1).cpu())
-
     with user_errors("images of finite features are needed", "look at the images"):
         columns = {"floor": compare(half[:count], other[:count]),
                    "equal": compare(half[:count], fake[:count]),
-                   "noise": compare(half[:count], torch.cat(noise)),
                    "all": compare(real, fake)}
     table = {metric: {column: float(values[i]) for column, values in columns.items()}
              for i, metric in enumerate(METRICS)}
+    light = {"real": brightness(torch.cat(grey[:2])), "synthetic": brightness(grey[2])}
     looks = {"brightness difference": light["synthetic"]["mean"] - light["real"]["mean"],
              "sharpness ratio": (sharp[2].mean() / torch.cat(sharp[:2]).mean()).item()}
 
-    print(f"features: {name}; {side} px; {count} real images against as many real (floor), "
-          f"synthetic (equal) and noise images; all: {len(real)} against {len(fake)}")
-    warn_of_counts(len(real), len(fake), real.shape[1])
+    side = sides.pop()
+    print(f"features: {name}; {side} px; {count} real images against {count} other real ones "
+          f"(floor) and {count} synthetic ones (equal); all: {len(real)} against {len(fake)}")
+    if count <= real.shape[1]:
+        print(f"warning: fewer images than the {real.shape[1]} dimensions, which raises the "
+              "Frechet distance: compare it with its floor only")
     print_table(table)
     print_table({f"brightness, {key}": figures for key, figures in light.items()})
     print_table({"synthetic against real": looks})
@@ -394,27 +373,27 @@ def fidelity(parts, name, judge, device, batch=64, seed=0):
 def add_flags(parser):
     add = parser.add_argument
     add("real", help="folder of real images")
-    add("synthetic", help="folder of others, e.g. of a run's samples")
+    add("synthetic", help="folder of synthetic images")
     add("--size", type=number(int, 1), help="resize to this side (default: as they are)")
-    add("--seed", type=number(int), default=0, help="of the halves of the real images")
+    add("--seed", type=number(int), default=0, help="of the split of the real images into halves")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="How far are two sets of images apart?",
+    parser = argparse.ArgumentParser(description="How far apart are two sets of images?",
                                      formatter_class=Help)
     add_flags(parser)
-    parser.add_argument("--batch", type=number(int, 1), default=64, help="images at once")
+    parser.add_argument("--batch", type=number(int, 1), default=64, help="batch size")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
-    torch.backends.cudnn.allow_tf32 = False  # figures of a GPU equal those of a CPU
+    torch.backends.cudnn.allow_tf32 = False  # results on GPUs equal those on CPUs
 
-    # Real images in two halves, patients apart: the floor is one half against the other.
+    # Split the real images in two by patient: the floor is the distance between the halves.
     real = open_dataset(args.real, args.size)
     synthetic = open_dataset(args.synthetic, args.size)
     first, second = split_holdout(real, 0.5, args.seed)
     parts = [(real, first), (real, second), (synthetic, torch.arange(len(synthetic)))]
     device = pick_device(args.device)
-    fidelity(parts, RandomFeatures.NAME, RandomFeatures().to(device), device, args.batch, args.seed)
+    fidelity(parts, RandomFeatures.NAME, RandomFeatures().to(device), device, args.batch)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import math
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from support.command import StatusLine, UserError
+from support.command import UserError
 from support.files import write_csv
+from support.outliers import drop_outliers  # noqa: F401  (train.py imports it from here)
 from support.pictures import save_grid
 
 # Templates of the paper.
@@ -58,51 +58,53 @@ def inertia(x, centers, assignment):
 def first_centers(x, k, generator):
     """Greedy k-means++: k points of x (N, D) that are far apart, (k, D).
 
-    The first is any point. Each further one is the best of four that are drawn with a probability
-    proportional to their squared distance from the nearest center so far.
+    The first is a random point. Each further one is the best of four candidates, drawn with a
+    probability proportional to their squared distance from the nearest center so far.
     """
     chosen = torch.randint(len(x), (1,), generator=generator)
     closest = (x - x[chosen]).square().sum(1)
     for _ in range(k - 1):
-        draws = torch.multinomial(closest, 4, replacement=True, generator=generator)
-        closer = torch.stack([closest.minimum((x - x[i]).square().sum(1)) for i in draws])
-        best = closer.sum(1).argmin()
-        chosen = torch.cat([chosen, draws[best, None]])
-        closest = closer[best]
+        candidates = torch.multinomial(closest, 4, replacement=True, generator=generator)
+        # Exact differences, because a duplicate must have distance 0.
+        distances = torch.cdist(x, x[candidates], compute_mode="donot_use_mm_for_euclid_dist")
+        closer = distances.square().minimum(closest[:, None])  # (N, 4)
+        best = closer.sum(0).argmin()
+        chosen = torch.cat([chosen, candidates[best, None]])
+        closest = closer[:, best]
     return x[chosen]
 
 
-def lloyd(x, centers, max_steps=300):
-    """Lloyd's steps until no point changes its cluster -> centers (k, D), assignment (N,)."""
+def lloyd(x, centers, max_steps=100):
+    """Lloyd's algorithm until no assignment changes -> centers (k, D), assignment (N,)."""
     assignment = None
     for _ in range(max_steps):
-        # Each point joins its nearest center, 4,096 at a time to bound the memory.
+        # Assign each point to its nearest center, 4,096 at a time to limit memory.
         nearest = torch.cat([torch.cdist(rows, centers).argmin(1) for rows in x.split(4096)])
         if assignment is not None and torch.equal(nearest, assignment):
             break
         assignment = nearest
 
-        # Each center moves to the mean of its points.
-        distance = (x - centers[assignment]).square().sum(1)
+        # Move each center to the mean of its points.
         counts = assignment.bincount(minlength=len(centers))
-        sums = torch.zeros_like(centers, dtype=torch.float64)
-        sums.index_add_(0, assignment, x.double())
-        centers = (sums / counts.clamp(min=1)[:, None]).float()
+        sums = torch.zeros_like(centers).index_add_(0, assignment, x)
+        means = sums / counts.clamp(min=1)[:, None]
 
-        # An empty cluster restarts at the point that is farthest from any center.
-        for empty in (counts == 0).nonzero()[:, 0]:
-            farthest = distance.argmax()
-            centers[empty] = x[farthest]
-            distance = distance.minimum((x - x[farthest]).square().sum(1))
+        # Restart an empty cluster at the point that is farthest from any center.
+        if (counts == 0).any():
+            distance = (x - centers[assignment]).square().sum(1)
+            for empty in (counts == 0).nonzero()[:, 0]:
+                means[empty] = x[distance.argmax()]
+                distance = distance.minimum((x - means[empty]).square().sum(1))
+        centers = means
     return centers, assignment
 
 
 @torch.no_grad()
-def kmeans(x, k, seed=0, starts=10):
+def kmeans(x, k, seed=0, starts=3):
     """K-means of x (N, D) -> centers (k, D), assignment (N,) int64, on x's device.
 
-    The best by inertia of several k-means++ starts. Computed on the CPU, because the clusters name
-    the prompts, and GPUs round differently.
+    Runs k-means++ and Lloyd `starts` times and returns the run with the least inertia. It runs on
+    the CPU: GPUs round differently, and the clusters name the prompts.
     Raises: ValueError for NaN or infinity, and for k outside 1 to the number of distinct points.
     """
     points = x.detach().cpu().float()
@@ -111,10 +113,10 @@ def kmeans(x, k, seed=0, starts=10):
                          "the images and the embedder's weights")
     distinct = len(points.unique(dim=0))
     if not 1 <= k <= distinct:
-        raise ValueError(f"{k} clusters for {distinct} distinct points, K-means needs from 1 to as "
-                         "many as points: choose fewer clusters or add images")
+        raise ValueError(f"{k} clusters for {distinct} distinct points, K-means needs at least 1 "
+                         "and no more than that: choose fewer clusters or add images")
 
-    # Centred points lose fewer digits in distances.
+    # Distances between centered points lose fewer digits.
     mean = points.mean(0)
     points = points - mean
     generator = torch.Generator().manual_seed(seed)
@@ -204,14 +206,11 @@ def labels_for_prompts(columns, column, condition, rows, name):
         raise UserError(f"column {column!r} holds only {used[0]!r}", "two labels are needed",
                         "pass another --label-column, or --label-column none")
 
-    # Labels whose words are equal would silently become one condition.
-    by_words = {}
-    for label in sorted(set(used)):
-        other = by_words.setdefault(tuple(words_of(label)), label)
-        if other != label or not words_of(label):
-            raise UserError(f"the labels {other!r} and {label!r} of column {column!r} read alike",
-                            "labels must differ in letters, digits or signs other than . , : ;",
-                            "rename one of them")
+    # Labels with equal words would silently become one condition.
+    if len({tuple(words_of(label)) for label in used} - {()}) < len(set(used)):
+        raise UserError(f"column {column!r} has labels that contain the same words, or none",
+                        "labels must differ in letters, digits or signs other than . , : ;",
+                        "rename one of them")
     return labels
 
 
@@ -302,68 +301,6 @@ def draw_clusters(path, images, indices, assignment, seed):
     save_grid(path, rows, captions)
 
 
-# ---- outliers ----------------------------------------------------------------------------------
-
-def find_outliers(images):
-    """Of histology patches (B, 3, H, W) in [-1, 1] those that show nothing: a str each, or "".
-
-    Measured at 64 pixels a side. "black": mean brightness (HSV value) below 0.2. "out of focus":
-    variance of the Laplacian, of grey in 0..255, below 150. "blank": brighter than 0.9, mean
-    saturation below 0.05 and few edges (600), because fat is bright and pale as well.
-    Source: the idea of arXiv 2312.09792; the limits are ours.
-    """
-    x = F.adaptive_avg_pool2d((images + 1) / 2, 64)                        # (B, 3, 64, 64)
-    value = x.amax(1)
-    brightness = value.mean((1, 2))
-    saturation = (1 - x.amin(1) / value.clamp(min=1e-3)).mean((1, 2))
-    kernel = x.new_tensor([[[[0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
-    edges = F.conv2d(x.mean(1, keepdim=True) * 255, kernel).flatten(1).var(1)
-
-    reasons = []
-    for b, s, e in zip(brightness.tolist(), saturation.tolist(), edges.tolist()):
-        if b < 0.2:
-            reasons.append("black")
-        elif b > 0.9 and s < 0.05 and e < 600:
-            reasons.append("blank")
-        else:
-            reasons.append("out of focus" if e < 150 else "")
-    return reasons
-
-
-def is_coloured(images):
-    """Whether most of an ImageSet's images are coloured in most of their pixels (64 are looked at).
-
-    By medians, so that a coloured mark on a grey X-ray does not count.
-    """
-    sample = torch.linspace(0, len(images) - 1, min(64, len(images))).long()
-    colours = []
-    for i in sample.tolist():
-        image = images[i]
-        colours.append((image.amax(0) - image.amin(0)).median())
-    return bool(torch.stack(colours).median() > 0.1)
-
-
-def drop_outliers(images, condition):
-    """(index, reason) of the patches that a run with prompts leaves out of an ImageSet.
-
-    Only colour images are examined. If more than half would go, they are not histology: none does.
-    """
-    if condition not in ("prompts", "labels") or not is_coloured(images):
-        return []
-    outliers = []
-    status = StatusLine(len(images), "outliers")
-    for rows in torch.arange(len(images)).split(64):
-        reasons = find_outliers(images.batch(rows.tolist()))
-        outliers += [(i, reason) for i, reason in zip(rows.tolist(), reasons) if reason]
-        status.update(int(rows[-1]) + 1, images=len(rows))
-    status.close()
-    if 2 * len(outliers) > len(images):
-        print(f"note: {len(outliers)} of {len(images)} images look empty or out of focus, too many "
-              "to be outliers: all are used")
-        return []
-    return outliers
-
-
 # ---- the encoder -------------------------------------------------------------------------------
 
 class PromptEncoder(nn.Module):
@@ -393,14 +330,11 @@ class PromptEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from_images(self, prompts, features, generator=None):
-        """Starts each word at the mean of the images whose prompts contain it, through a random
-        projection; words common to all prompts keep their init.
+        """Initialise each word with the mean of the images whose prompts contain it.
 
-        Types that look alike then start alike, and are learned sooner: after 300 U-Net steps on
-        real patches wrong prompts raised the error at the last timestep by 0.25, with random words
-        by 0.12. Ours; the paper's encoder knows its words from text.
-
-        prompts: list of N str; features: (N, D) of their images, standardised
+        prompts: list of N str; features: (N, D) of their images, standardised, which a random
+        projection brings to the width of a word. Words common to all prompts keep their init.
+        Types that look alike then start alike, and are learned sooner.
         """
         has_word = torch.tensor([[word in words for word in self.vocabulary]
                                  for words in map(words_of, prompts)]).to(features)  # (N, words)

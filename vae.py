@@ -1,4 +1,4 @@
-"""AutoencoderKL: the autoencoder of Stable Diffusion, which gives latent diffusion its latents.
+"""AutoencoderKL: the autoencoder of Stable Diffusion, between images and the latents of diffusion.
 
 Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"
 (arXiv 2112.10752, section 3.1 and appendix G); Kingma and Welling 2014, "Auto-Encoding
@@ -100,9 +100,9 @@ def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual
 
     if perceptual is not None:
         with torch.no_grad():
-            wanted = F.normalize(perceptual(x).float(), dim=-1)
+            target = F.normalize(perceptual(x).float(), dim=-1)
         features = F.normalize(perceptual(reconstruction).float(), dim=-1)
-        terms["perceptual"] = (features - wanted).square().sum(-1).mean()
+        terms["perceptual"] = (features - target).square().sum(-1).mean()
         loss = loss + perceptual_weight * terms["perceptual"]
     return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -129,7 +129,7 @@ def latent_statistics(batches):
 # ---- blocks -------------------------------------------------------------------------------------
 
 def group_norm(channels, groups=0):
-    """GroupNorm with `groups` groups; 0 means 32, as in Stable Diffusion, or what fits the width.
+    """GroupNorm with `groups` groups; 0 means 32, as in Stable Diffusion, or fewer if narrow.
 
     Levels below 32 channels get groups of four: groups of one channel would erase brightness,
     because the output layer follows a norm.

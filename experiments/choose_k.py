@@ -1,11 +1,11 @@
-"""Which number of clusters K suits the tokens of a run? S_Dbw of every K, lower is better.
+"""Which number of clusters K fits the tokens of a run? S_Dbw of each K, lower is better.
 
     python -m experiments choose_k runs/histology --range 5:60
 
-K-means on RUN/cache/tokens.npy, which train.py writes, for each K: a table, and the chart
-RUN/choose_k.png. The answer is what `train.py --condition prompts --set clusters=K` takes.
+Runs K-means on RUN/cache/tokens.npy for each K, prints a table and draws RUN/choose_k.png. Then
+train with `train.py --condition prompts --set clusters=K`.
 
-Source: Halkidi & Vazirgiannis 2001. Difference from it: the radius of sdbw, see there.
+Source: Halkidi & Vazirgiannis 2001, with another radius (see sdbw).
 """
 import re
 from pathlib import Path
@@ -24,11 +24,11 @@ def sdbw(x, centers, assignment):
 
     s_i: the variances (a vector) of cluster i about its center v_i; s: those of all points.
     Scat = mean_i |s_i| / |s|: how wide the clusters are.
-    Dens_bw = mean over i != j of density(u_ij) / max(density(v_i), density(v_j), 1), u_ij midway
-    from v_i to v_j, density(u) = number of points of clusters i and j within r of u: how full the
-    space between clusters is.
-    r = root of mean_i of the sum of s_i, the usual distance to a center. (The paper's
-    sqrt(sum_i |s_i|) / k hardly grows with D while distances do: from 8 columns on Dens_bw is 0.)
+    Dens_bw = mean over i != j of density(u_ij) / max(density(v_i), density(v_j), 1): how full the
+    space between clusters is. u_ij is midway between v_i and v_j; density(u) is the number of
+    points of clusters i and j within r of u.
+    r = sqrt(mean_i sum(s_i)), the typical distance to a center. The paper's radius,
+    sqrt(sum_i |s_i|) / k, hardly grows with D, so that Dens_bw is 0 from 8 columns on.
     """
     x = x.double()
     centers = centers.double()
@@ -39,8 +39,8 @@ def sdbw(x, centers, assignment):
     scat = variances.norm(dim=1).mean() / x.var(0, correction=0).norm()
     r = variances.sum(1).mean().sqrt()
 
-    def density(points, places):
-        return (torch.cdist(points, places) <= r).sum(0)  # (n, D), (m, D) -> (m,)
+    def density(points, positions):
+        return (torch.cdist(points, positions) <= r).sum(0)  # (n, D), (m, D) -> (m,)
 
     # Points of cluster i within r of v_j (row i, column j), and within r of u_ij.
     at_center = torch.stack([density(points, centers) for points in clusters])
@@ -56,7 +56,7 @@ def sdbw(x, centers, assignment):
 
 def add_flags(parser):
     add = parser.add_argument
-    add("run", type=Path, help="run folder that holds cache/tokens.npy")
+    add("run", type=Path, help="run folder with cache/tokens.npy")
     add("--range", default="5:60", metavar="FIRST:LAST", help="range of K")
     add("--step", type=number(int, 1), default=1, help="step of the range")
     add("--seed", type=number(int), default=0, help="seed of K-means")
@@ -74,7 +74,7 @@ def main(args):
     with user_errors(f"{path} must be whole", "make it again with train.py"):
         x = standardise(torch.tensor(np.load(path, allow_pickle=False)).flatten(1))
 
-    # The largest K first: if it is too large, it is refused before the long work.
+    # Start with the largest K, which fails at once if it is too large.
     scores = {}
     for k in sorted(range(int(ends[1]), int(ends[2]) + 1, args.step), reverse=True):
         with user_errors():
@@ -86,4 +86,4 @@ def main(args):
     line_chart(chart, {"S_Dbw": tuple(zip(*sorted(scores.items())))},
                title=f"S_Dbw over clusters K, lower is better: K = {best}", xlabel="clusters K",
                ylabel="S_Dbw")
-    print(f"{len(x)} images; least S_Dbw at K = {best}; drawn: {chart}")
+    print(f"{len(x)} images; lowest S_Dbw at K = {best}; chart: {chart}")

@@ -1,13 +1,13 @@
 """How well does a classifier trained on synthetic images do on real ones?
 
-A small CNN is trained on the run's own training images, and on each set that --train names, e.g.
-made by `sample.py --each-prompt 100`. All take the same number of steps and are tested on the same
-held-out real images.
+A small CNN is trained on the run's own training images, and on each dataset that --train names,
+e.g. the output of `sample.py --each-prompt 100`. All trainings take the same number of steps and
+are tested on the same held-out real images.
 
-A referee, the same CNN trained on the held-out images, checks the labels of each set: it has seen
-none of the patients that the sets or their generator come from.
+A referee checks the labels of each dataset. It is the same CNN, trained on the held-out images, so
+it shares no patient with the datasets or their generator.
 
-Prints the AUC of each set, mean and deviation over seeds, and that of its labels by the referee;
+Prints each dataset's AUC, mean and deviation over seeds, and the referee's AUC on its labels;
 writes classify.json into the run's folder. For few real images with synthetic ones: `downstream`.
 """
 from functools import partial

@@ -1,9 +1,7 @@
 """Do K-means clusters of the training tokens agree with a column of the labels?
 
-Prompts number such clusters as morphologies. Here they are compared with a column that training did
-not see: how homogeneous are they, and do raw pixels serve as well?
-
-Writes clusters.json into the run's folder.
+Prompts name these clusters as morphology types. This compares them with a column that training did
+not use, and with clusters of raw pixels. Writes clusters.json into the run's folder.
 """
 import numpy as np
 import torch
@@ -20,10 +18,10 @@ from support.splits import read_split
 def add_flags(parser):
     add_run_flags(parser)
     add = parser.add_argument
-    add("--label-column", default="morphology", help="of labels.csv: the true classes")
+    add("--label-column", default="morphology", help="column of labels.csv with the classes")
     add("--clusters", type=number(int, 1), nargs="+",
-        help="K (default: the true number, and the run's)")
-    add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="of K-means")
+        help="values of K (default: the number of classes, and the run's K)")
+    add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="seeds of K-means")
 
 
 def main(args):
@@ -34,7 +32,7 @@ def main(args):
         raise UserError(f"there is no column {name!r}", f"the data have "
                         f"{', '.join(images.columns) or 'no columns'}", "pass --label-column")
 
-    # All training images, in the order of the run's cached tokens.
+    # Take all training images, in the order of the cached tokens.
     train, _ = read_split(run.folder / "split.csv", images)
     truth = [images.columns[name][i] for i in train.tolist()]
     tokens = torch.from_numpy(np.load(run.folder / "cache" / "tokens.npy", allow_pickle=False))

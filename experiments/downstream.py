@@ -1,25 +1,25 @@
 """Do synthetic images help a classifier that has few real ones?
 
-Several pools of N labelled images are drawn, patient by patient. The run's model reconstructs each
-pool's own images R times over, and every copy inherits its source's labels. A small CNN is trained
-on each arm and tested on real images of other patients:
+Several pools of N labelled images are drawn, patient by patient. The run's model makes R
+reconstructions of each image of a pool, which inherit the labels of their source. A small CNN is
+trained on each arm and tested on real images of other patients:
 
     real              the pool
-    duplicates        the pool, and R N plain copies of it: more images, nothing new
+    duplicates        the pool, and R N plain copies of it
     classical         the pool, and R N augmented copies
     synthetic         the pool, and R N synthetic images
     synthetic first   3/4 of the steps on synthetic images, then the pool at a third of the rate
 
-All arms of a pool take the same number of steps from the same initial weights. Beside them is the
-floor that needs neither generator nor CNN: ridge regression on the tokens of the pool.
+All arms of a pool start from the same weights and take the same number of steps. The baseline is
+ridge regression on the tokens of the pool, which needs neither generator nor CNN.
 
-Intervals are those of the paired t test over pools. With --folds K, pool p is tested on patients of
-fold p % K of all labelled images, so the interval covers the choice of test images too; without it
-every pool meets the same held-out images. In folds the model may have seen test images, unlabelled.
+Intervals come from the paired t test over pools. Without --folds all pools are tested on the same
+held-out images. With --folds K, pool p is tested on fold p % K of all labelled images, so that the
+interval includes the choice of test images; the model may then have seen test images, unlabelled.
 
-Source: pools and ratios of DiNO-Diffusion (2024); synthetic images first, RoentGen-v2. The network,
-the duplicates and the floor are ours. Writes downstream.json and downstream.png (pools over their
-reconstructions) into the run's folder.
+Sources: DiNO-Diffusion (2024) for pools and ratios; RoentGen-v2 for "synthetic first". The network,
+the duplicates and the baseline are ours. Writes downstream.json and downstream.png (images of pools
+above their reconstructions) into the run's folder.
 """
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def split_pools(train, test, groups, folds):
 # ---------------------------------------------------------------- images and arms
 
 def reconstruct(model, tokens, count, seed, steps, batch):
-    """uint8 images (count, 3, H, W); number j is made from row j % N of the tokens (N, G, D)."""
+    """uint8 images (count, 3, H, W); image j is made from row j % N of the tokens (N, G, D)."""
     parts = []
     status = StatusLine(count, f"synthetic images of pool {seed}")
     for rows in torch.arange(count).split(batch):
@@ -81,7 +81,7 @@ def reconstruct(model, tokens, count, seed, steps, batch):
 
 
 def augmented_copies(pool, count, seed):
-    """uint8 images (count, 3, H, W); number j is a variant of pool image j % N."""
+    """uint8 images (count, 3, H, W); image j is a variant of pool[j % N]."""
     generator = torch.Generator().manual_seed(step_seed("classical", seed))
     parts = torch.arange(count).split(256)
     images = from_bytes(pool)
@@ -92,7 +92,7 @@ def augmented_copies(pool, count, seed):
 def arms_of(pool, y, classical, synthetic, steps):
     """{arm: stages [(images, labels, steps), ...]}, as train_classifier takes them.
 
-    pool, classical, synthetic: uint8 images, number j of the latter two made from pool[j % N];
+    pool, classical, synthetic: uint8 images; image j of the latter two is made from pool[j % N];
     y (N, L): labels of the pool.
     """
     source = np.arange(len(synthetic)) % len(pool)
@@ -107,7 +107,7 @@ def arms_of(pool, y, classical, synthetic, steps):
             "synthetic first": [(synthetic, y[source], steps - steps // 4), (pool, y, steps // 4)]}
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- statistics
 
 def difference(a, b):
     """(mean of a - b over pools, half of its 95 % interval by the paired t test, None for one)."""
@@ -131,7 +131,7 @@ def summarise(aucs):
     return rows
 
 
-# ---------------------------------------------------------------- the question
+# ---------------------------------------------------------------- the experiment
 
 def add_flags(parser):
     add_run_flags(parser, train_limit=2000)
@@ -156,7 +156,7 @@ def main(args):
         raise UserError(f"this model was trained with --condition {model.config.condition}",
                         "one that follows images is needed", "pass another --checkpoint")
 
-    # Labels of all images of the run, and from where pools and test images come.
+    # Labels of all images, and the candidates for pools and for tests.
     columns = args.label_column or finding_columns(images)
     train, test = with_known_labels(images, columns, run.train, run.test)
     names, train_y, test_y = binary_labels(images.columns, columns, train, test, args.least)
@@ -195,15 +195,15 @@ def main(args):
         synthetic = reconstruct(model, tokens, count, pool_seed, args.sample_steps, args.batch)
         rows_of_grid += [from_bytes(pool[:8]), from_bytes(synthetic[:8])]
 
-        # The arms, and the floor.
+        # The arms, and the baseline.
         test_images = load_bytes(images, test)
         for arm, stages in arms_of(pool, y, classical, synthetic, args.cnn_steps).items():
             net = train_classifier(stages, pool_seed, device,
                                    name=f"pool {pool_seed}, {arm}")
             scores = predict(net, test_images, device, args.batch)
             aucs.setdefault(arm, []).append(mean_auc(labels[test], scores))
-        floor, _ = linear_probe(tokens.flatten(1), y, tokens_of(test).flatten(1), labels[test])
-        aucs.setdefault("ridge on tokens", []).append(float(np.mean(floor)))
+        ridge, _ = linear_probe(tokens.flatten(1), y, tokens_of(test).flatten(1), labels[test])
+        aucs.setdefault("ridge on tokens", []).append(float(np.mean(ridge)))
 
     rows = summarise(aucs)
     print(f"AUC of {', '.join(names)}: mean and sd over {args.pools} pools of {args.n}; "

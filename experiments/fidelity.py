@@ -1,8 +1,8 @@
-"""How far are two sets of images apart, and how sure is that?
+"""How far apart are two sets of images, with intervals?
 
-What `python evaluate.py REAL SYNTHETIC` prints, with more choice: REAL may be a run (its training
-and held-out images are the two halves of the floor), the judge may be Inception or a ViT, and each
-distance of all images gets a 95 % interval by subsampling.
+Prints the table of `python evaluate.py REAL SYNTHETIC`, with more options. REAL may be a run; its
+training and held-out images then give the floor. The judge may be Inception or a ViT. Each distance
+between all images gets a 95 % interval by subsampling.
 
 Writes SYNTHETIC/fidelity.json.
 """
@@ -58,10 +58,9 @@ def main(args):
     if args.features == "dino" and not args.weights:
         _, model = load_model(resolve_checkpoint(args.checkpoint), args.device)
     name, judge = feature_extractor(args.features, args.weights, device, model)
-    results, features = evaluate.fidelity(open_parts(args), name, judge, device, args.batch,
-                                          args.seed)
+    results, features = evaluate.fidelity(open_parts(args), name, judge, device, args.batch)
 
-    # Intervals of the distances of all images; shares stay in [0, 1].
+    # Intervals of the distances between all images; shares stay in [0, 1].
     half, other, fake = features
     if min(len(half), len(other), len(fake)) >= 12:  # halves with five neighbours each
         low, high = subsample_interval(compare, torch.cat([half, other]), fake, args.rounds,

@@ -1,9 +1,10 @@
-"""Which features judge images: --features and --weights.
+"""The networks whose features compare images: --features and --weights.
 
     name, extract = feature_extractor("inception", None, device)
     features, _ = describe(batches, extract, device)    # (N, D)
 
-The name identifies weights, by their hash, and resize rule: only figures of one name compare.
+The name identifies the weights (by their hash) and the way of resizing. Distances under different
+names cannot be compared.
 """
 import hashlib
 from functools import partial
@@ -20,15 +21,15 @@ FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_we
 
 
 def load_judge(net, source):
-    """Fill a network from a file, or an address whose file name ends in the start of its hash."""
-    options = {"map_location": "cpu", "weights_only": True}  # nothing in the file is executed
+    """Load a network's weights from a file, or from a URL whose file name ends in its hash."""
+    options = {"map_location": "cpu", "weights_only": True}  # execute nothing in the file
     try:
         if source.startswith("https:"):
             state = torch.hub.load_state_dict_from_url(source, check_hash=True, **options)
         else:
             state = torch.load(source, **options)
         net.load_state_dict(state)
-    except Exception as error:  # zip, pickle, torch and network each raise their own
+    except Exception as error:  # a malformed file can raise anything
         raise UserError(f"cannot load {source} ({' '.join(str(error).split())[:160]})", "a state "
                         f"dict of {type(net).__name__} is needed", "pass --weights FILE, or delete "
                         f"a damaged download in {torch.hub.get_dir()}/checkpoints") from None
@@ -38,8 +39,8 @@ def load_judge(net, source):
 def feature_extractor(kind, weights, device, model=None):
     """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of a judge.
 
-    kind: one of JUDGES. weights: a file, for dino a published name as well, or None: then dino is
-    the embedder of `model`, a DinoDiffusion.
+    kind: one of JUDGES. weights: a file, for dino also a published name, or None. Without weights,
+    dino is the embedder of `model`, a DinoDiffusion.
     """
     if kind == "random":
         return RandomFeatures.NAME, RandomFeatures().to(device)
@@ -58,8 +59,11 @@ def feature_extractor(kind, weights, device, model=None):
         extract = partial(conditioning_tokens, net, kind="cls")
 
     else:
-        print("note: the tokens that conditioned samples do not judge them fairly")
-        net = model.embedder
+        if model.config.vit is None:
+            raise UserError("this model was trained on a file of vectors", "a judge needs a ViT",
+                            "pass --weights")
+        print("note: the features that conditioned the samples are a biased judge of them")
+        net = model.embedder.vit
         rule = f"{model.config.tokens} tokens, antialiased bicubic to {net.input_side} px"
         extract = model.embed
 

@@ -1,8 +1,8 @@
 """What can a linear model read from the embedder's tokens?
 
-Ridge regression on the tokens of training images, tested on held-out images: the AUC of each
-label, beside the same network with random weights and 16x16 raw pixels. What the tokens lack, no
-sample that follows them can show.
+Ridge regression on the tokens of training images, tested on held-out images. It prints the AUC of
+each label, next to that of the same network with random weights and of 16x16 raw pixels. A sample
+cannot follow its source in anything that the tokens do not encode.
 
 Writes probe.json into the run's folder.
 """
@@ -17,26 +17,29 @@ from evaluate import bootstrap_interval, describe
 from experiments.common import (add_run_flags, batches_of, binary_labels, finding_columns, open_run,
                                 with_known_labels)
 from experiments.statistics import linear_probe, mean_auc
-from support.command import number, pick_device, print_table
+from support.command import UserError, number, pick_device, print_table
 from support.files import write_json
 
 
 def add_flags(parser):
     add_run_flags(parser, train_limit=2000)
     add = parser.add_argument
-    add("--tokens", choices=TOKEN_KINDS, default="global", help="which tokens are read")
+    add("--tokens", choices=TOKEN_KINDS, default="global", help="kind of tokens")
     add("--label-column", nargs="+", help="of labels.csv (default: the findings)")
     add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="of the random weights")
 
 
 def main(args):
     run = open_run(args)
+    if run.model.config.vit is None:
+        raise UserError("this model was trained on a file of vectors", "a probe needs a ViT",
+                        "pass another --checkpoint")
     columns = args.label_column or finding_columns(run.images)
     train, test = with_known_labels(run.images, columns, run.train, run.test)
     names, train_y, test_y = binary_labels(run.images.columns, columns, train, test)
     device = pick_device(args.device)
 
-    # The features, each a function of images (B, 3, H, W).
+    # Feature extractors, each a function of images (B, 3, H, W).
     networks = {"embedder": run.model.embedder.vit}
     for seed in args.seeds:
         torch.manual_seed(seed)

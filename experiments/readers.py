@@ -3,13 +3,13 @@
     python -m experiments readers --make REAL SYNTHETIC --out DIR    # DIR/readers.html and the key
     python -m experiments readers --score answers*.csv --key DIR/key/key.csv
 
-The page does not contain the truth: all images have one size and go through one encoder without
-compression (so even their lengths are equal), under names that hash a secret seed. The truth
-is in the key alone. Readers open the page from disk and return the file that it saves.
+The page does not reveal the truth. All images have the same size and are encoded without
+compression, so that even their lengths are equal; their names are hashes with a secret seed. Only
+the key contains the truth. Readers open the page from disk and return the file that it saves.
 
-Positive means synthetic. --score prints sensitivity, specificity and accuracy of each reader, with
-intervals over images, and the mean Cohen's kappa of pairs of readers; it writes readers.json beside
-the key.
+Positive means synthetic. --score prints the sensitivity, specificity and accuracy of each reader,
+with intervals over images, and the mean Cohen's kappa over pairs of readers. It writes readers.json
+next to the key.
 """
 import base64
 import io
@@ -68,13 +68,13 @@ def encode(image, side, is_grey):
 
 
 def make(args):
-    """Write the readers' page, which does not know the truth, and the key, which does."""
+    """Write the page for the readers, without the truth, and the key, with it."""
     key = Path(args.out, "key", "key.csv")
     if key.exists():
         raise UserError(f"{key} exists", "a key must not be lost", "pass another --out")
     seed = secrets.randbits(63)
 
-    # Equally many of both, chosen by the seed.
+    # Choose equal numbers of both by the seed.
     sets = {"real": open_dataset(args.make[0], None), "synthetic": open_dataset(args.make[1], None)}
     count = min(args.count, *map(len, sets.values()))
     chosen = []
@@ -82,8 +82,8 @@ def make(args):
         order = sorted(range(len(images)), key=lambda i: step_seed(seed, "choose", truth, i))
         chosen += [(truth, images.files[i], images[i]) for i in order[:count]]
 
-    # One size, no image enlarged; all grey if the real ones are, as a tint would give the others
-    # away; sorted by their hashes, which shuffles them.
+    # Use one size and enlarge no image. If the real images are grey, make all grey, because a tint
+    # would reveal the others. Sorting by hash shuffles the images.
     side = min(args.size or 10 ** 6, *(image.shape[-1] for *_, image in chosen))
     is_grey = all(image.eq(image[0]).all() for truth, _, image in chosen if truth == "real")
     rows = sorted([f"{step_seed(seed, 'name', truth, source):016x}", truth, source,
@@ -98,7 +98,7 @@ def make(args):
     write_csv(key, [["file", "truth", "source"], *(row[:-1] for row in rows)])
     write_text_atomic(Path(args.out, "readers.html"), page)
     print(f"{args.out}/readers.html: {count} real and {count} synthetic images, {side} px; give "
-          f"readers this file alone\n{key}: the truth; keep it away from them")
+          f"readers only this file\n{key}: the truth; keep it from the readers")
 
 
 def read_column(path, column):
@@ -135,14 +135,14 @@ def score(args):
     table["median"] = {figure: float(np.median([table[reader][figure] for reader in answers]))
                        for figure in figures}
 
-    # Agreement of pairs; undefined for two that gave all images one and the same answer.
+    # Kappa is undefined for two readers who both gave the same answer to all images.
     kappas = [cohen_kappa(a, b) for a, b in combinations(answers.values(), 2)]
     kappas = [kappa for kappa in kappas if np.isfinite(kappa)]
     table["mean of pairs"] = {"kappa": float(np.mean(kappas)) if kappas else None}
     print_table(table)
     write_json(Path(args.key).parent / "readers.json", table)
     print(f"{len(answers)} readers, {len(truth)} images: median accuracy "
-          f"{table['median']['accuracy']:.3f} (0.5: they cannot tell)")
+          f"{table['median']['accuracy']:.3f} (0.5: chance)")
 
 
 def add_flags(parser):

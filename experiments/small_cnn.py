@@ -3,7 +3,7 @@
     net = train_classifier([(images, labels, 600)], seed=0, device=device, augment=strong_augment)
     scores = predict(net, test_images, device)    # (M, L)
 
-Images are uint8 arrays (N, 3, H, W), so that thousands fit in memory; labels are (N, L), 0 or 1.
+Images are uint8 arrays (N, 3, H, W), so that thousands fit in memory. Labels are (N, L), 0 or 1.
 """
 import math
 
@@ -28,7 +28,7 @@ def from_bytes(array):
 
 
 def load_bytes(images, indices):
-    """These images of a data set as a uint8 array (N, 3, H, W)."""
+    """The images of an ImageSet at these indices, as a uint8 array (N, 3, H, W)."""
     parts = torch.as_tensor(indices).split(256)
     return np.concatenate([to_bytes(images.batch(part.tolist())) for part in parts])
 
@@ -48,10 +48,10 @@ class Labelled(Dataset):
 
 
 def strong_augment(images, generator, turns=False):
-    """Random variants of images (B, 3, H, W) in [-1, 1]: rotated by up to 15 degrees, scaled by
-    15 %, shifted by 10 %, gamma 0.7 to 1.4, contrast by 30 %, brightness by 10 %, noise.
+    """Augment images (B, 3, H, W) in [-1, 1]: rotation up to 15 degrees, scale 15 %, shift 10 %,
+    gamma 0.7 to 1.4, contrast 30 %, brightness 10 %, noise.
 
-    turns: rotate by any angle and flip, where orientation means nothing (histology).
+    turns: rotate by any angle and flip, for images without orientation (histology)
     """
     B = len(images)
     draw = 2 * torch.rand(8, B, generator=generator, device=images.device) - 1  # in [-1, 1]
@@ -76,7 +76,7 @@ def strong_augment(images, generator, turns=False):
 
 
 class SmallCNN(nn.Sequential):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, labels): four stride-2 convolutions, a mean."""
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, labels): four strided convolutions, mean."""
 
     def __init__(self, labels, width=32):
         channels = [3, width, 2 * width, 4 * width, 4 * width]
@@ -90,10 +90,10 @@ class SmallCNN(nn.Sequential):
 
 
 def train_classifier(stages, seed, device, augment=None, name="classifier"):
-    """A SmallCNN in eval mode, trained in stages (images, labels, steps) of batch 32.
+    """Train a SmallCNN in stages (images, labels, steps), batch 32 -> the network in eval mode.
 
-    Each stage has a third of the learning rate of the one before. augment(images, generator) varies
-    each batch. The initial weights depend on the seed alone.
+    Each stage has a third of the learning rate of the previous one. augment(images, generator) is
+    applied to each batch. The initial weights depend only on the seed.
     """
     torch.manual_seed(step_seed(seed, "classifier") % 2 ** 31)
     net = SmallCNN(np.shape(stages[0][1])[1]).to(device)
@@ -103,9 +103,9 @@ def train_classifier(stages, seed, device, augment=None, name="classifier"):
         x = augment(x, generator) if augment else x
         return F.binary_cross_entropy_with_logits(net(x), y), {}
 
-    for number, (images, labels, steps) in enumerate(stages):
+    for stage, (images, labels, steps) in enumerate(stages):
         fit(name, net, loss_fn, Labelled(images, labels), steps=steps, batch=32,
-            lr=1e-3 / 3 ** number, device=device, seed=seed, weight_decay=0.05)
+            lr=1e-3 / 3 ** stage, device=device, seed=seed, weight_decay=0.05)
     return net.eval()
 
 

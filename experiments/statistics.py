@@ -1,11 +1,11 @@
-"""Statistics that only the experiments need; the metrics themselves are in evaluate.py.
+"""Statistics used only by the experiments. The metrics themselves are in evaluate.py.
 
     linear_probe(train_x, train_y, test_x, test_y)      # AUC of a ridge regression on features
-    cluster_agreement(truth, clusters)   # do clusters find known classes?
-    subsample_interval(metric, a, b)     # 95 % of a distance between two sets
+    cluster_agreement(truth, clusters)   # do clusters match known classes?
+    subsample_interval(metric, a, b)     # 95 % interval of a distance
 
-Everything computes in float64 on the CPU. Deliberate choice: intervals of distances come from
-subsampling without replacement, because the duplicates of a bootstrap bias them.
+All compute in float64 on the CPU. Deliberate choice: intervals of distances come from subsampling
+without replacement, because the duplicates of a bootstrap bias distances.
 """
 import numpy as np
 import torch
@@ -13,14 +13,10 @@ import torch
 from evaluate import as_features, roc_auc
 
 
-# ---------------------------------------------------------------- AUC
-
 def mean_auc(labels, scores):
     """Mean over labels of the AUC of labels (N, L) of 0 and 1 and scores (N, L)."""
     return float(np.mean([roc_auc(*column) for column in zip(labels.T, scores.T)]))
 
-
-# ---------------------------------------------------------------- what features encode
 
 def ridge_weights(x, y, strength):
     """argmin |x w - y|^2 + strength N |w|^2, solved in the smaller of N and D dimensions."""
@@ -34,34 +30,34 @@ def ridge_weights(x, y, strength):
 def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 1.0, 10.0)):
     """(AUC of each label, scores (M, L)) of a ridge regression on frozen features.
 
-    train_x (N, D), train_y (N, L) of 0 and 1. Features are standardised with training statistics;
-    each label's strength is the one with the least squared error on a fifth of the training set.
+    train_x (N, D), train_y (N, L) of 0 and 1. Features are standardised with training statistics.
+    Each label gets the strength with the least squared error on a fifth of the training set.
     """
     train_x, test_x = as_features(train_x, test_x)
     train_y = torch.as_tensor(train_y).double()
     test_y = torch.as_tensor(test_y)
 
-    # Statistics of the training set alone.
+    # Standardise with the statistics of the training set.
     mean = train_x.mean(dim=0)
     std = train_x.std(dim=0).clamp(min=1e-8)
     train_x = (train_x - mean) / std
     test_x = (test_x - mean) / std
     train_y = train_y - train_y.mean(dim=0)
 
-    # The best strength of each label.
+    # Choose the best strength for each label.
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))
     fifth = len(order) // 5
-    check = order[:fifth]
+    validation = order[:fifth]
     fit = order[fifth:]
     errors = []
     for strength in strengths:
-        predicted = train_x[check] @ ridge_weights(train_x[fit], train_y[fit], strength)
-        errors.append((predicted - train_y[check]).square().mean(dim=0))
+        predicted = train_x[validation] @ ridge_weights(train_x[fit], train_y[fit], strength)
+        errors.append((predicted - train_y[validation]).square().mean(dim=0))
     best = torch.stack(errors).argmin(dim=0).tolist()  # (strengths, L) -> (L,)
 
     # Fit each label again, on the whole training set.
-    scores = [test_x @ ridge_weights(train_x, train_y[:, label], strengths[number])
-              for label, number in enumerate(best)]
+    scores = [test_x @ ridge_weights(train_x, train_y[:, label], strengths[index])
+              for label, index in enumerate(best)]
     aucs = [roc_auc(*column) for column in zip(test_y.T, scores)]
     return aucs, torch.stack(scores, dim=1).numpy()
 
@@ -75,8 +71,9 @@ def entropy(counts):
 def cluster_agreement(truth, clusters):
     """How well clusters (N,) match known classes (N,): a dict, 1 is perfect.
 
-    homogeneity = 1 - H(truth | clusters) / H(truth): is each cluster of one class? completeness:
-    the reverse. V-measure: their harmonic mean. Source: Rosenberg & Hirschberg 2007.
+    homogeneity = 1 - H(truth | clusters) / H(truth): does each cluster contain one class only?
+    completeness: the reverse. V-measure: their harmonic mean.
+    Source: Rosenberg & Hirschberg 2007.
     """
     truth = np.unique(truth, return_inverse=True)[1]
     clusters = np.unique(clusters, return_inverse=True)[1]
@@ -93,13 +90,12 @@ def cluster_agreement(truth, clusters):
             "V-measure": 2 * homogeneity * completeness / both if both else 0.0}
 
 
-# ---------------------------------------------------------------- intervals
-
 def subsample_interval(metric, a, b, rounds=50, seed=0):
     """95 % interval (low, high) of metric(a, b), which may be an array (Politis & Romano 1994).
 
-    Halves are drawn without replacement. A mean spreads over them as its standard error over the
-    whole set (1/m - 1/n = 1/n at m = n/2), so their deviations are laid around the full value.
+    Draws halves without replacement. The variance of a mean over halves equals that of the mean of
+    the whole set (1/m - 1/n = 1/n at m = n/2), so the deviations of the halves, centered on the
+    value of the whole set, give the interval.
     """
     generator = torch.Generator().manual_seed(seed)
 

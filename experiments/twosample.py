@@ -1,11 +1,12 @@
 """Can a small network tell the synthetic images from real ones?
 
-A small CNN is trained to separate the two sets, equally many of each, and tested on images of other
-patients: AUC 0.5 means that it cannot, 1 that it always can. A synthetic image belongs to the
-patients of its sources, if samples.csv names them; one whose sources fall on both sides is left
-out. REAL is a folder, or a run (its held-out images).
+A small CNN is trained to separate equal numbers of both, and tested on images of other patients.
+An AUC of 0.5 means that it cannot tell them apart, 1 that it always can. REAL is a folder, or a run
+(its held-out images).
 
-Each seed draws its own halves and initial weights. Writes SYNTHETIC/twosample.json.
+A synthetic image belongs to the patients of its sources, if samples.csv names them. It is left out
+if its sources are in both halves. Each seed draws new halves and initial weights. Writes
+SYNTHETIC/twosample.json.
 """
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from support.command import UserError, number, pick_device, print_table
 from support.datasets import open_dataset
 from support.files import read_csv, write_json
 
-LEAST = 6  # images of each set in each half
+LEAST = 6  # real, and synthetic, images in each half
 
 
 def patients_of_samples(folder, samples, patients):
-    """The set of patients of each sample, or of itself alone. patients: {stem of a file: patient}.
+    """The set of patients of each sample; a sample without sources is its own patient.
+
+    patients: {stem of a file name: patient}
     """
     path = Path(folder, "samples.csv")
     rows = read_csv(path) if path.is_file() else []
@@ -35,10 +38,10 @@ def patients_of_samples(folder, samples, patients):
 
 
 def halves_of(patients, seed):
-    """The half, 0 or 1, of each image's set of patients, or -1 if its patients are in both."""
+    """Half (0 or 1) of each image, or -1 if its patients are in both; patients: a set per image."""
     names = sorted(set().union(*patients))
     order = np.random.default_rng(seed).permutation(len(names))
-    half = {names[j]: place % 2 for place, j in enumerate(order)}
+    half = {names[j]: rank % 2 for rank, j in enumerate(order)}
     sides = [{half[name] for name in of_image} for of_image in patients]
     return np.array([min(side) if len(side) == 1 else -1 for side in sides])
 
@@ -70,7 +73,7 @@ def main(args):
         raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed",
                         f"pass --size {min(sides)}")
 
-    # Equally many of both, synthetic ones labelled 1, each with its patients.
+    # Join equal numbers of both, each image with its patients; synthetic images have label 1.
     patients = real.groups or real.files
     by_stem = {Path(file).stem: patient for file, patient in zip(real.files, patients)}
     owners = patients_of_samples(args.synthetic, synthetic, by_stem)
@@ -95,4 +98,4 @@ def main(args):
     print_table({name: {"AUC": auc} for name, auc in aucs.items()})
     write_json(Path(args.synthetic, "twosample.json"),
                {"images of each": count, "AUC": mean, "seeds": aucs})
-    print(f"{count} real and {count} synthetic images, patients apart: mean AUC {mean:.3f}")
+    print(f"{count} real and {count} synthetic images, split by patient: mean AUC {mean:.3f}")

@@ -8,11 +8,12 @@ from PIL import Image
 
 import prompts
 from prompts import (BASELINE, ENRICHED, UNLABELLED, PromptEncoder, all_prompts, balance,
-                     build_prompts, drop_outliers, find_outliers, find_prompt, inertia, kmeans,
+                     build_prompts, find_prompt, inertia, kmeans,
                      labels_for_prompts, number_word, plan_prompts, prompt_numbers, standardise,
                      vocabulary_of, words_of)
 from support.command import UserError
 from support.datasets import open_dataset
+from support.outliers import drop_outliers, find_outliers
 
 # Inertia of sklearn.cluster.KMeans(12, n_init=10, random_state=0), scikit-learn 1.9.1, numpy 2.4.6,
 # on reference_data(kind).
@@ -233,8 +234,8 @@ def test_labels_are_lower_case_words():
 @pytest.mark.parametrize("column, condition, says", [
     ("none", "labels", "no label column 'none'.*the set has label"),
     ("empty", "prompts", "'empty' is empty for 1 images"), ("one", "prompts", "holds only 'x'"),
-    ("alike", "prompts", "'a b' and 'a, b' of column 'alike' read alike"),
-    ("signs", "prompts", "'...' of column 'signs' read alike")])
+    ("alike", "prompts", "'alike' has labels that contain the same words"),
+    ("signs", "prompts", "'signs' has labels that contain the same words, or none")])
 def test_labels_that_make_no_prompts(column, condition, says):
     with pytest.raises(UserError, match=says):
         labels_of(column, condition)
@@ -332,7 +333,7 @@ def test_smooth_colour_images_are_all_used(tissue, capsys):
     """If most images would go, the limits do not fit them: none goes, and a note says so."""
     smooth = torch.nn.functional.interpolate(tissue.mean((2, 3), keepdim=True), 96)
     images = Images(torch.cat([smooth, tissue[:20]]))
-    assert prompts.is_coloured(images) and drop_outliers(images, "prompts") == []
+    assert drop_outliers(images, "prompts") == []
     assert "note: 40 of 60 images look empty or out of focus" in capsys.readouterr().out
 
 

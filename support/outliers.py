@@ -1,0 +1,61 @@
+"""Histology patches that show no tissue: black, blank or out of focus.
+
+Source: the idea of arXiv 2312.09792; the limits are ours.
+"""
+import torch
+import torch.nn.functional as F
+
+from support.command import StatusLine
+
+
+def find_outliers(images):
+    """The reason why each patch (B, 3, H, W) in [-1, 1] shows no tissue, a str, or "" if it does.
+
+    Measured at 64 pixels a side. Blank patches are bright, pale and have few edges; fat is bright
+    and pale too, but has edges.
+    """
+    x = F.adaptive_avg_pool2d((images + 1) / 2, 64)                    # (B, 3, 64, 64)
+    value = x.amax(1)
+    brightness = value.mean((1, 2))
+    saturation = (1 - x.amin(1) / value.clamp(min=1e-3)).mean((1, 2))
+    kernel = x.new_tensor([[[[0, 1, 0], [1, -4, 1], [0, 1, 0]]]])
+    edges = F.conv2d(x.mean(1, keepdim=True) * 255, kernel).flatten(1).var(1)
+
+    reasons = []
+    for b, s, e in zip(brightness.tolist(), saturation.tolist(), edges.tolist()):
+        if b < 0.2:
+            reasons.append("black")
+        elif b > 0.9 and s < 0.05 and e < 600:
+            reasons.append("blank")
+        else:
+            reasons.append("out of focus" if e < 150 else "")
+    return reasons
+
+
+def drop_outliers(images, condition):
+    """(index, reason) of the patches of an ImageSet that a run with prompts leaves out.
+
+    Only colour images are examined. If more than half would be left out, none is: they are
+    probably not histology.
+    """
+    if condition not in ("prompts", "labels"):
+        return []
+
+    # Medians, so that a coloured mark on a grey X-ray does not count.
+    sample = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
+    colour = torch.stack([(images[i].amax(0) - images[i].amin(0)).median() for i in sample])
+    if colour.median() <= 0.1:
+        return []
+
+    outliers = []
+    status = StatusLine(len(images), "outliers")
+    for rows in torch.arange(len(images)).split(64):
+        reasons = find_outliers(images.batch(rows.tolist()))
+        outliers += [(i, reason) for i, reason in zip(rows.tolist(), reasons) if reason]
+        status.update(int(rows[-1]) + 1, images=len(rows))
+    status.close()
+    if 2 * len(outliers) > len(images):
+        print(f"note: {len(outliers)} of {len(images)} images look empty or out of focus, too many "
+              "to be outliers: all are used")
+        return []
+    return outliers

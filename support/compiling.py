@@ -1,16 +1,12 @@
-"""When torch.compile pays: it takes half a minute before it saves a quarter of every step.
-
-    compiler = Compiler(model, device, wanted=None)     # None: on CUDA, if it pays
-    for step in range(steps):
-        ...                                             # forward, backward, optimiser
-        compiler.after_step(left=steps - step - 1)
-"""
+"""When torch.compile pays: it takes half a minute before it saves a quarter of every step."""
 import time
 
 import torch
 
 from support.fast import compile_blocks
 from support.ranks import all_ranks
+
+TIMED = 5, 15  # steps between which an eager step is timed
 
 
 def compile_pays(steps, seconds_per_step, gain=0.25, compile_seconds=40):
@@ -20,56 +16,47 @@ def compile_pays(steps, seconds_per_step, gain=0.25, compile_seconds=40):
     """
     saved = steps * seconds_per_step * gain
     pays = saved > compile_seconds
-    return pays, (f"torch.compile {'on' if pays else 'off'}: {steps} steps of {seconds_per_step:.3g}"
-                  f" s would save about {saved:.0f} s, compiling takes about {compile_seconds:.0f}")
+    return pays, (f"torch.compile {'on' if pays else 'off'}: it would save about {saved:.0f} s in "
+                  f"{steps} steps, and takes about {compile_seconds:.0f} s")
 
 
 class Compiler:
     """Compiles the blocks of a model inside its own loop: at once, never, or where it pays.
 
-    wanted: True, False, or None, which times some steps on CUDA and decides. Shapes are static, so
-    kernels are the fastest; once the first step is compiled nothing else is: a last batch of another
-    size, or a preview during training, runs as it would without this class. options: of
-    torch.compile.
+    wanted: True, False, or None: on CUDA, time some steps, then decide. options: of torch.compile.
+    Shapes are static, for the fastest kernels. Once a first step is compiled nothing else is: a
+    last batch of another size, or a preview during training, runs uncompiled.
     """
 
-    def __init__(self, model, device, wanted=None, warm_up=5, timed=10, **options):
+    def __init__(self, model, device, wanted=None, **options):
         self.model = model
         self.options = {"dynamic": False, **options}
         self.done = 0
-        self.times = {}
-        self.timed = warm_up, warm_up + timed
         self.compiled_at = None
         is_compiled = any(module._compiled_call_impl for module in model.modules())
-        self.may_compile = wanted is None and device.type == "cuda" and not is_compiled
+        self.decides = wanted is None and device.type == "cuda" and not is_compiled
         if wanted and not is_compiled:
             self.compile()
 
     def compile(self):
-        set_stance("default")
+        torch.compiler.set_stance("default")
         compile_blocks(self.model, **self.options)
         self.compiled_at = self.done
 
     def after_step(self, left):
         """Call it after every step; `left` counts the steps that follow."""
+        if self.done == self.compiled_at:
+            torch.compiler.set_stance("eager_on_recompile")
         self.done += 1
-        if self.done - 1 == self.compiled_at:
-            set_stance("eager_on_recompile")
-        if not self.may_compile or self.done not in self.timed:
+        if not self.decides or self.done not in TIMED:
             return
 
         torch.cuda.synchronize()
-        self.times[self.done] = time.perf_counter()
-        if self.done == self.timed[1]:
-            first, last = self.timed
-            seconds = (self.times[last] - self.times[first]) / (last - first)
+        now = time.perf_counter()
+        if self.done == TIMED[1]:
+            seconds = (now - self.began) / (TIMED[1] - TIMED[0])
             pays, why = compile_pays(left, max(all_ranks(seconds)))  # ranks decide alike
             print(why)
             if pays:
                 self.compile()
-
-
-def set_stance(name):
-    """torch.compiler.set_stance, where PyTorch is recent enough (2.6) to have it."""
-    if hasattr(torch.compiler, "set_stance"):
-        torch.compiler.set_stance(name)
+        self.began = now

@@ -3,9 +3,6 @@
     pip install diffusers timm scikit-learn pytorch-fid        # for this script alone
     python tools/benchmark.py all                              # two CPU cores, about 15 minutes
     python tools/benchmark.py unet sample --repeats 15         # or single parts
-    python tools/benchmark.py modes                            # float32, bf16, torch.compile
-    python tools/benchmark.py cost --out cost.png              # cost against work, a picture
-    python tools/benchmark.py mil                              # slides: cost against patches
 
 Both sides get the same weights (parameter names agree), inputs, threads,
 float32 and fused AdamW, and nothing else is set: the networks alone differ. Pairs alternate in one
@@ -16,8 +13,6 @@ that ours is faster. A busy machine spoils times, and ratios less; least of all 
 """
 # ruff: noqa: B023 - closures are called in the round of the loop that makes them
 import argparse
-import gc
-import math
 import statistics
 import sys
 import time
@@ -29,19 +24,16 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "reference")]
-from dino import VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens, preprocess
+from dino import VISION_TRANSFORMERS, VisionTransformer, preprocess
 from dinodiff import NoiseSchedule, ddim_sample, guided
-from evaluate import frechet_distance, kernel_distance, prdc
+from evaluate import frechet_distance
 from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs
-from prompts import inertia, kmeans, standardise
-from regional import MILConfig, RegionalMIL, predict
-from support.phantoms import histology_phantoms
-from support.pictures import line_chart
-from support.slides import Slide
-from train import UNETS
+from prompts import inertia, kmeans
+from train import PRESETS
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
+TINY = PRESETS["tiny"].unet_config
 WIDE = UNetConfig(4, 4, 64, (1, 2, 4), 2, (True, True, True), 192, 4)
 
 
@@ -99,7 +91,7 @@ def training_step(predict, parameters, target):
 
 
 def benchmark_unet(repeats):
-    for name, config, batch, side in (("tiny", UNETS["tiny"], 16, 16), ("64-wide", WIDE, 4, 32)):
+    for name, config, batch, side in (("tiny", TINY, 16, 16), ("64-wide", WIDE, 4, 32)):
         ours, peer = unet_pair(config)
         xt, context, target = inputs(1, (batch, 4, side, side), (batch, 4, config.context_dim),
                                      (batch, 4, side, side))
@@ -121,7 +113,7 @@ def benchmark_unet(repeats):
 
 def benchmark_sample(repeats, batch=8, steps=50, scale=2.0):
     from diffusers import DDIMScheduler
-    ours, peer = (net.requires_grad_(False) for net in unet_pair(UNETS["tiny"]))
+    ours, peer = (net.requires_grad_(False) for net in unet_pair(TINY))
     noise, context, null = inputs(1, (batch, 4, 16, 16), (batch, 4, 192), (batch, 4, 192))
     for net in (ours, peer):  # a prediction of about unit size, so that nothing explodes
         net.conv_out.weight.mul_(0.3)
@@ -175,16 +167,6 @@ def benchmark_vit(repeats, batch=8):
 
 # ---------------------------------------------------------------- statistics
 
-@torch.no_grad()
-def phantom_features(n=2000):
-    """Standardised global tokens of histology phantoms, from a tiny ViT with random weights."""
-    torch.manual_seed(0)
-    vit = VisionTransformer(VISION_TRANSFORMERS["tiny"]).eval()
-    parts = histology_phantoms(n, 64)[0].split(100)
-    tokens = torch.cat([conditioning_tokens(vit, x, "global") for x in parts])
-    return standardise(tokens.flatten(1))
-
-
 def blobs(n, d, k, seed=0):
     g = torch.Generator().manual_seed(seed)
     centers = 1.5 * torch.randn(k, d, generator=g)
@@ -198,8 +180,7 @@ def noise(n, d):
 def benchmark_kmeans(repeats):
     from sklearn.cluster import KMeans
     print("K = 33, n_init 10, greedy k-means++")
-    sets = {"phantom features": phantom_features(), "Gaussian blobs": blobs(2000, 64, 40),
-            "uniform noise": noise(2000, 64)}
+    sets = {"Gaussian blobs": blobs(2000, 64, 40), "uniform noise": noise(2000, 64)}
     for name, x in sets.items():
         ratios = []
         for seed in range(5):
@@ -226,108 +207,19 @@ def benchmark_frechet(repeats, n=5000, d=2048):
             theirs, min(repeats, 3))
 
 
-# ---------------------------------------------------------------- ours alone
-
-def tiny_step(batch=16, side=16, tokens=4, prepare=lambda unet: unet):
-    """One training step of the tiny U-Net, as a function."""
-    unet = fill_parameters(UNet(UNETS["tiny"]), 0)
-    run = prepare(unet)
-    xt, context, target = inputs(1, (batch, 4, side, side), (batch, tokens, 192),
-                                 (batch, 4, side, side))
-    t = torch.arange(batch) * (999 // batch)
-    return training_step(lambda: run(xt, t, context).float(), unet.parameters(), target)
-
-
-def modes(repeats):
-    """The tiny U-Net's step in float32, under bf16 autocast, and compiled."""
-    plain, half = tiny_step(), torch.autocast("cpu", torch.bfloat16)(tiny_step())
-    compare("tiny U-Net step, bf16 | float32", half, plain, repeats)
-    compiled = tiny_step(prepare=torch.compile)
-    print(f"torch.compile: warm-up {seconds(compiled):.0f} s", flush=True)
-    compare("tiny U-Net step, compiled | eager", compiled, plain, repeats)
-
-
-def cost(out, repeats):
-    """A picture: seconds against work, each axis in powers."""
-    sets = {"batch, of 1": [(n, lambda n=n: tiny_step(n)) for n in (1, 2, 4, 8, 16, 32, 64)],
-            "pixels, of 4 of 32 x 32": [((s / 8) ** 2, lambda s=s: tiny_step(4, s))
-                                   for s in (8, 16, 32, 64)],
-            "context tokens, of 1": [(k, lambda k=k: tiny_step(tokens=k)) for k in (1, 4, 16, 64)],
-            "evaluation, of 100 images": [(n / 100, lambda n=n: evaluation(n))
-                                   for n in (100, 200, 500, 1000, 2000)]}
-    lines = {}
-    for name, points in sets.items():
-        times = []
-        for _, make in points:
-            work = make()
-            work()
-            times.append(min(seconds(work) for _ in range(repeats)))  # the least disturbed
-        lines[name] = ([float(np.log2(x)) for x, _ in points], times)
-        print(name, *(f"{x:g}: {t:.4g} s" for (x, _), t in zip(points, times)), flush=True)
-    line_chart(out, lines, "Cost against work: tiny U-Net's training step, and evaluation",
-               "doublings of the smallest setting", "seconds", log_y=True)
-
-
-def peak_memory():
-    """MiB of this process at its peak since the last call."""
-    status = Path("/proc/self/status").read_text()
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-@torch.no_grad()
-def mil_cost(repeats):
-    """Whole bags: our 2x2 model, all of predict(), beside two ViT blocks of the same width that let
-    every patch attend to every other one, fused, so that no N x N matrix is stored."""
-    print("| patches | 2x2, seconds | memory | full attention, seconds | memory |")
-    model = RegionalMIL(MILConfig(960, (2,))).eval()
-    blocks = model.levels[0].blocks
-    for n in (256, 1000, 10_000, 100_000):
-        side = math.ceil(math.sqrt(n))
-        grid = torch.stack([torch.arange(n) // side, torch.arange(n) % side], dim=1)
-        features = torch.randn(n, 960, generator=torch.Generator().manual_seed(0))
-        slide = Slide("s", 0, "s", True, grid, torch.arange(n), lambda: (features, None))
-
-        def full():
-            x = F.gelu(model.embed(features))[None]
-            for b in blocks:
-                q, k, v = b.qkv(b.norm1(x)).unflatten(2, (3, b.num_heads, -1)).permute(
-                    2, 0, 3, 1, 4)
-                h = F.scaled_dot_product_attention(q, k, v)  # (1, heads, N, d')
-                x = x + b.proj(h.transpose(1, 2).flatten(2))
-                x = x + b.mlp(b.norm2(x))
-            return model.pool(x, torch.ones(1, n, dtype=torch.bool))
-
-        row = []
-        for work in (lambda: predict(model, slide, 10 ** 9), full):
-            gc.collect(), peak_memory()
-            before = peak_memory()
-            times = [seconds(work) for _ in range(repeats if n < 10 ** 5 else 1)]
-            row += [f"{statistics.median(times):.4g} s", f"{peak_memory() - before:.0f} MiB"]
-        print(f"| {n:,} | {' | '.join(row)} |", flush=True)
-
-
-def evaluation(n, d=512):
-    """Frechet and kernel distance, precision and recall of n images against n, as a function."""
-    a, b = blobs(n, d, 40, 0), blobs(n, d, 40, 1)
-    return lambda: [metric(a, b) for metric in (frechet_distance, kernel_distance, prdc)]
-
-
 def main():
     parts = {name.removeprefix("benchmark_"): work for name, work in globals().items()
              if name.startswith("benchmark_")}
     parser = argparse.ArgumentParser(description="Times beside other libraries.")
-    parser.add_argument("what", nargs="+", choices=(*parts, "all", "modes", "cost", "mil"))
+    parser.add_argument("what", nargs="+", choices=(*parts, "all"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", default="cost.png", help="the picture that `cost` writes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.repeats} repeats")
     print("| work | ours | peer | peer / ours (quartiles) |\n| --- | --- | --- | --- |")
-    alone = {"modes": modes, "cost": lambda repeats: cost(args.out, repeats), "mil": mil_cost}
     for name in parts if "all" in args.what else args.what:
-        {**parts, **alone}[name](args.repeats)
+        parts[name](args.repeats)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""tools/gpu_check.py without a GPU."""
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import gpu_check
+
+
+@pytest.fixture
+def precision():
+    """gpu_check sets it, as train.py does."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.slow
+def test_smoke_runs_every_kind_of_section(precision, capsys):
+    """In the main process, without a failure: each row has a time and as many cells as the head."""
+    assert gpu_check.main(["--smoke"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    assert {len(row) for row in rows} == {len(gpu_check.COLUMNS)}
+    works = {re.split("[,.]| of | there|'s", row[0].strip("| "))[0] for row in rows[2:]}
+    assert works >= {"training step", "2 steps", "VAE", "refiner"}
+    assert all(float(row[2]) > 0 for row in rows[2:])
+    assert {"ours", "ours, compiled"} <= {row[1] for row in rows}
+
+
+def test_a_section_that_fails_is_named_and_the_next_begins(precision, monkeypatch, capsys):
+    def fail(bench):
+        raise RuntimeError("out of\nmemory")
+
+    ran = []
+    monkeypatch.setattr(gpu_check, "SECTIONS", {"base": fail, "vae": ran.append})
+    assert gpu_check.main(["--smoke", "--only", "base", "vae"]) == 1
+    assert "base: RuntimeError: out of memory" in capsys.readouterr().out
+    assert len(ran) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_do():
+    with pytest.raises(SystemExit, match="--smoke"):
+        gpu_check.main([])

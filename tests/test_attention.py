@@ -49,8 +49,9 @@ def test_command(monkeypatch, capsys, tmp_path, arguments, match):
     """One panel for the image and one a head; bad weights, images, places: one line."""
     monkeypatch.chdir(tmp_path)
     Path("runs/a").mkdir(parents=True)
-    ours = {"config": asdict(SMALL), "model": VisionTransformer(SMALL).state_dict()}
-    torch.save({"embedder": ours}, "runs/a/model.pt")
+    weights = VisionTransformer(SMALL).state_dict()
+    torch.save({"config": {"vit": asdict(SMALL)}, "embedder": {
+        f"vit.{name}": value for name, value in weights.items()}}, "runs/a/model.pt")
     Path("bad.png").write_text("not an image")
     Image.new("RGB", (30, 20), "red").save("colour.png")
     Image.fromarray((np.arange(900).reshape(30, 30) * 70).astype(np.uint16)).save("deep.png")

@@ -132,7 +132,8 @@ def test_conditioning_tokens(global_tokens, side, counts):
 def test_load_dino(tmp_path):
     """A loaded network is the saved one, frozen, and passes gradients to the image."""
     vit = VisionTransformer(SMALL)
-    torch.save({"config": asdict(SMALL), "model": vit.state_dict()}, tmp_path / "weights.pth")
+    weights = {f"vit.{name}": value for name, value in vit.state_dict().items()}
+    torch.save({"config": {"vit": asdict(SMALL)}, "embedder": weights}, tmp_path / "weights.pth")
     loaded = load_dino(tmp_path / "weights.pth")
     x = images(1).requires_grad_()
     got = loaded(x)

@@ -1,8 +1,6 @@
 """Mosaics of support/slides.py: real labelled patches, patients apart, foci known."""
 from functools import partial
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch

@@ -138,22 +138,21 @@ def test_attention_names_of_older_diffusers(states, tmp_path):
 
 
 def test_own_checkpoints(states, tmp_path):
-    """A run's model.pt, its folder, and an embedder alone, with settings that no shape tells."""
-    vit = {"config": asdict(ViTConfig(14, 64, 2, 2, **{**V2, "image_size": 84})),
-           "model": states["vit"]}
+    """A run's model.pt and its folder, with settings that no shape tells."""
+    vit_config = ViTConfig(14, 64, 2, 2, **{**V2, "image_size": 84})
+    vit = {f"vit.{name}": value for name, value in states["vit"].items()}
     unet_config = UNetConfig(4, 4, 32, (1, 2, 3), 2, (True, True, False), 24, 4)
     content = {"version": 3, "vae": states["vae"], "unet": states["unet"], "embedder": vit,
-               "config": {"vae": asdict(CONFIGS["vae"]), "unet": asdict(unet_config), "vit": {}}}
+               "config": {"vae": asdict(CONFIGS["vae"]), "unet": asdict(unet_config),
+                          "vit": asdict(vit_config)}}
     torch.save(content, tmp_path / "model.pt")
-    torch.save(vit, tmp_path / "vit.pt")
     (tmp_path / "config.json").write_text('{"steps": 3}')  # the run's, not the network's
     for path in (tmp_path, tmp_path / "model.pt"):
         assert assert_same(path, states["vae"], "vae") == CONFIGS["vae"]
         assert assert_same(path, states["unet"], "unet") == unet_config
         assert assert_same(path, states["vit"], "vit").num_heads == 2
-    assert assert_same(tmp_path / "vit.pt", states["vit"], "vit").num_heads == 2
 
-    torch.save({"config": {"colour": 1}, "model": states["vit"]}, tmp_path / "vit.pt")
+    torch.save({"config": {"vit": {"colour": 1}}, "embedder": vit}, tmp_path / "vit.pt")
     with pytest.raises(ValueError, match="vit.pt does not fit .*colour.*pass another file"):
         load_dino(tmp_path / "vit.pt")
 

@@ -30,7 +30,7 @@ from support.command import UserError, one_line, user_errors
 from support.dicom import DICOM_SUFFIXES, read_header
 from support.files import read_csv
 from support.images import (EIGHT_BITS, IMAGE_SUFFIXES, choose_depth, image_root, image_shape,
-                            is_dicom, list_images, load_image, scan_folder)
+                            is_dicom, is_inside, list_images, load_image, scan_folder)
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
                               histology_phantoms)
 
@@ -359,8 +359,12 @@ def find_patients(images, group_column, patient_from):
 def find_masks(images, folder, root, beside):
     """Set masks from masks/ and masks_*/ in the folder, and from NAME_mask beside NAME."""
     names = {path: ("masks", path.relative_to(root)) for path in beside}
+    links = []
     for place in sorted(folder.glob("masks*/")):
-        names |= {path: (place.name, path.relative_to(place)) for path in scan_folder(place)[0]}
+        paths, _, outside = scan_folder(place) if is_inside(place, folder) else ([], [], [place])
+        links += [link.name for link in outside]
+        names |= {path: (place.name, path.relative_to(place)) for path in paths}
+    add_names(images.problems, "links to masks out of the folder, left out", links)
     for kind in sorted({kind for kind, _ in names.values()}):
         paths = [path for path in names if names[path][0] == kind]
         stems = [names[path][1].with_suffix("").as_posix() for path in paths]

@@ -174,9 +174,9 @@ def scan_folder(folder):
 
 def list_images(folder):
     """Sorted paths of the images of a folder, see scan_folder; UserError if there are none."""
-    images = scan_folder(folder)[0]
+    images, _, links = scan_folder(folder)
     if not images:
-        raise UserError(f"{folder} holds no image", "files "
+        raise UserError(f"{folder} holds no image, {len(links)} links out of it", "files "
                         f"{' '.join(sorted(IMAGE_SUFFIXES | DICOM_SUFFIXES))} are needed",
                         "pass another folder")
     return images

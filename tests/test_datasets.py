@@ -166,10 +166,12 @@ def test_the_first_lines_name_what_will_not_be_seen(tmp_path):
     (folder / "link.png").symlink_to(tmp_path / "elsewhere/x.png")
     (folder / "links").symlink_to(tmp_path / "elsewhere/deep")
     (folder / "inside.png").symlink_to(folder / "17.png")
+    (folder / "masks_x").symlink_to(tmp_path / "elsewhere")
     (folder / "00.png").write_text("no image")
     images = opened(folder)
     said = "\n".join(images.problems)
     assert "links out of the folder, left out: 2 (link.png, links)" in images.problems
+    assert "links to masks out of the folder, left out: 1 (masks_x)" in said and not images.masks
     assert "more than a quarter to the centre crop: 1 (wide.png)" in said
     assert "unreadable" in said and len(images) == 19 and "inside.png" in images.files
     for i in (1, 2):

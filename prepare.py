@@ -10,7 +10,7 @@
     pcam      Kaggle's train_labels.csv, or PatchCamelyon's *_x.h5, *_y.h5 (unpacked to images/)
 
 labels.csv has the columns file, patient, split (the set's own test part), and one per finding: 1, 0
-or empty, which is unknown, and what -1 (uncertain) becomes.
+or empty, which is unknown; uncertain answers (-1) are unknown, or what --uncertain says.
 """
 import argparse
 import ast
@@ -126,8 +126,12 @@ MAKERS = (nih, chexpert, mimic, rsna, vindr, padchest, kermany, pcam)
 SETS = {make.__name__: make for make in MAKERS}
 
 
-def merge(rows):
-    """Rows of the makers -> the table of labels.csv; an image has what any of its rows says."""
+UNCERTAIN = {"ignore": "", "zeros": "0", "ones": "1"}
+
+
+def merge(rows, uncertain):
+    """Rows of the makers -> the table of labels.csv; an image has what any of its rows says, and
+    `uncertain` where that is -1."""
     images = {}
     answers = defaultdict(set)
     for name, patient, split, found in rows:
@@ -138,17 +142,19 @@ def merge(rows):
 
     def cell(name, finding, is_known):
         given = answers[name, finding]
-        return "1" if "1" in given else "0" if is_known and "-1" not in given else ""
+        if "1" in given or not is_known:
+            return "1" if is_known else ""
+        return uncertain if "-1" in given else "0"
 
     return [["file", "patient", "split", *names],
             *([name, patient, split, *(cell(name, finding, is_known) for finding in names)]
               for name, (patient, split, is_known) in images.items())]
 
 
-def prepare(name, folder):
+def prepare(name, folder, uncertain="ignore"):
     """Write folder/labels.csv for the images that are there; returns (rows written, left out)."""
     try:
-        table = merge(SETS[name](folder))
+        table = merge(SETS[name](folder), UNCERTAIN[uncertain])
     except (KeyError, TypeError, ValueError, ImportError) as error:
         raise UserError(f"{folder} is not {name} as its owners ship it ({error!r})",
                         "its own tables are needed", "compare the list in prepare.py") from error
@@ -171,8 +177,10 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--uncertain", choices=UNCERTAIN, default="ignore",
+                        help="what -1 becomes: empty (unknown), 0 or 1")
     args = parser.parse_args(argv)
-    count, lost = prepare(args.set, args.folder)
+    count, lost = prepare(args.set, args.folder, args.uncertain)
     print(f"wrote {args.folder / 'labels.csv'}: {count:,} images; {lost:,} rows without an image")
 
 

@@ -24,7 +24,6 @@ from torch import nn
 
 from support.command import UserError
 from support.files import write_csv
-from support.outliers import drop_outliers  # noqa: F401  (train.py imports it from here)
 from support.pictures import save_grid
 
 # Templates of the paper.

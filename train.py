@@ -37,13 +37,14 @@ import torchvision
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
-from prompts import (balance, draw_clusters, drop_outliers, kmeans, labels_for_prompts,
-                     plan_prompts, prompt_numbers, write_prompts)
+from prompts import (balance, draw_clusters, kmeans, labels_for_prompts, plan_prompts,
+                     prompt_numbers, write_prompts)
 from support.cache import Latents, Pictures, build_cache, decode_once, fingerprint, loader
 from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
                              user_errors)
 from support.fast import compile_blocks
 from support.files import load_checkpoint, resolve_checkpoint, write_csv
+from support.outliers import drop_outliers
 from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)

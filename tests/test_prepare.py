@@ -149,3 +149,14 @@ def test_what_is_no_such_set(tmp_path, name, says):
     with pytest.raises(UserError, match=says):
         prepare.main([name, str(tmp_path)])
     assert not (tmp_path / "labels.csv").exists()
+
+
+@pytest.mark.parametrize("uncertain,answer", [("ignore", ""), ("zeros", "0"), ("ones", "1")])
+def test_uncertain_answers(tmp_path, uncertain, answer):
+    """-1 becomes what --uncertain says; an empty cell stays a no."""
+    chexpert(tmp_path)
+    prepare.main(["chexpert", str(tmp_path), "--uncertain", uncertain])
+    images = open_dataset(tmp_path, 8)
+    edema = dict(zip(images.files, images.columns["Edema"]))
+    assert edema["train/patient00001/study2/view1_frontal.jpg"] == answer
+    assert edema["train/patient00001/study1/view1_frontal.jpg"] == "0"

@@ -38,7 +38,7 @@ from support.pictures import save_grid
 from unet import UNet
 
 SEEDS = ((-0.4, -0.15), (0.4, -0.15))  # x, y in [-1, 1]: the middle of either lung, in most chests
-THRESHOLDS = [round(0.1 + 0.05 * i, 2) for i in range(11)]  # of the score; 0.5 is halfway
+THRESHOLDS = [x / 100 for x in range(30, 62, 2)]  # of the score; 0.5 is halfway between clusters
 
 
 # ---- what the U-Net sees -----------------------------------------------------------------------

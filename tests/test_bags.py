@@ -75,10 +75,7 @@ def test_a_witness_is_found(tmp_path, monkeypatch, capsys):
     assert result["table"]["accuracy"]["mean"] > 0.9 and np.shape(result["logits"]) == (2, 24)
 
 
-@pytest.mark.parametrize("changed,says", [
-    ({"x": np.zeros(3)}, "holds no bags"), ({"bag": np.zeros(3)}, "holds no bags"),
-    ({}, "--folds 10, 4 positive bags of 8")])
-def test_bad_files_are_one_line(tmp_path, changed, says):
-    path = write_bags(tmp_path / "bad.npz", make_bags(8), **changed)
-    with pytest.raises(UserError, match=says):
+def test_a_file_without_bags_is_refused(tmp_path):
+    path = write_bags(tmp_path / "bad.npz", make_bags(8), x=np.zeros(3))
+    with pytest.raises(UserError, match="holds no bags"):
         experiments(["bags", path])

@@ -9,7 +9,6 @@ from PIL import Image
 from test_slides import mean_colour, tiling_of
 
 from support.command import UserError
-from support.images import otsu_level
 from support.tiles import _read_tile, tile_image
 
 
@@ -100,11 +99,3 @@ def test_whole_slides_at_two_levels(tmp_path, monkeypatch):
     pixels = Pyramid(path)
     pixels.image.putalpha(0)
     assert (_read_tile(pixels, (256, 128), tiling_of()) == 255).all()
-
-
-def test_otsu_splits_two_groups():
-    """The threshold lies between two modes."""
-    rng = np.random.default_rng(0)
-    for low, high in ((10, 60), (100, 220)):
-        values = np.concatenate([rng.normal(low, 4, 900), rng.normal(high, 6, 300)])
-        assert low + 8 < otsu_level(values.clip(0, 255).astype(np.uint8)) < high - 8

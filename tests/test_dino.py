@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 import dino
 from dino import (DINO, DINOConfig, ViTConfig, VISION_TRANSFORMERS, VisionTransformer,

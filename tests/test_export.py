@@ -1,14 +1,10 @@
 """Tests of experiments/export.py: what it writes is the model, in other libraries' terms."""
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 from dino import ViTConfig
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler, NoiseSchedule

@@ -1,17 +1,15 @@
 """Tests of unet.py: parity with diffusers on equal weights, masks, checkpointing."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-REFERENCE = Path(__file__).parent / "reference"
-sys.path.insert(0, str(REFERENCE))
-
 from make_diffusers import UNET_CASES, fill_parameters, inputs, layout
 from unet import UNet, UNetConfig, timestep_embedding
+
+REFERENCE = Path(__file__).parent / "reference"
 
 TINY = UNetConfig(base_channels=64, channel_multipliers=(1, 2), layers_per_block=1,
                   attention_levels=(False, True), context_dim=12, num_heads=8)
@@ -76,21 +74,6 @@ def test_every_parameter_gets_a_gradient():
     (unet(xt, T, context) - target).square().mean().backward()
     for name, p in unet.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 1e-8, name
-
-
-def test_training_lowers_the_loss():
-    """Thirty steps on one batch at least halve the error: zero-initialised branches do learn."""
-    torch.manual_seed(0)
-    unet = UNet(TINY)
-    xt, context, target = inputs(1, (2, 4, 4, 4), (2, 3, 12), (2, 4, 4, 4))
-    optimizer, losses = torch.optim.AdamW(unet.parameters(), 2e-3), []
-    for _ in range(30):
-        loss = (unet(xt, T, context) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_refuses_what_does_not_fit():

@@ -1,18 +1,15 @@
 """Tests of vae.py: parity with diffusers on equal weights, loss, statistics."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-REFERENCE = Path(__file__).parent / "reference"
-sys.path.insert(0, str(REFERENCE))
-
 from make_diffusers import VAE_CASES, fill_parameters, inputs, layout
-from vae import (AutoencoderKL, LatentGaussian, VAEConfig, group_norm,
-                 latent_statistics, vae_loss)
+from vae import AutoencoderKL, LatentGaussian, VAEConfig, latent_statistics, vae_loss
+
+REFERENCE = Path(__file__).parent / "reference"
 
 # 64 channels: with 32 or fewer each is a group of its own, and the norm cancels biases before it
 TINY = VAEConfig(base_channels=64, channel_multipliers=(1, 2), layers_per_block=1)
@@ -50,14 +47,6 @@ def test_refuses_sides_that_do_not_fit():
     """A side off the factor is named with a way out."""
     with pytest.raises(ValueError, match="18 x 15.*multiples of 2.*use 18 x 14"):
         tiny().encode(torch.zeros(1, 3, 15, 18))
-
-
-def test_narrow_levels_keep_brightness():
-    """Below 32 channels a group has four of them: with one channel a group, adding a constant to a
-    channel would change nothing behind the norm."""
-    assert [group_norm(c).num_groups for c in (4, 16, 32, 48, 128, 512)] == [1, 4, 32, 16, 32, 32]
-    vae = AutoencoderKL(VAEConfig(3, 4, 16, (1, 2), 1, norm_groups=8))
-    assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
 
 
 @torch.no_grad()
@@ -127,22 +116,6 @@ def test_a_stem_moves_squares_of_pixels_to_channels():
     vae.encode(x)
     assert torch.equal(seen[0][:, :4], x[:, :1].unfold(2, 2, 2).unfold(3, 2, 2).reshape(
         2, 8, 12, 4).permute(0, 3, 1, 2))
-
-
-def test_training_lowers_the_loss():
-    """Thirty steps on one flat-coloured batch halve the error: zero-initialised branches learn."""
-    torch.manual_seed(0)
-    vae, x = AutoencoderKL(TINY), inputs(1, (4, 3, 1, 1))[0].expand(4, 3, 8, 8)
-    optimizer = torch.optim.AdamW(vae.parameters(), 3e-3)
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for _ in range(30):
-        loss, _ = vae_loss(vae, x, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_latent_statistics():

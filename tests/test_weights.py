@@ -3,7 +3,6 @@
 Libraries' layouts come with names, config.json and outputs (tests/reference/weights.npz).
 """
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
@@ -11,8 +10,6 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 from dino import V1, V2, V2_REG, ViTConfig, VisionTransformer, load_dino
 from make_diffusers import fill_parameters

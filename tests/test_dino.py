@@ -202,7 +202,7 @@ def test_entropies_show_collapse():
 
 
 def test_momentum():
-    """Half a cosine from the first share to the last; the parameters come in equal order."""
+    """Half a cosine from the first share to the last; the teacher starts as the student, frozen."""
     model = DINO(SMALL, SMALL_DINO)
     assert [model.momentum(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.98, 0.99, 1.0])
     pairs = list(zip(model.teacher.parameters(), model.student.parameters(), strict=True))

@@ -67,4 +67,3 @@ def test_packed_model_and_refusals(page, tmp_path):
     with pytest.raises(UserError, match="does not follow the tokens"):
         run = write_run(tmp_path / "unconditional", condition="none")
         experiments.main(["explore", str(run), "--out", str(tmp_path / "none.html")])
-    assert not (tmp_path / "none.html").exists()

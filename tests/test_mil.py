@@ -264,8 +264,6 @@ def test_run_on_generated_slides_and_explain(drawn_once, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "a/test_0003_2x2, seed 0, fold 0.png").width > 256
     with pytest.raises(UserError, match="test_9999"):
         mil.main([*out, "--explain", "test_9999"])
-    with pytest.raises(UserError, match="config.json"):
-        mil.main(["--out", str(tmp_path / "none"), "--explain", "test_0003"])
 
 
 def test_run_on_features_by_cross_validation(tmp_path, capsys):
@@ -280,6 +278,3 @@ def test_run_on_features_by_cross_validation(tmp_path, capsys):
     assert sorted(s["slide"] for s in result["scores"] if s["patches"] == "all") == sorted(
         f"s{i}" for i in range(12))
     assert "6 patients" in capsys.readouterr().out
-    with pytest.raises(UserError, match="column 'nope'"):
-        mil.main(["--data", str(folder), "--out", str(tmp_path / "new"), "--label-column", "nope"])
-    assert not (tmp_path / "new").exists()

@@ -141,8 +141,6 @@ def test_folds_keep_patients_together_and_test_every_slide_once():
         slide.is_test = True
     (train, test), = split_slides(bags, 3, 0)
     assert test == bags[:4] and train == bags[4:]
-    with pytest.raises(UserError, match="both sides: none; 8 training slides"):
-        split_slides([s for s in bags if s.is_test or s.label], 3, 0)
 
 
 # ---- images ----

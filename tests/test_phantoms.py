@@ -116,16 +116,6 @@ def test_histology_labels():
     assert (table - 20).abs().max() < 18 and table.min() > 0  # sqrt(240 * 11 / 144) = 4.3
 
 
-def test_tumour_has_more_nuclear_stain_than_fat_or_stroma():
-    """Red light, which haematoxylin absorbs and eosin spares, is weaker inside the mask."""
-    images, masks, labels, morphology = histology_phantoms(48, 64, seed=3)
-    pale = [HISTOLOGY_MORPHOLOGIES[k] in ("fat", "stroma") for k in morphology]
-    chosen = torch.tensor(pale) & (labels == 1)
-    assert chosen.sum() >= 3
-    for image, mask in zip(images[chosen], masks[chosen]):
-        assert image[:1][mask].mean() < image[:1][~mask].mean() - 0.1
-
-
 @pytest.fixture(scope="module")
 def bank():
     """Patches to make slides of: enough that every kind is there."""

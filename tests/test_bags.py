@@ -55,15 +55,6 @@ def test_a_feature_of_the_held_out_bag_only_does_not_explode():
     assert standard[1].tolist() == [10, 10, -10]
 
 
-def test_folds_share_labels():
-    labels = [0] * 13 + [1] * 7
-    fold = bags.draw_folds(labels, 5, 0)
-    for label in (0, 1):
-        counts = np.bincount(fold[np.array(labels) == label], minlength=5)
-        assert counts.max() - counts.min() <= 1
-    assert (fold != bags.draw_folds(labels, 5, 1)).any()
-
-
 def test_a_witness_is_found(tmp_path, monkeypatch, capsys):
     """The command: one instance far off in each positive bag is learned; figures are written."""
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ class ViTConfig:                      # the defaults are "tiny", the network tra
     image_size: int = 64              # side in pixels that pos_embed belongs to
     registers: int = 0                # extra tokens between CLS and patches
     layer_scale: bool = False         # DINOv2: a gain after each branch (and an unused mask token)
-    interpolate_offset: float = 0.0   # how positions are resized: see the three RESIZE rules
+    interpolate_offset: float = 0.0   # how positions are resized: see the RESIZE rules
     antialias: bool = True
     normalise: str = "per_image"      # (x - mean) / (sd + 0.1) of each image, or a key of PIXELS
     mlp_ratio: int = 4                # hidden width of the MLP / D
@@ -61,10 +61,10 @@ PIXELS = {  # mean and deviation of red, green and blue in [0, 1], as the networ
     "rad_dino": ((0.5307,) * 3, (0.2583,) * 3),
 }
 
-# Position embeddings are resized bicubically to the grid of patches, in one of three ways.
+# Position embeddings are resized bicubically to the grid of patches; Hugging Face's code has
+# neither the offset nor the antialiasing (see support.weights).
 RESIZE_META = {"interpolate_offset": 0.1, "antialias": False}      # DINO and DINOv2, Meta's code
 RESIZE_REGISTERS = {"interpolate_offset": 0.0, "antialias": True}  # Meta's models with registers
-RESIZE_TRANSFORMERS = {"interpolate_offset": 0.0, "antialias": False}  # Hugging Face's code
 
 # Published networks see 224 px, whatever the size of their position embeddings.
 PUBLISHED_TOKENS = {"normalise": "imagenet", "input_side": 224, "global_tokens": "cls+registers"}
@@ -213,10 +213,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def embed(self, x):
-        """Images (B, 3, H, W) in [-1, 1] -> tokens before the first block (B, G + N, D).
-
-        Raises: ValueError if a side is not a multiple of the patch.
-        """
+        """Images (B, 3, H, W) in [-1, 1] -> tokens before the first block (B, G + N, D)."""
         B, _, H, W = x.shape
         p = self.config.patch_size
         if H % p or W % p:
@@ -304,7 +301,6 @@ def random_crops(images, count, side, area, jitter, generator):
 
     area: (low, high), the share of the image's area in a view; its aspect is 3/4 to 4/3
     jitter: brightness, contrast and gamma lie in 1 - jitter to 1 + jitter
-    generator: draws everything, on the device of the images
     """
     x = images.float().repeat(count, 1, 1, 1)
     n = len(x)
@@ -339,10 +335,8 @@ def random_crops(images, count, side, area, jitter, generator):
 def sinkhorn(logits, temperature, rounds=3):
     """Soft targets: rows that sum to 1, and columns that all sum to nearly N / K.
 
-    logits: (N, K), N views and K prototypes. exp(logits / temperature) is scaled in turn so that
-    each prototype gets an equal share of all views, and so that each view sums to 1; in logarithms,
-    so that no exponential overflows. Collapse, one prototype for all views, is excluded.
-    Returns: (N, K).
+    logits: (N, K), N views and K prototypes -> (N, K), so that one prototype for all views is
+    excluded. In logarithms, so that no exponential overflows.
     Source: Sinkhorn and Knopp 1967; Caron et al. 2020, section 3.1; Oquab et al. 2023, section 4.
     """
     log_q = logits / temperature
@@ -355,9 +349,7 @@ def sinkhorn(logits, temperature, rounds=3):
 def dino_loss(student, targets, student_temp):
     """Mean cross-entropy between the teacher's targets and other views of the student.
 
-    student: logits (S, B, K); its first two views are the teacher's, and no view is compared with
-        itself
-    targets: probabilities (2, B, K)
+    student: logits (S, B, K), whose first two views are the teacher's; targets: (2, B, K)
     Returns: loss, and two entropies in nats: of a target, and of the batch's mean target.
     Source: DINO equation 3.
     """
@@ -400,9 +392,8 @@ class DINO(nn.Module):
     """Student and teacher. A step is `loss`, backward, optimizer; then the teacher becomes the EMA
     of the student with momentum m = momentum(progress).
 
-    Only `student` has gradients. Collapse shows in the logs as a teacher_entropy of log K, when all
-    images look alike to the teacher; batch_entropy is always near log K because of Sinkhorn.
-    Source: DINO algorithm 1.
+    Collapse shows in the logs as a teacher_entropy of log K, when all images look alike to the
+    teacher; batch_entropy is always near log K because of Sinkhorn. Source: DINO algorithm 1.
     """
 
     def __init__(self, vit_config, config=DINOConfig()):
@@ -418,7 +409,7 @@ class DINO(nn.Module):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
     def teacher_vit(self):
-        """The teacher's ViT, frozen: which in the paper is better than the student at any time."""
+        """The teacher's ViT, frozen."""
         return self.teacher["backbone"].eval()
 
     def loss(self, images, generator):
@@ -449,10 +440,6 @@ class DINO(nn.Module):
 # ---- Weights ------------------------------------------------------------------------------------
 
 def load_dino(name_or_path):
-    """Frozen ViT in eval mode: published weights by name, or a file of weights by path.
-
-    Raises: FileNotFoundError if there is no such file and no network; ValueError if the weights do
-        not fit.
-    """
+    """Frozen ViT in eval mode: published weights by name, or a file of weights by path."""
     vit = load_model(VisionTransformer, ViTConfig, name_or_path, "vit")
     return vit.requires_grad_(False).eval()

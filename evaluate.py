@@ -40,10 +40,7 @@ from support.splits import split_holdout
 # ---------------------------------------------------------------- distances between feature sets
 
 def as_features(*sets, least=2):
-    """Each set as float64 (N, D) on the CPU.
-
-    Raises: ValueError for NaN, infinity, fewer than `least` rows, or different D.
-    """
+    """Each set as float64 (N, D) on the CPU."""
     sets = [torch.as_tensor(x).detach().to("cpu", torch.float64) for x in sets]
     for x in sets:
         bad = (~x.isfinite().all(dim=1)).sum().item()
@@ -77,10 +74,7 @@ def off_diagonal_mean(k):
 
 
 def kernel_distance(a, b):
-    """Equation (2) of two feature sets, unbiased, so it may be negative: KID.
-
-    Source: Binkowski et al. 2018.
-    """
+    """Equation (2) of two feature sets, unbiased: may be negative. KID, Binkowski et al. 2018."""
     a, b = as_features(a, b)
 
     def kernel(x, y):
@@ -205,10 +199,7 @@ def grey_values(images):
 
 
 def sharpness(images):
-    """Variance of the Laplacian of the grey values, in [0, 1], of images (N, 3, H, W): (N,).
-
-    Source: Pech-Pacheco et al. 2000, section 3.
-    """
+    """Variance of the Laplacian of grey values in [0, 1], (N,). Pech-Pacheco et al. 2000."""
     grey = (images.mean(dim=1, keepdim=True) + 1) / 2
     laplacian = grey.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
     return F.conv2d(grey, laplacian[None, None]).var(dim=(1, 2, 3))
@@ -226,9 +217,8 @@ def brightness(grey):
 class RandomFeatures(nn.Module):
     """Fixed-seed random network: images (B, 3, H, W) in [-1, 1], side >= 32 -> (B, 217) features.
 
-    Texture: the log standard deviation of each of the 104 channels of four convolutions. Their
-    mean, the contrast, is one separate feature; otherwise it would count 104 times. Layout: 4x4
-    grids of the image and of the last stage.
+    Texture: the log standard deviation of each of 104 channels; their mean, the contrast, is one
+    separate feature. Layout: 4x4 grids of the image and of the last stage.
     Source: Naeem et al. 2020, section 5: random embeddings for images unlike ImageNet.
     """
     NAME = "random network, seed 0, no resize"
@@ -271,9 +261,8 @@ def with_pool(block, pool):
 class FIDInception(inception.Inception3):
     """The Inception network of FID: images (B, 3, H, W) in [0, 1] -> (B, 2048).
 
-    Its weights, unlike torchvision's, need average pooling without the padding, max pooling in the
-    last block, and 1008 classes. Images are resized to 299 px, bilinear, not antialiased.
-    Sources: Szegedy et al. 2016; Heusel et al. 2017; parameter names of pytorch-fid.
+    Its weights need average pooling without the padding, max pooling in the last block, and 1008
+    classes. Sources: Szegedy et al. 2016; Heusel et al. 2017; parameter names of pytorch-fid.
     """
 
     def __init__(self):
@@ -299,7 +288,7 @@ class FIDInception(inception.Inception3):
 # ---------------------------------------------------------------- two sets of images
 
 @torch.no_grad()
-def describe(batches, extractor, device="cpu"):
+def describe(batches, extractor, device):
     """Features (N, D) and pixel rows (N, P) on the CPU of an iterator of image batches."""
     features = []
     pixels = []
@@ -327,12 +316,10 @@ def measure(images, indices, judge, device, batch):
 
 
 def fidelity(parts, name, judge, device, batch=64):
-    """Compare two sets and print all distances -> (results, features of the three parts).
+    """Compare two sets and print all distances -> (results for JSON, features of the parts).
 
     parts: (ImageSet, indices) of real, other real and synthetic images
     judge: maps images (B, 3, H, W) in [-1, 1] to (B, D); name: its name
-    results: a dict for JSON, metric -> {column: value}; columns floor and equal (both at equal
-        counts) and all
     """
     # Resizing changes all figures, so all images must have one side.
     sides = {images[i].shape[-1] for images, indices in parts for i in indices.tolist()}

@@ -5,9 +5,8 @@
     python mil.py --data mosaic --patches-of FOLDER    # slides made of real labelled patches
     python mil.py --data FOLDER --explain SLIDE  # heat map of one slide, by the finished run
 
-A slide becomes a bag of embeddings of its patches, with one label. Mean pooling, ABMIL and regional
-transformers are trained on random bags, and tested on random bags, on two passes, of which the
-second is focused, and on whole bags.
+Mean pooling, ABMIL and regional transformers are trained on random bags of patch embeddings, and
+tested on random bags, on two passes, of which the second is focused, and on whole bags.
 
 Our choices, because the paper (arXiv 2308.12634) gives no details: training bags are as large as
 both passes, and their halves count too; for stacked windows every second batch is of 2x2 windows.
@@ -81,8 +80,7 @@ class Trial:
 
 class Bags(torch.utils.data.Dataset):
     """Random bags: x (B, R, T, D), present (B, R, T), labels (B,). For stacked windows half of the
-    batches hold windows of the first level only, like pass 1: many small regions find the tumour
-    sooner than a few large ones, most of which miss it."""
+    batches hold windows of the first level only: many small regions find the tumour sooner."""
 
     def __init__(self, slides, windows, patches, seed):
         self.slides = slides
@@ -121,8 +119,7 @@ def new_model(name, width):
 
 
 def train_model(trial, args, run, device):
-    """The RegionalMIL of a trial, trained on random bags of twice --patches patches; of several
-    starts the one with the least loss on training bags."""
+    """The trained RegionalMIL of a trial: of all starts the one with the least training loss."""
     recipe = MODELS[trial.name]
     steps, batch = plan_steps(trial.name, trial.train, args)
     trained = []

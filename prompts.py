@@ -50,15 +50,12 @@ def standardise(x):
 
 
 def inertia(x, centers, assignment):
-    """Sum (float) of squared distances of x (N, D) to the centers (k, D) they are assigned to."""
+    """Sum of squared distances of x (N, D) to the centers (k, D) they are assigned to."""
     return (x - centers[assignment]).square().sum(dtype=torch.float64).item()
 
 
 def first_centers(x, k, generator):
-    """Greedy k-means++: k points of x (N, D) that are far apart, (k, D).
-
-    The first is a random point. Each further one is the best of four candidates, drawn with a
-    probability proportional to their squared distance from the nearest center so far.
+    """Greedy k-means++: k points of x (N, D) that are far apart, each the best of four candidates.
     """
     chosen = torch.randint(len(x), (1,), generator=generator)
     closest = (x - x[chosen]).square().sum(1)
@@ -100,10 +97,9 @@ def lloyd(x, centers, max_steps=100):
 
 @torch.no_grad()
 def kmeans(x, k, seed=0, starts=3):
-    """K-means of x (N, D) -> centers (k, D), assignment (N,) int64, on x's device.
+    """K-means of x (N, D) -> centers (k, D), assignment (N,) int64: the best of `starts` runs.
 
-    Runs k-means++ and Lloyd `starts` times and returns the run with the least inertia. It runs on
-    the CPU: GPUs round differently, and the clusters name the prompts.
+    It runs on the CPU: GPUs round differently, and the clusters name the prompts.
     Raises: ValueError for NaN or infinity, and for k outside 1 to the number of distinct points.
     """
     points = x.detach().cpu().float()
@@ -127,12 +123,7 @@ def kmeans(x, k, seed=0, starts=3):
 # ---- words -------------------------------------------------------------------------------------
 
 def number_word(n):
-    """English words of an integer: 17 -> "seventeen", 342 -> "three hundred and forty-two".
-
-    Raises: ValueError outside 0 to 999.
-    """
-    if not 0 <= n <= 999:
-        raise ValueError(f"got number {n}, prompts count from 0 to 999: use fewer clusters")
+    """English words of an integer from 0 to 999: 342 -> "three hundred and forty-two"."""
     if n < 20:
         return ONES[n]
     if n < 100:
@@ -143,8 +134,7 @@ def number_word(n):
 def words_of(text):
     """Lower-case words and signs: "HER2+ tissue, type thirty-two" -> her2 + tissue type thirty-two.
 
-    Signs are words because labels may differ by them alone (HER2+ and HER2-, <5 mm and >5 mm);
-    commas, full stops, colons, semicolons and quotation marks only separate.
+    Signs are words because labels may differ by them alone (HER2+ and HER2-, <5 mm and >5 mm).
     """
     return re.findall(r"\w+(?:-\w+)*|[^\w\s,.:;'\"]", text.lower())
 
@@ -165,12 +155,7 @@ def build_prompts(assignment, labels, template):
 
     assignment: N cluster indices, or None for a template without <index>.
     labels: N str (put in lower case), or None for a template without <label>.
-    Raises: ValueError for a value that the template needs but that is missing.
     """
-    for placeholder, values in (("<label>", labels), ("<index>", assignment)):
-        if placeholder in template and values is None:
-            raise ValueError(f"{placeholder} has no values, {template!r} needs one for each image: "
-                             "pass them or another template")
     count = len(labels if assignment is None else assignment)
     indices = [""] * count if assignment is None else [number_word(int(i)) for i in assignment]
     labels = [""] * count if labels is None else [label.strip().lower() for label in labels]
@@ -185,7 +170,6 @@ def labels_for_prompts(columns, column, condition, rows, name):
 
     columns: name -> list of str. column: the user's choice, "none", or None for "label" if there
     is one. rows: indices of the images in use. name: of the data set, for errors.
-    Raises UserError for a missing column, empty cells, one value, and labels with equal words.
     """
     if column is None:
         column = "label" if "label" in columns or condition == "labels" else "none"
@@ -217,7 +201,7 @@ def plan_prompts(labels, n_images, condition, clusters=None, template=None):
     """(template, sorted label values, number of clusters) of a run's prompts.
 
     labels: list of str of the run's images, or None. clusters, template: the user's, or None for
-    the paper's. Raises UserError for more clusters than images, and a template that does not fit.
+    the paper's.
     """
     if condition not in ("prompts", "labels"):
         return "", (), 0
@@ -242,10 +226,7 @@ def plan_prompts(labels, n_images, condition, clusters=None, template=None):
 
 
 def all_prompts(labels, clusters, template):
-    """Every prompt, a tuple of str, in the order of its number `label * clusters + cluster`.
-
-    Without labels, or without clusters (0), that part is 0 and `clusters` counts as 1.
-    """
+    """Every prompt, a tuple of str, in the order of its number `label * clusters + cluster`."""
     pairs = [(label, k) for label in labels or [None] for k in range(clusters or 1)]
     return tuple(build_prompts([k for _, k in pairs] if clusters else None,
                                [label for label, _ in pairs] if labels else None, template))
@@ -259,10 +240,7 @@ def prompt_numbers(values, labels, clusters, assignment):
 
 
 def balance(prompts, n, seed=0):
-    """Order of n image indices (int64) in which every distinct prompt comes equally often.
-
-    Each round has every prompt once, in random order; a prompt's images are cycled, shuffled.
-    """
+    """n image indices (int64): rounds of every distinct prompt once, its images in turns."""
     generator = torch.Generator().manual_seed(seed)
     images = {}
     for index, prompt in enumerate(prompts):
@@ -312,9 +290,6 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, vocabulary, context_dim, depth=2, num_heads=4, max_words=32):
         super().__init__()
-        if context_dim % num_heads:
-            raise ValueError(f"context_dim is {context_dim}, the encoder needs a multiple of its "
-                             f"{num_heads} heads: pass another context_dim or num_heads")
         self.vocabulary = list(vocabulary)
         self.max_words = max_words
         self.index = {word: i for i, word in enumerate(self.vocabulary, start=BEGIN + 1)}
@@ -332,8 +307,7 @@ class PromptEncoder(nn.Module):
         """Initialise each word with the mean of the images whose prompts contain it.
 
         prompts: list of N str; features: (N, D) of their images, standardised, which a random
-        projection brings to the width of a word. Words common to all prompts keep their init.
-        Types that look alike then start alike, and are learned sooner.
+        projection brings to the width of a word. Types that look alike then start alike.
         """
         has_word = torch.tensor([[word in words for word in self.vocabulary]
                                  for words in map(words_of, prompts)]).to(features)  # (N, words)
@@ -346,10 +320,7 @@ class PromptEncoder(nn.Module):
         self.word_embed.weight[rows] = means / means.square().mean().sqrt()  # deviation 1 as before
 
     def tokenize(self, prompts):
-        """List of B str -> ids (B, 1 + max_words) int64, on the encoder's device.
-
-        Raises: ValueError for unknown words (it lists the known ones) and for too long prompts.
-        """
+        """List of B str -> ids (B, 1 + max_words) int64; ValueError for unknown words."""
         split = [words_of(prompt) for prompt in prompts]
         unknown = sorted({word for words in split for word in words} - self.index.keys())
         if unknown:

@@ -149,9 +149,8 @@ class RegionLevel(nn.Module):
 class RegionalMIL(nn.Module):
     """Regions of a bag -> logit. Without windows a region is a patch: ABMIL, or mean pooling.
 
-    One gated attention and one head serve all levels: blocks start as the identity, so tokens of
-    all levels share one space. Every level predicts the label (deep supervision): the patches,
-    which are many, find the tumour first, and the regions learn from there.
+    One gated attention and one head serve all levels, whose tokens share one space because blocks
+    start as the identity. Every level predicts the label: patches find the tumour first.
     """
 
     def __init__(self, config):
@@ -244,10 +243,9 @@ def encode_regions(model, slide, regions):
 
 @torch.no_grad()
 def predict(model, slide, patches, focused=False, seed=0):
-    """A slide's logit, the regions seen (R, T), their attention (R, T), the regions of pass 1.
+    """A slide's logit, the regions seen (R, T), their attention (R, T), how many are of pass 1.
 
-    patches: how many one pass sees. focused: a second pass of the same size (see `focus`); pass 1
-    then scans windows of the first level.
+    patches: how many one pass sees. focused: a second pass of the same size (see `focus`).
     """
     generator = torch.Generator().manual_seed(step_seed(seed, slide.name))
     windows = model.config.windows

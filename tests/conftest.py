@@ -1,9 +1,12 @@
 """Fixtures of several tests. One thread for all: their tensors are tiny, and on a busy machine
 threads contend for cores, which makes these tests many times slower."""
 import os
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
+sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 import pytest
 import torch

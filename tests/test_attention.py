@@ -1,6 +1,5 @@
 """Tests of experiments/attention.py: maps, the number beside them, and the picture."""
 
-from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 from dino import ViTConfig, VisionTransformer
 from experiments import __main__ as experiments
-from experiments.attention import attention_maps, effective_patches, heat, main
+from experiments.attention import attention_maps, effective_patches, heat
 from support.command import UserError
 
 SMALL = ViTConfig(patch_size=4, embed_dim=16, depth=2, num_heads=2, image_size=16)
@@ -42,18 +41,15 @@ def test_heat_and_effective_patches():
 
 
 @pytest.mark.parametrize("arguments, match", [
-    (["colour.png"], None), (["deep.png", "--embedder", "runs/a/model.pt"], None),
-    (["colour.png", "--embedder", "tiny"], "python train.py"), (["bad.png"], "bad.png"),
-])
+    (["deep.png", "--embedder", "runs/a/model.pt"], None),
+    (["deep.png", "--embedder", "tiny"], "python train.py")])
 def test_command(monkeypatch, capsys, tmp_path, arguments, match):
-    """One panel for the image and one a head; bad weights, images, places: one line."""
+    """One panel for the image and one a head; bad weights: one line."""
     monkeypatch.chdir(tmp_path)
     Path("runs/a").mkdir(parents=True)
     weights = VisionTransformer(SMALL).state_dict()
     torch.save({"config": {"vit": asdict(SMALL)}, "embedder": {
         f"vit.{name}": value for name, value in weights.items()}}, "runs/a/model.pt")
-    Path("bad.png").write_text("not an image")
-    Image.new("RGB", (30, 20), "red").save("colour.png")
     Image.fromarray((np.arange(900).reshape(30, 30) * 70).astype(np.uint16)).save("deep.png")
     if match:
         with pytest.raises(UserError, match=match):
@@ -64,12 +60,3 @@ def test_command(monkeypatch, capsys, tmp_path, arguments, match):
         # 224 pixels and a border of 2
         assert Image.open("attention.png").size == (3 * 226 + 2, 226 + 2)
         assert "head 2: looks at" in capsys.readouterr().out
-
-
-def test_a_trained_run_is_found(monkeypatch, tmp_path):
-    """Without a run, weights and the box the error says how to get them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("support.files.BOX", tmp_path / "none.pt")
-    Image.new("RGB", (30, 20), "red").save("colour.png")
-    with pytest.raises(UserError, match="python train.py"):
-        main(Namespace(image="colour.png", embedder=None, out="attention.png"))

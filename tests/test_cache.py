@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support import cache
-from support.cache import Arrays, Latents, build_cache, fingerprint, loader
+from support.cache import Arrays, build_cache, fingerprint, loader
 from support.command import UserError
 from support.run import Run, Stopped
 
@@ -72,34 +72,11 @@ def test_a_damaged_cache_and_a_full_disk_are_named(tmp_path, monkeypatch):
         build_cache(tmp_path, ARRAYS, Numbers(9), encode, "b", Run())  # 9 x (6 + 4) bytes
 
 
-def test_latents_give_mean_std_and_condition(tmp_path):
-    """Tokens, or given conditions in their place; rows may be images in another order."""
-    arrays = {"latents": ((2, 1, 1, 1), np.float16), "tokens": ((1, 3), np.float32)}
-
-    def both(x, rows):
-        return {"latents": torch.stack([x[:, :1], -x[:, :1]], 1)[..., None, None],
-                "tokens": x[:, None]}
-    build_cache(tmp_path, arrays, Numbers(6), both, "a", Run())
-    mean, std, tokens = Latents(tmp_path).__getitems__([5, 1])
-    assert mean.flatten().tolist() == [5, 1] and std.flatten().tolist() == [-5, -1]
-    assert tokens[:, 0, 0].tolist() == [5, 1]
-    latents = Latents(tmp_path, torch.arange(12).view(6, 2), torch.tensor([3, 3, 0]))
-    assert len(latents) == 3
-    mean, _, condition = latents.__getitems__([1])
-    assert mean.flatten().tolist() == [3] and condition.tolist() == [[6, 7]]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_follows_its_plan(workers):
-    """The batches of the plan, in its order, also from processes that are spawned, as on Windows.
-    """
+    """The batches of the plan, in its order, also from another process."""
     plan = [[3, 1], [2], [0, 4, 5]]
-    before = torch.multiprocessing.get_start_method(allow_none=True)
-    torch.multiprocessing.set_start_method("spawn", force=True)
-    try:
-        batches = list(loader(Numbers(6), plan, workers=workers))
-    finally:
-        torch.multiprocessing.set_start_method(before, force=True)
+    batches = loader(Numbers(6), plan, workers=workers)
     assert [x[:, 0].tolist() for (x,) in batches] == plan
 
 

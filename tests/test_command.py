@@ -81,29 +81,3 @@ def test_number_flags(kind, good, bad, words):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=words):
             kind(text)
-
-
-def test_bf16_only_where_it_is_native(monkeypatch):
-    """The flag decides; auto reads the features of the CPU."""
-    cpu = torch.device("cpu")
-    assert command.autocast_dtype(cpu, "bf16") == torch.bfloat16
-    for features, dtype in (("fma avx512_bf16", torch.bfloat16), ("fma avx512", torch.float32)):
-        monkeypatch.setattr(Path, "exists", lambda path: True)
-        monkeypatch.setattr(Path, "read_text", lambda path, text=features: text)
-        assert command.autocast_dtype(cpu) == dtype
-
-
-def test_the_status_line(monkeypatch, capsys):
-    """Step, percent, smoothed loss, images per second and time left; at most a line in 10 s."""
-    clock = [0.0]
-    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
-    status = command.StatusLine(400, "vae")
-    for step in range(1, 81):
-        clock[0] += 0.125
-        status.update(step, loss=1.0 if step <= 40 else 2.0, images=16)
-    label, percent, loss, speed, left = capsys.readouterr().out.split("  ")
-    assert (label, percent, speed, left) == ("vae 80/400", "20 %", "128.0 images/s",
-                                             "ETA 0:00:40\n")
-    assert abs(float(loss.split()[1]) - (2 - 0.98 ** 40)) < 1e-3
-    status.update(400)
-    assert "400/400  100 %" in capsys.readouterr().out

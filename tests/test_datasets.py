@@ -7,7 +7,6 @@ from pictures_on_disk import folder_of, write
 from support import datasets
 from support.command import UserError
 from support.datasets import label_matrix, match_names, open_dataset
-from test_dicom import GREY, dicom
 
 
 def opened(folder, **options):
@@ -95,19 +94,6 @@ def test_patients_from_paths(tmp_path):
             opened(tmp_path, patient_from=expression)
 
 
-def test_patients_from_dicom(tmp_path):
-    for i in range(3):
-        dicom(tmp_path / f"{i}.dcm", GREY, PatientID=f"p{i // 2}")
-    assert opened(tmp_path).groups == ["p0", "p0", "p1"]
-
-
-def test_a_group_column_that_is_no_patient(tmp_path):
-    """Few groups are warned of."""
-    folder = with_table(tmp_path, [f"{i}.png" for i in range(9)], "file,case", *(
-        f"{i}.png,{i % 2}" for i in range(9)))
-    assert "only 2 different patients" in opened(folder, group_column="case").problems[0]
-
-
 @pytest.mark.parametrize("names, labels", [
     (["NORMAL/a.png", "NORMAL/b.png", "ILL/a.png", "ILL/c.png"], ["ILL"] * 2 + ["NORMAL"] * 2),
     (["p1/a.png", "p1/b.png", "p2/a.png", "p2/c.png"], None),  # patients
@@ -180,19 +166,8 @@ def test_the_first_lines_name_what_will_not_be_seen(tmp_path):
         opened(folder)
 
 
-def test_depth_of_a_set(tmp_path):
-    """Decided once, said in the first line, or as a run recorded it."""
-    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8)
-    for i, high in enumerate((4000, 900, 4095)):
-        write(tmp_path / f"{i}.png", ramp * np.uint16(high // 63))
-    images = opened(tmp_path)
-    assert images.depth == {"white": 4095.0} and "4095 is white" in images.note
-    assert images[1].max() == pytest.approx(900 // 63 * 63 / 4095 * 2 - 1, abs=1e-5)
-    assert opened(tmp_path, depth={"white": 8190})[2].max() < 0.01
-
-
-def test_cache_and_workers_change_nothing(tmp_path, monkeypatch):
-    """From the cache, beyond its room, modified by the caller, in two workers: the same pixels."""
+def test_the_cache_changes_nothing(tmp_path, monkeypatch):
+    """From the cache, beyond its room, modified by the caller: the same pixels."""
     for i in range(4):
         write(tmp_path / f"{i}.png", np.arange(i, i + 192, dtype=np.uint8).reshape(8, 8, 3))
     monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * 3 * 8 * 8 * 4)  # room for two images
@@ -200,8 +175,6 @@ def test_cache_and_workers_change_nothing(tmp_path, monkeypatch):
     first = images.batch(range(4))
     images[0].zero_()
     assert len(images.cache) == 2 and torch.equal(images.batch(range(4)), first)
-    loader = torch.utils.data.DataLoader(images, batch_size=2, num_workers=2)
-    assert torch.equal(torch.cat(list(loader)), first)
 
 
 # ---- phantoms and .npz

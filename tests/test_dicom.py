@@ -45,11 +45,9 @@ WINDOW = {"WindowCenter": 2048, "WindowWidth": 4096}
     (GREY, 12, {"RescaleSlope": 2, "RescaleIntercept": -1024, "WindowCenter": 3072,
                 "WindowWidth": 8192}),
     (GREY, 12, {**WINDOW, "PixelPaddingValue": 0}),
-    (GREY, 16, {"WindowCenter": None, "WindowWidth": None}),
     (np.int16(GREY * 4095 - 2048), 16, {"WindowCenter": 0, "WindowWidth": 4096}),
     (GREY, 12, {"WindowCenter": [2048, 100], "WindowWidth": [4096, 1]}),
-    (GREY, 16, {}), (GREY * 0.1, 16, {}), (1 - GREY, 16, {"PhotometricInterpretation": "MONOCHROME1"
-                                                          })])
+    (GREY * 0.1, 16, {}), (1 - GREY, 16, {"PhotometricInterpretation": "MONOCHROME1"})])
 def test_dicom_is_windowed(tmp_path, grey, bits, fields):
     """Rescale, the file's first window, MONOCHROME1, signed values; percentiles without a window,
     by suffix, or by the magic word in a name without one."""

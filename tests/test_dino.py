@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 import dino
 from dino import (DINO, DINOConfig, ViTConfig, VISION_TRANSFORMERS, VisionTransformer,
@@ -60,16 +57,6 @@ def test_equals_official_network(case):
             assert np.abs(value.numpy() - want).max() < 1e-4, (side, name)
 
 
-@pytest.mark.parametrize("change", [{"interpolate_offset": 0.0}, {"antialias": True}])
-@torch.no_grad()
-def test_interpolation_details_matter(change):
-    """The parity test can fail: another way to resize positions shows at a side not native."""
-    vit = fill(VisionTransformer(replace(reference_config("v2"), **change)))
-    error = [np.abs(vit(picture(side)).numpy() - REFERENCE[f"v2/{side[0]}x{side[1]}/global"]).max()
-             for side in ((56, 56), (28, 84))]
-    assert error[0] < 1e-4 and error[1] > 1e-3
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_official_keys_and_shapes(name):
     """Names and shapes of all parameters equal those of the official network."""
@@ -90,15 +77,6 @@ def test_preprocessing():
     assert torch.allclose(got, dino.preprocess(x + 0.3, "per_image"), atol=1e-5)
     got = dino.preprocess(x, "rad_dino")
     assert torch.allclose(got, ((x + 1) / 2 - 0.5307) / 0.2583, atol=1e-5)
-
-
-@torch.no_grad()
-def test_bfloat16_is_close():
-    """The path that CPUs take in bfloat16 gives the tokens of float32, to its precision."""
-    vit, x = VisionTransformer(ViTConfig()), images(2, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = vit(x)
-    assert 0 < (got - vit(x)).abs().max() < 0.1  # tokens reach 3; 8 bits through 4 blocks
 
 
 def test_sincos_positions_differ_and_repeat_along_axes():
@@ -224,51 +202,12 @@ def test_entropies_show_collapse():
 
 
 def test_momentum():
-    """Half a cosine from the first share to the last; the parameters come in equal order."""
+    """Half a cosine from the first share to the last; the teacher starts as the student, frozen."""
     model = DINO(SMALL, SMALL_DINO)
     assert [model.momentum(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.98, 0.99, 1.0])
     pairs = list(zip(model.teacher.parameters(), model.student.parameters(), strict=True))
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
     assert not any(mine.requires_grad for mine, _ in pairs)
-
-
-def test_loss_uses_both_kinds_of_crops(monkeypatch):
-    """Global crops of the side, local of half; targets are the teacher's."""
-    seen = []
-    sides = []
-    logits = []
-    monkeypatch.setattr(dino, "dino_loss", lambda *args: seen.append(args))
-    model = DINO(SMALL, SMALL_DINO)
-    model.student["backbone"].register_forward_hook(lambda m, x, y: sides.append(x[0].shape))
-    model.teacher["head"].register_forward_hook(lambda m, x, y: logits.append(y))
-    model.loss(images(), generator())
-    assert sides == [(8, 3, 16, 16), (8, 3, 8, 8)]
-    student, targets, student_temp = seen[-1]
-    assert student.shape == (4, 4, 12) and targets.shape == (2, 4, 12) and student_temp == 0.1
-    assert max(student.abs().max(), logits[-1].abs().max()) <= 1 + 1e-6  # cosines
-    assert torch.equal(targets.flatten(0, 1), sinkhorn(logits[-1], 0.05))
-
-
-@torch.no_grad()
-def test_crops_and_targets_are_float32_under_autocast(monkeypatch):
-    """bfloat16 has eight bits: crops, Sinkhorn and the loss do without it."""
-    seen = {}
-
-    def watch(name):
-        plain = getattr(dino, name)
-
-        def watched(x, *rest):
-            seen[name] = x.dtype, torch.is_autocast_enabled("cpu")
-            return plain(x, *rest)
-        monkeypatch.setattr(dino, name, watched)
-
-    for name in ("random_crops", "sinkhorn", "dino_loss"):
-        watch(name)
-    model = DINO(SMALL, SMALL_DINO)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model.loss(images(), generator())[0]
-    assert set(seen.values()) == {(torch.float32, False)} and len(seen) == 3
-    assert loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -1,6 +1,4 @@
 """Tests of support/fast.py: attention is the fused one; compiled networks are one graph a block."""
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,13 +6,9 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
-
-from dino import ViTConfig, VisionTransformer
 from make_diffusers import inputs
 from support.fast import attention, compile_blocks
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig
 
 UNET = UNetConfig(4, 4, 8, (1,), 1, (True,), 12, 2)  # one level: tracing takes long
 
@@ -59,20 +53,3 @@ def test_compiled_blocks_keep_their_graphs(counter):
     assert counter.frame_count == first
     steps(unet, 1, batch=3)
     assert counter.frame_count <= 2 * first
-
-
-@torch.no_grad()
-def test_vae_and_vit_compile_by_the_block(counter):
-    """Their equal blocks share a graph, and a second call adds none."""
-    vae = AutoencoderKL(VAEConfig(3, 4, 8, (1, 1), 1))
-    vit = VisionTransformer(ViTConfig(8, 24, 3, 2, 16))
-    x, = inputs(1, (2, 3, 16, 16))
-    for network in (vae, vit):
-        before = counter.frame_count
-        compile_blocks(network, backend=counter, fullgraph=True)
-        network(x)
-        first = counter.frame_count
-        assert first > before
-        network(x)
-        assert counter.frame_count == first
-    assert first - before == 1  # three equal blocks of the ViT

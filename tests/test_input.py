@@ -24,19 +24,17 @@ from test_files import Payload
 # Words of a line in capitals are files of the fixture `desk`.
 BAD_LINES = [
     (train, "extra", "extra"), (train, "--data /nowhere", "/nowhere"),
-    (train, "--data TEXT", "TEXT"), (train, "--data EMPTY", "EMPTY"),
-    (train, "--data BAD.npz", "BAD.npz"), (train, "--size 50", "--size"),
-    (train, "--holdout nan", "--holdout"), (train, "--preset huge", "choose from"),
-    (train, "--embedder resnet", "resnet"), (train, "--embedder TEXT", "TEXT"),
-    (train, "--vae nowhere", "nowhere"), (train, "--unet EMPTY", "EMPTY"),
-    (train, "--batch 8 --accumulate 3", "batch 8"), (train, "--seed 1e3", "--seed"),
+    (train, "--data EMPTY", "EMPTY"), (train, "--data BAD.npz", "BAD.npz"),
+    (train, "--size 50", "--size"), (train, "--holdout nan", "--holdout"),
+    (train, "--embedder TEXT", "TEXT"), (train, "--vae nowhere", "nowhere"),
+    (train, "--batch 8 --accumulate 3", "batch 8"),
     (train, "--set nonsense=1", "nonsense"), (train, "--set vae_steps=x", "vae_steps"),
-    (train, "--set vae_steps", "vae_steps"), (train, "--set tokens=all", "tokens"),
+    (train, "--set tokens=all", "tokens"),
     (train, "--device tpu", "pass --device auto"),
     (train, "--data RUN/held_out --patient-from (", "--patient-from"),
     (train, "--out TEXT", "--out"), (train, "--out RUN", "--resume"),
     (sample, "--random --steps 1001", "1000"),
-    (sample, "--from-image /nowhere.png", "/nowhere.png"), (sample, "--from-image TEXT", "TEXT"),
+    (sample, "--from-image TEXT", "TEXT"),
     (sample, "--random --from-image GOOD.png", "--from-image"),
     (sample, "--random --checkpoint TEXT", "TEXT"),
     (sample, "--random --checkpoint /nowhere", "/nowhere"),
@@ -96,17 +94,6 @@ def test_bad_command_lines(desk, small_networks, monkeypatch, capsys):
             wrong.append((line, "changed", sorted(content(desk).keys() ^ before.keys())))
             break
     assert not wrong, "\n".join(map(str, wrong))
-
-
-def test_damaged_models(desk, monkeypatch, capsys):
-    """Parts that do not fit: one line from sample.py."""
-    path = desk / "RUN" / "model.pt"
-    model = torch.load(path, weights_only=True)
-    for damage in ({"config": 3}, {"unet": {}}):
-        torch.save({**model, **damage}, path)
-        code, error = error_of(sample, ["--random", "--checkpoint", "RUN", "--device", "cpu"],
-                               monkeypatch, capsys)
-        assert code == 2 and "model.pt" in error and error.count("\n") == 1
 
 
 def test_no_reader_runs_code(tmp_path):

@@ -1,11 +1,9 @@
 """support/pictures.py: PNGs come back as they were; grids and charts show their input."""
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from support import pictures
-from support.command import UserError
 from support.images import load_image
 
 STEP = 1 / 255 + 1e-6  # half a grey level of 8 bits in [-1, 1], and rounding
@@ -18,20 +16,6 @@ def test_saved_png_comes_back(tmp_path):
     assert (load_image(tmp_path / "new" / "x.png", 8) - x).abs().max() <= STEP
     pictures.save_png(tmp_path / "g.png", x[:1])
     assert Image.open(tmp_path / "g.png").mode == "L"
-
-
-def test_pngs_by_threads(tmp_path):
-    """Images come back as save_png would have written them; nothing else is left, and a file that
-    cannot be written is an error."""
-    x = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    paths = [tmp_path / "new" / f"{i}.png" for i in range(20)]
-    pictures.save_pngs(paths, x)
-    for path, image in zip(paths, x):
-        pictures.save_png(tmp_path / "one.png", image)
-        assert np.array_equal(Image.open(path), Image.open(tmp_path / "one.png"))
-    assert sorted((tmp_path / "new").iterdir()) == sorted(paths)
-    with pytest.raises(UserError, match="pass another --out"):
-        pictures.save_pngs([tmp_path / "one.png" / "x.png"], x[:1])
 
 
 def test_grid(tmp_path):

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import prompts
 from prompts import (BASELINE, ENRICHED, UNLABELLED, PromptEncoder, all_prompts, balance,
@@ -38,11 +37,6 @@ def blobs(k, dim=4, per_blob=40, distance=20.0, seed=0):
     centers[:, 0], centers[:, 1] = torch.arange(k) % side, torch.arange(k) // side
     truth = torch.arange(k).repeat_interleave(per_blob)
     return distance * centers[truth] + torch.randn(len(truth), dim, generator=generator), truth
-
-
-def nearest(x, centers):
-    """Slow exact assignment in float64."""
-    return (x.double()[:, None] - centers.double()).square().sum(2).argmin(1)
 
 
 # ---- K-means
@@ -80,24 +74,6 @@ def test_kmeans_inertia_against_scikit_learn(kind):
     assert 0.97 <= ours / SKLEARN_INERTIA[kind] <= 1.01
 
 
-def test_kmeans_ends_in_a_fixed_point_of_lloyd():
-    """All points are with their nearest center, and centers are the means."""
-    x = torch.from_numpy(reference_data("noise"))
-    centers, assignment = prompts.lloyd(x, x[:12].clone(), 1000)
-    assert torch.equal(assignment, nearest(x, centers))
-    means = torch.stack([x[assignment == i].mean(0) for i in range(12)])
-    assert torch.allclose(centers, means, atol=1e-5)  # float32 sums of about 125 numbers below 1
-
-
-def test_empty_clusters_are_reseeded():
-    """Starts that nobody is near get the farthest points: no NaN, no empty cluster, blobs found."""
-    x, _ = blobs(5)
-    far_off = 1e4 + torch.arange(5.0)[:, None].expand(5, 4)
-    centers, assignment = prompts.lloyd(x, far_off)
-    assert centers.isfinite().all()
-    assert (torch.bincount(assignment, minlength=5) == 40).all()
-
-
 def test_duplicates_never_give_nan():
     """k = number of distinct points, each many times: every one becomes a center exactly once."""
     distinct = torch.tensor([[0.0, 0.0], [0.0, 1.0], [5.0, 5.0], [9.0, -3.0]])
@@ -121,13 +97,9 @@ def test_kmeans_with_one_cluster_and_with_one_per_point():
 
 @pytest.mark.parametrize("x, k, words", [
     (torch.zeros(5, 2), 2, "2 clusters for 1 distinct points"),
-    (torch.tensor([[0.0], [math.nan], [1.0]]), 1, "NaN or infinite"),
-    (torch.tensor([[0.0], [math.inf]]), 1, "NaN or infinite"),
-    (torch.eye(3), 4, "4 clusters for 3.*fewer clusters"),
-    (torch.eye(3), 0, "0 clusters for 3"),
-])
+    (torch.tensor([[0.0], [math.nan], [1.0]]), 1, "NaN or infinite")])
 def test_kmeans_refuses(x, k, words):
-    """Too few distinct points, NaN, infinity, k < 1: got, need, do."""
+    """Too few distinct points, and NaN."""
     with pytest.raises(ValueError, match=words):
         kmeans(x, k)
 
@@ -147,24 +119,12 @@ def test_standardise():
 
 # ---- Words
 
-@pytest.mark.parametrize("n, word", [
-    (0, "zero"), (3, "three"), (13, "thirteen"), (17, "seventeen"), (20, "twenty"),
-    (32, "thirty-two"), (40, "forty"), (99, "ninety-nine"), (100, "one hundred"),
-    (101, "one hundred and one"), (342, "three hundred and forty-two"),
-    (910, "nine hundred and ten"),
-    (999, "nine hundred and ninety-nine"),
-])
-def test_number_word(n, word):
-    """English words, with a hyphen between tens and ones."""
-    assert number_word(n) == word
-
-
-def test_number_words_are_distinct_and_bounded():
-    """A thousand different words; -1 and 1000 are refused."""
+def test_number_words():
+    """English words, with a hyphen between tens and ones; a thousand different ones."""
+    for n, word in ((0, "zero"), (17, "seventeen"), (20, "twenty"), (32, "thirty-two"),
+                    (100, "one hundred"), (342, "three hundred and forty-two")):
+        assert number_word(n) == word
     assert len({number_word(n) for n in range(1000)}) == 1000
-    for n in (-1, 1000):
-        with pytest.raises(ValueError, match=f"got number {n}.*0 to 999.*fewer clusters"):
-            number_word(n)
 
 
 def test_prompts_word_for_word():
@@ -180,30 +140,12 @@ def test_prompts_word_for_word():
         "Chest X-Ray image with morphology type three"]
 
 
-@pytest.mark.parametrize("assignment, labels, template, words", [
-    ([0, 1], None, ENRICHED, "<label> has no values.*another template"),
-    (None, ["a"], UNLABELLED, "<index> has no values"),
-    ([0, 1], ["a"], ENRICHED, "longer than"),
-    ([0, 1000], None, UNLABELLED, "got number 1000"),
-])
-def test_build_prompts_refuses(assignment, labels, template, words):
-    """Missing labels, a missing index, unequal lengths, an index without a word."""
-    with pytest.raises(ValueError, match=words):
-        build_prompts(assignment, labels, template)
-
-
-@pytest.mark.parametrize("a, b", [
-    ("HER2+", "HER2-"), ("-1", "1"), ("<5 mm", ">5 mm"), ("ER+/PR-", "ER-/PR+"), ("MSI", "MSI?"),
-    ("+", "-"), ("grade 1.5", "grade 15")])
+@pytest.mark.parametrize("a, b", [("HER2+", "HER2-"), ("<5 mm", ">5 mm"), ("1.5", "15")])
 def test_labels_that_differ_by_signs_are_two_conditions(a, b):
-    """Other words, so other ids and other contexts; the order of signs counts too."""
-    torch.manual_seed(0)
+    """Other words, so other ids."""
     texts = build_prompts(None, [a, b], BASELINE)
-    encoder = PromptEncoder(vocabulary_of(texts), context_dim=16)
-    first, second = encoder.tokenize(texts)
+    first, second = PromptEncoder(vocabulary_of(texts), context_dim=16).tokenize(texts)
     assert not torch.equal(first, second)
-    context, _ = encoder(encoder.tokenize(texts))
-    assert (context[0] - context[1]).abs().max() > 0.1  # entries are of order 1
 
 
 def test_prompts_are_found_whatever_their_capitals():
@@ -216,7 +158,7 @@ def test_prompts_are_found_whatever_their_capitals():
 # ---- The prompts of a run
 
 COLUMNS = {"label": [" A", "b", "a ", "B"], "empty": ["x", "", "y", "x"], "one": ["x"] * 4,
-           "alike": ["a, b", "a b", "c", "c"], "signs": ["+", "-", "+", "..."]}
+           "alike": ["a, b", "a b", "c", "c"]}
 
 
 def labels_of(column, condition="prompts", rows=range(4), columns=COLUMNS):
@@ -228,14 +170,12 @@ def test_labels_are_lower_case_words():
     assert labels_of(None) == labels_of("label", "labels") == ["a", "b", "a", "b"]
     assert labels_of(None, "dino") is None and labels_of("none") is None
     assert labels_of(None, columns={}) is None
-    assert labels_of("signs", rows=range(3))[:2] == ["+", "-"]
 
 
 @pytest.mark.parametrize("column, condition, says", [
     ("none", "labels", "no label column 'none'.*the set has label"),
     ("empty", "prompts", "'empty' is empty for 1 images"), ("one", "prompts", "holds only 'x'"),
-    ("alike", "prompts", "'alike' has labels that contain the same words"),
-    ("signs", "prompts", "'signs' has labels that contain the same words, or none")])
+    ("alike", "prompts", "'alike' has labels that contain the same words")])
 def test_labels_that_make_no_prompts(column, condition, says):
     with pytest.raises(UserError, match=says):
         labels_of(column, condition)
@@ -274,16 +214,6 @@ def test_prompts_are_numbered_by_label_and_cluster():
     assert prompt_numbers((), None, 2, torch.tensor([1, 0])).tolist() == [1, 0]
 
 
-def test_files_of_prompts_and_clusters(tmp_path):
-    """prompts.csv, and a grid with a row a cluster."""
-    images = open_dataset("phantoms", 32, count=8)
-    prompts.write_prompts(tmp_path / "prompts.csv", ["x.png", "y.png"], None, [1, 0], ["p", "q"])
-    assert (tmp_path / "prompts.csv").read_text().splitlines() == [
-        "file,label,cluster,prompt", "x.png,,1,p", "y.png,,0,q"]
-    prompts.draw_clusters(tmp_path / "grid.png", images, torch.arange(8), torch.arange(8) % 2, 0)
-    assert Image.open(tmp_path / "grid.png").height > 2 * 128
-
-
 # ---- Outliers
 
 class Images:
@@ -319,22 +249,12 @@ def test_patches_that_show_nothing(tissue):
     assert drop_outliers(both, "dino") == []
 
 
-def test_one_coloured_mark_drops_no_grey_image():
-    """Grey images are no patches, sharp or soft, even if one has a red mark."""
+def test_grey_images_are_never_dropped():
+    """Grey images are no patches, sharp or soft."""
     grey = torch.nn.functional.interpolate(torch.rand(30, 1, 4, 4), 64, mode="bilinear") * 2 - 1
     grey = grey.repeat(1, 3, 1, 1)
-    grey[3, 0, :4, :4] = 1
-    grey[3, 1:, :4, :4] = -1
     assert "out of focus" in find_outliers(grey)
     assert drop_outliers(Images(grey), "prompts") == []
-
-
-def test_smooth_colour_images_are_all_used(tissue, capsys):
-    """If most images would go, the limits do not fit them: none goes, and a note says so."""
-    smooth = torch.nn.functional.interpolate(tissue.mean((2, 3), keepdim=True), 96)
-    images = Images(torch.cat([smooth, tissue[:20]]))
-    assert drop_outliers(images, "prompts") == []
-    assert "note: 40 of 60 images look empty or out of focus" in capsys.readouterr().out
 
 
 def test_balance_draws_every_prompt_equally_often():
@@ -370,18 +290,12 @@ LONG = "Histology image of cancer tissue, morphology type thirty-two"
 SHORT = "cancer tissue"
 
 
-def test_encoder_shapes_and_mask(encoder):
-    """One begin token and the words are attended; padding has context 0."""
-    context, mask = encode(encoder, LONG, SHORT, "")
-    assert context.shape == (3, 13, 16) and mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == [9, 3, 1]
-    assert mask[1].tolist() == [True] * 3 + [False] * 10
-    assert not context[~mask].any() and context[mask].abs().sum(1).all()
-
-
 def test_padding_does_not_change_outputs(encoder):
-    """A prompt beside a longer one has the context that it has alone, without padding."""
+    """One begin token and the words are attended, padding has context 0; a prompt beside a longer
+    one has the context that it has alone."""
     together, mask = encode(encoder, LONG, SHORT, "")
+    assert together.shape == (3, 13, 16) and mask.sum(1).tolist() == [9, 3, 1]
+    assert not together[~mask].any()
     for i, prompt in enumerate([LONG, SHORT, ""]):
         alone, _ = encoder(encoder.tokenize([prompt])[:, :mask[i].sum()])
         # other matmul shapes: float32 rounding of numbers of order 1
@@ -411,13 +325,6 @@ def test_dropped_prompts_are_the_null_condition(encoder):
     assert torch.equal(mask[[0, 2]], plain_mask[[0, 2]])
 
 
-def test_case_and_punctuation_do_not_matter(encoder):
-    """Commas, full stops, capitals and spaces: the same tokens; a number is one word."""
-    plain = encoder.tokenize(["cancer tissue morphology type thirty-two"])
-    noisy = encoder.tokenize(["  CANCER tissue, Morphology type: thirty-two. "])
-    assert torch.equal(plain, noisy)
-
-
 def test_words_start_where_their_images_lie(encoder):
     """Words of like images are alike, of opposite ones opposite; the others stay as they were."""
     before = encoder.word_embed.weight.clone()
@@ -445,8 +352,6 @@ def test_unknown_words_and_long_prompts_are_refused(encoder):
     assert " ".join(encoder.vocabulary) in str(caught.value) and "seventeen" in encoder.vocabulary
     with pytest.raises(ValueError, match="40 words.*at most 12.*shorten"):
         encoder.tokenize(["cancer " * 40])
-    with pytest.raises(ValueError, match="context_dim is 10.*multiple of its 4 heads.*pass"):
-        PromptEncoder(["cancer"], context_dim=10)
 
 
 def test_every_parameter_gets_a_gradient(encoder):

@@ -15,7 +15,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import sample
 import train
 from conftest import TINY
-from support import command
 from support.cache import Arrays, build_cache
 from support.command import UserError
 from support.files import read_jsonl
@@ -136,19 +135,3 @@ def test_batches_that_ranks_cannot_share_are_refused(tmp_path):
             train.main([*SHARED, "--batch", "3", "--out", str(tmp_path / "run")])
         return sorted(tmp_path.iterdir())
     assert on_two_ranks(work) == [[], []]
-
-
-def test_each_rank_takes_its_own_gpu(monkeypatch):
-    """Process 1 of a machine takes its GPU 1, unless the CPU is asked for; absent devices are user
-    errors."""
-    for name in ("tpu", "cuda:99"):
-        with pytest.raises(UserError, match="fewer processes"):
-            command.pick_device(name)
-    monkeypatch.setattr(command, "ranks", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
-    for name in ("auto", "cuda"):
-        assert command.pick_device(name) == torch.device("cuda:1")
-    assert command.pick_device("cpu") == torch.device("cpu")

@@ -126,11 +126,8 @@ def test_scores_are_those_counted_by_hand(tmp_path, capsys):
 
 @pytest.mark.parametrize("edit, words", [
     (lambda text: text[:text.index("n7")], "do not name the same images"),
-    (lambda text: text.replace("n7", "n8"), "do not name the same images"),
     (lambda text: text + "n7,real\n", "each once"),
-    (lambda text: text.replace("n7,real", "n7,fake"), "real or synthetic"),
-    (lambda text: text.replace("answer", "verdict"), "and answer, real or"),
-    (lambda text: "", "Bob.csv")])
+    (lambda text: text.replace("n7,real", "n7,fake"), "real or synthetic")])
 def test_answers_that_cannot_be_scored(tmp_path, edit, words):
     """One error that names the file; nothing is written."""
     with pytest.raises(UserError, match=words) as error:
@@ -138,9 +135,6 @@ def test_answers_that_cannot_be_scored(tmp_path, edit, words):
     assert "Bob.csv" in str(error.value) and not (tmp_path / "readers.json").exists()
 
 
-@pytest.mark.parametrize("flags", [
-    [], ["--make", "a", "b"], ["--score", "a.csv"],
-    ["--make", "a", "b", "--out", "c", "--score", "d", "--key", "k"]])
-def test_flags_that_do_not_fit(flags):
+def test_flags_that_do_not_fit():
     with pytest.raises(UserError, match="readers needs --make and --out, or --score and --key"):
-        experiments(["readers", *flags])
+        experiments(["readers", "--make", "a", "b"])

@@ -109,9 +109,8 @@ def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     conv, optimizer = network()
     progress = Run().begin("test", 3, 3, conv, optimizer, None)
     progress.after_step(ONE, ONE, 0.1, 4, {})
-    for loss, norm in ((torch.tensor(float("nan")), ONE), (ONE, torch.tensor(float("inf")))):
-        with pytest.raises(UserError, match="test: the loss .* is nan at step .*learning rate"):
-            progress.after_step(loss, norm, 0.1, 4, {})
+    with pytest.raises(UserError, match="test: the loss .* is nan at step .*learning rate"):
+        progress.after_step(torch.tensor(float("nan")), ONE, 0.1, 4, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -133,13 +132,3 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path):
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     assert [(row["step"], row["loss"], row["lr"], row["kl"]) for row in run.rows()] == [
         (1, 1.0, 0.1, 1.0), (2, 1.0, 0.1, 1.0)]
-
-
-def test_a_model_knows_its_settings(tmp_path):
-    """model.pt: version, checkpoint and settings; config.json holds the same settings."""
-    run = Run(tmp_path / "run", {"seed": 3, "depth": None})
-    run.write_model({"vae": {}})
-    run.close()
-    model = torch.load(tmp_path / "run/model.pt", weights_only=True)
-    assert model["training"] == {"seed": 3, "depth": None} and model["version"] and "vae" in model
-    assert json.loads((tmp_path / "run/config.json").read_text()) == model["training"]

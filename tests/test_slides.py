@@ -83,9 +83,7 @@ def test_a_given_step_joins_pieces_with_an_origin_each():
 
 @pytest.mark.parametrize("features, coords, why", [
     (np.ones((3, 2)), [[0, 0], [0, 1], [0, 0]], "share a cell"),
-    (np.full((1, 2), np.nan), [[0, 0]], "not finite"),
-    (np.ones((1, 2)), [[0, np.inf]], "not finite"),
-    (np.ones((3, 2)), [[0, 0]], "shapes"), (np.ones(3), [[0, 0]] * 3, "shapes"),
+    (np.full((1, 2), np.nan), [[0, 0]], "not finite"), (np.ones((3, 2)), [[0, 0]], "shapes"),
     (np.array([object()] * 3), [[0, 0]] * 3, "allow_pickle=False")])
 def test_bad_features_are_refused(tmp_path, features, coords, why):
     """Repeated places, NaN, wrong shapes and pickles end in one line that names the file."""
@@ -112,23 +110,18 @@ def test_slides_left_out_are_counted_and_named(tmp_path, capsys):
 
 
 def test_bad_folders_are_refused(tmp_path):
-    """Two widths, three labels, no or a wrong labels.csv, a patient on both sides: one line."""
+    """Two widths, three labels, no table, a slide twice, a patient on both sides: one line."""
     folder = write_features(tmp_path / "w", ["a", "b"])
     np.savez(folder / "b.npz", features=np.ones((2, 5)), coords=[[0, 0], [0, 1]])
     with pytest.raises(UserError, match="width .5, 6."):
         open_slides(folder, tiling_of())
     with pytest.raises(UserError, match="labels .'x', 'y', 'z'.*two labels"):
         open_slides(write_features(tmp_path / "l", "abc", labels="xyz"), tiling_of())
-    with pytest.raises(UserError, match="no data set"):
-        open_slides(tmp_path / "none", tiling_of())
-    (folder / "labels.csv").unlink()
-    with pytest.raises(UserError, match="labels.csv"):
-        open_slides(folder, tiling_of())
-    (folder / "labels.csv").write_text("name,label\na,0\nb,1\n")
-    with pytest.raises(UserError, match="columns name, label.*file and a label"):
-        open_slides(folder, tiling_of())
     (folder / "labels.csv").write_text("file,label\na.svs,0\nx/a.svs,1\n")
     with pytest.raises(UserError, match="names a slide twice"):
+        open_slides(folder, tiling_of())
+    (folder / "labels.csv").unlink()
+    with pytest.raises(UserError, match="labels.csv"):
         open_slides(folder, tiling_of())
     both = write_features(tmp_path / "p", "abcd", patient="1221", split=["train"] * 3 + ["test"])
     with pytest.raises(UserError, match="patients on both sides: 1;"):
@@ -148,8 +141,6 @@ def test_folds_keep_patients_together_and_test_every_slide_once():
         slide.is_test = True
     (train, test), = split_slides(bags, 3, 0)
     assert test == bags[:4] and train == bags[4:]
-    with pytest.raises(UserError, match="both sides: none; 8 training slides"):
-        split_slides([s for s in bags if s.is_test or s.label], 3, 0)
 
 
 # ---- images ----

@@ -30,14 +30,6 @@ def test_split_keeps_patients_together(tmp_path):
     assert later[later < 60].tolist() == test.tolist()  # added images move no other
 
 
-def test_another_group_column(tmp_path):
-    """One sex is held out, or all images, which is refused."""
-    test = split_holdout(patients(tmp_path, group_column="sex"), 0.45, 3)[1]
-    assert {i % 2 for i in test.tolist()} in ({0}, {1})
-    with pytest.raises(UserError, match="holds out all"):
-        split_holdout(patients(tmp_path, group_column="same"), 0.2, 0)
-
-
 def test_split_file_comes_back(tmp_path):
     """write_split then read_split is the same split, also of a folder that moved or is opened one
     level higher, and as --holdout; a name that the set lacks is an error."""

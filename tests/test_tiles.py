@@ -9,7 +9,6 @@ from PIL import Image
 from test_slides import mean_colour, tiling_of
 
 from support.command import UserError
-from support.images import otsu_level
 from support.tiles import _read_tile, tile_image
 
 
@@ -87,24 +86,13 @@ class Pyramid:
 
 
 def test_whole_slides_at_two_levels(tmp_path, monkeypatch):
-    """Levels 0 and 1 of a pyramid give the same tiles; level 3 of 3 is refused; what the scanner
-    skipped (transparent) is white."""
+    """Levels 0 and 1 of a pyramid give the same tiles; what the scanner skipped (transparent) is
+    white."""
     monkeypatch.setitem(sys.modules, "openslide", SimpleNamespace(OpenSlide=Pyramid))
     path = tmp_path / "a.tif"
     Image.fromarray(tissue_pixels()).save(path)
     check_tiles(path, tmp_path / "0.npz", side=128)
     check_tiles(path, tmp_path / "1.npz", side=64, level=1)
-    with pytest.raises(UserError, match="--level 3 of 3 levels"):
-        tile_image(path, tmp_path / "2.npz", tiling_of(level=3))
-
     pixels = Pyramid(path)
     pixels.image.putalpha(0)
     assert (_read_tile(pixels, (256, 128), tiling_of()) == 255).all()
-
-
-def test_otsu_splits_two_groups():
-    """The threshold lies between two modes."""
-    rng = np.random.default_rng(0)
-    for low, high in ((10, 60), (100, 220)):
-        values = np.concatenate([rng.normal(low, 4, 900), rng.normal(high, 6, 300)])
-        assert low + 8 < otsu_level(values.clip(0, 255).astype(np.uint8)) < high - 8

@@ -1,5 +1,4 @@
 """training_set.py: which images a run trains on."""
-import csv
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from support.command import UserError
 from support.datasets import open_dataset
 from support.pictures import save_png
-from support.training_set import TrainingSet, open_training_set, write_choice, write_examples
+from support.training_set import open_training_set, write_choice
 
 
 @pytest.fixture
@@ -71,12 +70,3 @@ def test_a_resumed_run_goes_by_its_files(folder):
     (folder / "in/00.png").unlink()
     with pytest.raises(UserError, match="00.png"):
         opened(folder, resume=True)
-
-
-def test_examples_have_their_labels(folder):
-    images = open_dataset(folder / "in", 16)
-    last = write_examples(folder / "held_out", TrainingSet(images, torch.arange(8),
-                                                           torch.arange(8, 12)))
-    table = list(csv.DictReader(open(folder / "held_out/labels.csv")))
-    assert [row["file"] for row in table] == ["08.png", "09.png", "10.png", "11.png"]
-    assert last.name == "11.png" and last.exists() and table[1]["label"] == "b"

@@ -1,17 +1,15 @@
 """Tests of unet.py: parity with diffusers on equal weights, masks, checkpointing."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-REFERENCE = Path(__file__).parent / "reference"
-sys.path.insert(0, str(REFERENCE))
-
 from make_diffusers import UNET_CASES, fill_parameters, inputs, layout
-from unet import Attention, UNet, UNetConfig, timestep_embedding
+from unet import UNet, UNetConfig, timestep_embedding
+
+REFERENCE = Path(__file__).parent / "reference"
 
 TINY = UNetConfig(base_channels=64, channel_multipliers=(1, 2), layers_per_block=1,
                   attention_levels=(False, True), context_dim=12, num_heads=8)
@@ -78,69 +76,12 @@ def test_every_parameter_gets_a_gradient():
         assert p.grad is not None and p.grad.abs().max() > 1e-8, name
 
 
-def test_query_and_key_learn_nothing_from_one_token():
-    """With one context token the cross-attention weight is always 1, as the docstring warns."""
-    unet = tiny()
-    xt, context, target = inputs(1, (2, 4, 8, 8), (2, 1, 12), (2, 4, 8, 8))
-    (unet(xt, T, context) - target).square().mean().backward()
-    for name, p in unet.named_parameters():
-        if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
-            assert p.grad.abs().max() < 1e-8, name
-
-
-def test_training_lowers_the_loss():
-    """Thirty steps on one batch at least halve the error: zero-initialised branches do learn."""
-    torch.manual_seed(0)
-    unet = UNet(TINY)
-    xt, context, target = inputs(1, (2, 4, 4, 4), (2, 3, 12), (2, 4, 4, 4))
-    optimizer, losses = torch.optim.AdamW(unet.parameters(), 2e-3), []
-    for _ in range(30):
-        loss = (unet(xt, T, context) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-@torch.no_grad()
-def test_context_mask_equals_a_shorter_context():
-    """Masked tokens have no influence, whatever they hold."""
-    unet = tiny()
-    xt, context = inputs(1, (2, 4, 4, 6), (2, 5, 12))
-    mask = torch.tensor([True, True, True, False, False]).expand(2, 5)
-    short = unet(xt, T, context[:, :3])
-    context[:, 3:] = 100.0
-    # 1e-5: exact in theory, sums in another order
-    torch.testing.assert_close(unet(xt, T, context, mask), short, rtol=0, atol=1e-5)
-
-
 def test_refuses_what_does_not_fit():
-    """Sides, context width, widths and level lists that do not fit are refused."""
-    unet = tiny()
+    """A side off the factor, and a width that the heads do not divide."""
     with pytest.raises(AssertionError, match="5 x 6: sides must be multiples of 2"):
-        unet(torch.zeros(1, 4, 5, 6), T[:1], torch.zeros(1, 2, 12))
-    with pytest.raises(AssertionError, match="7 entries instead of 12"):
-        unet(torch.zeros(1, 4, 4, 4), T[:1], torch.zeros(1, 2, 7))
+        tiny()(torch.zeros(1, 4, 5, 6), T[:1], torch.zeros(1, 2, 12))
     with pytest.raises(ValueError, match="64 channels.*num_heads 3"):
         UNetConfig(base_channels=64, num_heads=3)
-    with pytest.raises(ValueError, match="got 2 attention_levels for 4"):
-        UNetConfig(attention_levels=(True, False))
-    with pytest.raises(ValueError, match="got 3 num_heads for 4"):
-        UNetConfig(num_heads=(5, 10, 20))
-
-
-def test_other_groups_and_heads():
-    """Stable Diffusion 2 has other heads at each level; some nets have other groups of norms."""
-    config = UNetConfig(4, 4, 64, (1, 2), 1, (True, True), 12, num_heads=(2, 4), norm_groups=16)
-    unet = UNet(config)
-    heads = {name.partition(".transformer")[0]: module.num_heads
-             for name, module in unet.named_modules() if isinstance(module, Attention)}
-    assert heads == {"down_blocks.0.attentions.0": 2, "down_blocks.1.attentions.0": 4,
-                     "mid_block.attentions.0": 4, "up_blocks.0.attentions.0": 4,
-                     "up_blocks.0.attentions.1": 4, "up_blocks.1.attentions.0": 2,
-                     "up_blocks.1.attentions.1": 2}
-    assert {m.num_groups for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)} == {16}
 
 
 @pytest.mark.parametrize("autocast", (False, True))

@@ -1,18 +1,15 @@
 """Tests of vae.py: parity with diffusers on equal weights, loss, statistics."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-REFERENCE = Path(__file__).parent / "reference"
-sys.path.insert(0, str(REFERENCE))
-
 from make_diffusers import VAE_CASES, fill_parameters, inputs, layout
-from vae import (AutoencoderKL, LatentGaussian, VAEConfig, group_norm,
-                 latent_statistics, vae_loss)
+from vae import AutoencoderKL, LatentGaussian, VAEConfig, latent_statistics, vae_loss
+
+REFERENCE = Path(__file__).parent / "reference"
 
 # 64 channels: with 32 or fewer each is a group of its own, and the norm cancels biases before it
 TINY = VAEConfig(base_channels=64, channel_multipliers=(1, 2), layers_per_block=1)
@@ -46,28 +43,10 @@ def test_default_is_stable_diffusions():
     assert layout(vae) == np.load(REFERENCE / "diffusers_vae.npz")["layout"]
 
 
-def test_any_number_of_levels():
-    """One to four levels: factor, latent side and reconstruction side are right."""
-    for levels in (1, 2, 3, 4):
-        vae = AutoencoderKL(VAEConfig(1, 3, 4, (1,) * levels, 1))
-        mean = vae.encode(torch.zeros(1, 1, 16, 24)).mean
-        assert vae.config.factor == 2 ** (levels - 1)
-        assert mean.shape == (1, 3, 16 // vae.config.factor, 24 // vae.config.factor)
-        assert vae.decode(mean).shape == (1, 1, 16, 24)
-
-
 def test_refuses_sides_that_do_not_fit():
     """A side off the factor is named with a way out."""
     with pytest.raises(ValueError, match="18 x 15.*multiples of 2.*use 18 x 14"):
         tiny().encode(torch.zeros(1, 3, 15, 18))
-
-
-def test_narrow_levels_keep_brightness():
-    """Below 32 channels a group has four of them: with one channel a group, adding a constant to a
-    channel would change nothing behind the norm."""
-    assert [group_norm(c).num_groups for c in (4, 16, 32, 48, 128, 512)] == [1, 4, 32, 16, 32, 32]
-    vae = AutoencoderKL(VAEConfig(3, 4, 16, (1, 2), 1, norm_groups=8))
-    assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
 
 
 @torch.no_grad()
@@ -101,15 +80,6 @@ def test_kl():
     assert extreme.logvar.min() == -30 and extreme.logvar.max() == 20
 
 
-def test_sample_is_seeded_and_has_the_right_moments():
-    """Equal seeds give equal draws; 40,000 draws have the mean and deviation asked for."""
-    latent = LatentGaussian(torch.full((1, 1, 200, 200), 1.5), torch.full((1, 1, 200, 200), -2.0))
-    a, b = (latent.sample(torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(a, b)
-    # standard error of the mean is std / 200 = 0.0018: 0.01 is more than five of them
-    assert abs(a.mean() - 1.5) < 0.01 and abs(a.std() - np.exp(-1)) < 0.01
-
-
 def test_loss_terms():
     """The loss is its parts, weighted; the feature distance is 0 for equal, 4 for opposite ones."""
     vae, x = tiny(), inputs(1, (2, 3, 8, 8))[0]
@@ -139,22 +109,6 @@ def test_a_stem_moves_squares_of_pixels_to_channels():
         2, 8, 12, 4).permute(0, 3, 1, 2))
 
 
-def test_training_lowers_the_loss():
-    """Thirty steps on one flat-coloured batch halve the error: zero-initialised branches learn."""
-    torch.manual_seed(0)
-    vae, x = AutoencoderKL(TINY), inputs(1, (4, 3, 1, 1))[0].expand(4, 3, 8, 8)
-    optimizer = torch.optim.AdamW(vae.parameters(), 3e-3)
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for _ in range(30):
-        loss, _ = vae_loss(vae, x, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
 def test_latent_statistics():
     """Streamed shift and scale equal those of sampled latents, which become mean 0, deviation 1."""
     scales = torch.tensor([0.1, 1.0, 5.0]).view(1, 3, 1, 1)
@@ -164,7 +118,9 @@ def test_latent_statistics():
     torch.testing.assert_close(shift, mean.mean((0, 2, 3)))
     direct = (mean.double().var((0, 2, 3), unbiased=False) + 0.25 * scales.flatten()**2).rsqrt()
     torch.testing.assert_close(scale, direct.float())
-    z = LatentGaussian(mean, 2 * std.log()).sample(torch.Generator().manual_seed(0))
+    latent = LatentGaussian(mean, 2 * std.log())
+    z, again = (latent.sample(torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(z, again)
     x0 = (z - shift.view(1, 3, 1, 1)) * scale.view(1, 3, 1, 1)
     # 16,384 draws a channel: standard errors are below 0.008
     assert x0.mean((0, 2, 3)).abs().max() < 0.03 and (x0.std((0, 2, 3)) - 1).abs().max() < 0.03

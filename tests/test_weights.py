@@ -3,7 +3,6 @@
 Libraries' layouts come with names, config.json and outputs (tests/reference/weights.npz).
 """
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
@@ -11,8 +10,6 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 from dino import V1, V2, V2_REG, ViTConfig, VisionTransformer, load_dino
 from make_diffusers import fill_parameters
@@ -161,10 +158,8 @@ def test_published_names(states, monkeypatch, tmp_path):
     """A file in torch.hub's folder is used; without it and a network the error says what to do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    urls = {}
 
     def no_network(url, path, hash_prefix):
-        urls[url.rpartition(".com/")[2]] = (Path(path).name, hash_prefix)
         raise URLError("no route")
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
 
@@ -173,10 +168,6 @@ def test_published_names(states, monkeypatch, tmp_path):
             with pytest.raises(FileNotFoundError, match=f"could not download {name} .*no route.*"
                                f"save {url} as {tmp_path}/hub/checkpoints/"):
                 load_weights(name, kind)
-    assert urls["dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"] == (
-        "dinov2_vitl14_reg4_pretrain.pth", "36e4deff")
-    assert "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth" in urls
-    assert "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth" in urls
 
     checkpoints = tmp_path / "hub" / "checkpoints"
     torch.save(states["v1"], checkpoints / "dino_deitsmall16_pretrain.pth")
@@ -222,10 +213,7 @@ def test_config_is_honoured(states, tmp_path):
 @pytest.mark.parametrize("kind,config,match", [
     ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos = False.*pass other weights"),
     ("unet", {"attention_head_dim": 5}, "u does not fit .*num_heads"),
-    ("unet", {"norm_num_groups": 7}, "u does not fit .*divisible"),
-    ("vae", "{", "config.json is damaged .*download it again"),
-    ("vit", {"hidden_act": "relu"}, "hidden_act"),
-    ("vit", {"num_attention_heads": 5}, "64 channels and 5 heads")])
+    ("vae", "{", "config.json is damaged .*download it again")])
 def test_config_is_refused(kind, config, match, states, tmp_path):
     """Options that are not implemented here are refused when the folder is read."""
     if isinstance(config, dict):
@@ -239,11 +227,8 @@ def test_config_is_refused(kind, config, match, states, tmp_path):
 @pytest.mark.parametrize("kind,change,match", [
     ("vae", lambda s: {"first_stage_model.encoder.conv_in.weight": s["encoder.conv_in.weight"]},
      "CompVis.*from_single_file"),
-    ("unet", lambda s: {"input_blocks.0.0.weight": s["conv_in.weight"]}, "CompVis"),
     ("unet", lambda s: {name: t[..., 0, 0] if "proj_in.weight" in name else t
                         for name, t in s.items()}, "Stable Diffusion 2 .*sd15"),
-    ("vae", lambda s: {**s, "encoder.conv_in.weight": s["encoder.conv_in.weight"][:, :1]},
-     "one channel.*expand"),
     ("vit", lambda s: {name: t for name, t in s.items() if name != "mask_token"}, "timm.*Meta's")])
 def test_other_layouts_are_refused_by_name(kind, change, match, states, tmp_path):
     """Layouts that are often taken for those that fit are called by name, with the way out."""
@@ -252,19 +237,15 @@ def test_other_layouts_are_refused_by_name(kind, change, match, states, tmp_path
         load_weights(tmp_path / "w.pt", kind)
 
 
-def test_missing_and_other_files(states, tmp_path, monkeypatch):
-    """Wrong paths list what is accepted; other networks say what is missing; loading is strict."""
-    monkeypatch.chdir(tmp_path)
+def test_missing_and_other_files(states, tmp_path):
+    """A wrong path lists what is accepted; other networks say what is missing; loading is strict.
+    """
+    with pytest.raises(FileNotFoundError, match="no weights at .*train.py"):
+        load_weights(tmp_path / "nothing", "vae")
     for kind, other in (("vae", "unet"), ("unet", "vae"), ("vit", "vae")):
-        for path in (tmp_path / "nothing", tmp_path, "runs/none/model.pt"):
-            with pytest.raises(FileNotFoundError, match="no weights at .*train.py"):
-                load_weights(path, kind)
         torch.save(states[other], tmp_path / "w.pt")
         with pytest.raises(ValueError, match="w.pt is not .* is missing.*pass another file"):
             load_weights(tmp_path / "w.pt", kind)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="several files.*max_shard_size"):
-        load_weights(tmp_path, "unet")
 
     state = {**states["vae"], "decoder.extra.weight": torch.zeros(1)}
     del state["quant_conv.bias"]

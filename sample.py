@@ -39,7 +39,6 @@ from support.vectors import read_vectors
 
 
 def flags():
-    """The parser of sample.py."""
     parser = argparse.ArgumentParser(description="Sample images from a trained model.",
                                      usage="%(prog)s WHAT [flags]", formatter_class=Help)
 
@@ -131,33 +130,31 @@ def refuse_impossible(args, model):
 # ---------------------------------------------------------------------------- what to make
 
 def find_sources(paths, read):
-    """Files, and folders with their own labels.csv -> ([path], [{column: label}]), without those
-    that `read` refuses."""
-    sources = []
-    labels = []
+    """Files, and folders with their own labels.csv -> paths, and a {column: label} for each,
+    without those that `read` refuses."""
+    sources = []  # (path, labels)
     for path in map(Path, paths):
         if not path.is_dir():
-            sources.append(path)
-            labels.append({})
+            sources.append((path, {}))
             continue
         images = open_dataset(path, None)
-        sources += images.sources
-        labels += [{name: column[i] for name, column in images.columns.items() if column[i]}
-                   for i in range(len(images))]
+        for i, source in enumerate(images.sources):
+            labels = {name: column[i] for name, column in images.columns.items() if column[i]}
+            sources.append((source, labels))
 
-    good = []
+    readable = []
     problems = []
-    for i, source in enumerate(sources):
+    for source, labels in sources:
         try:
             read(source)
-            good.append(i)
+            readable.append((source, labels))
         except UserError as error:
             problems.append(error)
-    if not good:
+    if not readable:
         raise problems[0]
     if problems:
         print(f"note: {len(problems)} of {len(sources)} sources left out, the first: {problems[0]}")
-    return [sources[i] for i in good], [labels[i] for i in good]
+    return zip(*readable)
 
 
 def plan(args, model, sources, labels, vectors):

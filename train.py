@@ -247,13 +247,6 @@ def swapped(model, ema):
 
 # ---------------------------------------------------------------------------- the model
 
-def new_vit(size):
-    """The ViT of stage 1, with random weights."""
-    tiny = VISION_TRANSFORMERS["tiny"]
-    side = min(size, 128)
-    return VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
-
-
 def refuse_unlike(init, config):
     """UserError if a U-Net trained with config `init` cannot be fine-tuned with `config`."""
     for name in ("image_size", "condition", "tokens", "token_shape", "template", "labels",
@@ -297,9 +290,12 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
     else:
         if preset.embedder not in ("tiny", "random"):
             vit = load_dino(preset.embedder)
+        elif init and preset.embedder == "tiny" and init.config.vit:
+            vit = init.embedder.vit
         else:
-            starts_from_init = init and preset.embedder == "tiny" and init.config.vit
-            vit = init.embedder.vit if starts_from_init else new_vit(preset.size)
+            tiny = VISION_TRANSFORMERS["tiny"]
+            side = min(preset.size, 128) // tiny.patch_size * tiny.patch_size
+            vit = VisionTransformer(replace(tiny, image_size=side))
         images = torch.zeros(1, 3, preset.size, preset.size)
         token_shape = conditioning_tokens(vit, images, preset.tokens).shape[1:]
 
@@ -639,7 +635,6 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
 # ---------------------------------------------------------------------------- the command line
 
 def flags():
-    """The parser of train.py."""
     parser = argparse.ArgumentParser(
         description="Train DiNO-Diffusion. The default runs on a laptop without downloads.",
         usage="%(prog)s [flags]", formatter_class=Help)

@@ -305,10 +305,9 @@ class AutoencoderKL(nn.Module):
         height, width = x.shape[-2:]
         factor = self.config.factor
         if height % factor or width % factor or not height or not width:
-            raise ValueError(
-                f"image is {width} x {height}, but both sides must be multiples of {factor} (the "
-                f"autoencoder's factor): use {max(width // factor, 1) * factor} x "
-                f"{max(height // factor, 1) * factor}")
+            nearest = [max(side // factor, 1) * factor for side in (width, height)]
+            raise ValueError(f"image is {width} x {height}: sides must be multiples of {factor} "
+                             f"(the autoencoder's factor): use {nearest[0]} x {nearest[1]}")
         x = x.expand(-1, self.config.in_channels, -1, -1)  # grey: the same in each channel
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         return LatentGaussian(mean, logvar)

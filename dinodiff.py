@@ -207,11 +207,9 @@ def dpm_sample(model, x, schedule, steps=15, timesteps=None):
     """DPM-Solver++ (2M), Lu 2022, algorithm 2 (our (5)): x (B, ...) noise -> x0 (B, ...).
 
     DDIM holds x0 fixed during a step; this solver extrapolates it linearly from the previous step,
-    over half_log_snr, without further calls of the model. Steps from pure noise and to x0 are
-    infinitely long in that variable, so extrapolation is undefined there and DDIM steps are taken:
-    the first, the last, and the one after a start from pure noise. Timesteps are denser towards
-    x0, which keeps the last step short: on a Gaussian, 15 steps have less than a tenth of the
-    error of 50 DDIM steps (evenly spaced ones, twice as much).
+    over half_log_snr. Steps from pure noise and to x0 are infinitely long in that variable, so
+    these, and the step after the first, are DDIM steps. Timesteps are denser towards x0, to keep
+    the last step short: on a Gaussian, 15 steps have a tenth of the error of 50 DDIM steps.
     """
     timesteps = timesteps or schedule.sampling_timesteps(steps, power=2)
     previous_x0 = None
@@ -334,9 +332,8 @@ class TokenProjection(nn.Module):
     """Standardised global tokens (B, G, D) -> context (B, K, context_dim), equation (7).
 
     With a single context token every cross-attention weight is 1, and queries and keys get no
-    gradient; so one global token becomes `pieces` context tokens. With G > 1, K = G.
-    Positions start at standard deviation 0.5, because standardising removes the tokens'
-    distinguishing means; much smaller positions learn far more slowly. The null context is learned.
+    gradient; so one global token becomes `pieces` context tokens. With G > 1, K = G. Positions
+    start large, because standardising removes the tokens' distinguishing means.
     """
 
     def __init__(self, num_tokens, token_dim, context_dim, pieces=4):
@@ -633,9 +630,8 @@ class DinoDiffusion(nn.Module):
         start: images (N, 3, H, W) to start from (img2img) if strength < 1, with the noise of
             timestep strength * T.
         dtype: torch.bfloat16 runs U-Net and refiner under autocast; the rest stays float32.
-        Image i depends on its seed and condition only, not on `batch`.
-        Raises ValueError for steps outside 1..T, a strength outside (0, 1], an unknown sampler,
-            or a number of conditions or start images other than that of seeds.
+        Image i depends on its seed and condition only, not on `batch`. Raises ValueError for
+        settings out of range, or if seeds, conditions and start images differ in number.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler '{sampler}' is unknown: use {', '.join(SAMPLERS)}")

@@ -130,8 +130,7 @@ def refuse_impossible(args, model):
 # ---------------------------------------------------------------------------- what to make
 
 def find_sources(paths, read):
-    """Files, and folders with their own labels.csv -> paths, and a {column: label} for each,
-    without those that `read` refuses."""
+    """Files and folders -> paths, and a {column: label} for each, without unreadable ones."""
     sources = []  # (path, labels)
     for path in map(Path, paths):
         if not path.is_dir():
@@ -227,8 +226,7 @@ def label_of_prompt(prompt, model):
 # ---------------------------------------------------------------------------- tokens
 
 def find_prototypes(args, model, tokens, folder):
-    """K-means centres (K, G, D), standardised, of a packed model's tokens or, if None, of the
-    training tokens in the run's folder."""
+    """K-means centres (K, G, D) of a packed model's tokens or, if None, of the run's."""
     if tokens is None:
         tokens = read_training_tokens(folder, model.token_mean.shape)
         tokens = model.standardise(tokens.to(model.shift.device))

@@ -160,8 +160,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def warmed_up(decay):
-    """The EMA's decay as a function of the step, lower at first, so that the average is not
-    dominated by the random start."""
+    """Step -> decay of the EMA, lower at first, so that the random start does not dominate."""
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
@@ -175,14 +174,12 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
         weight_decay=0.01, warmup=50, clip=1.0, accumulate=1):
     """The training loop of all stages, from the step saved in `run` up to step `upto` of `steps`.
 
-    loss_fn(batch on the device, step, generator) -> a scalar loss, or (loss, dict of values to
-        log). The generator is seeded by (seed, stage, step, rank, part).
+    loss_fn(batch, step, generator) -> a scalar loss, or (loss, dict of values to log).
     dataset: `__getitems__(rows)` -> tuple of tensors.
     ema: name -> tensor for each trainable parameter, updated in place: ema = d * ema + (1 - d) * p
         with d = ema_decay(step).
     batch: images per step over all ranks; each rank splits its share into `accumulate` parts.
-    Raises UserError if a loss is not finite, Stopped after a signal. The state is saved on a
-        signal, at the end, and every few minutes.
+    Raises UserError if a loss is not finite, and Stopped after a signal, when the state is saved.
     """
     params = trainable(model)
     optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay,
@@ -273,8 +270,7 @@ def refiner_config(preset, is_grey):
 
 
 def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
-    """The DinoDiffusion to train, with published weights where the preset or flags name them;
-    raises for parts that do not fit, before anything is written.
+    """The DinoDiffusion to train, with the weights that the preset or flags name.
 
     init: the DinoDiffusion to start from, or None. prompts: (template, labels, clusters), see
     prompts.plan_prompts. vectors: name of an image -> (G, D) instead of a ViT, or None.
@@ -404,11 +400,8 @@ def train_vae(preset, run, model, pictures, seed, dtype):
 
 @torch.no_grad()
 def cache_latents(run, model, dataset, pictures):
-    """Latents and tokens of every training image, computed in float32, as in sampling.
-
-    Latents are stored in float16; tokens in float32, because they differ by a few percent of their
-    norm only.
-    """
+    """Latents and tokens of every training image. Tokens stay float32, because they differ by only
+    a few percent of their norm."""
     config = model.config
     files = [dataset.images.files[i] for i in dataset.train.tolist()]
     side = config.image_size // config.vae.factor
@@ -532,8 +525,7 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
 
 
 def preview(run, model, dataset, labels, step, refined=False):
-    """Write grid_STEP.png (held-out images, their reconstructions, samples conditioned on them,
-    and with `refined` those samples refined), model.pt and curves.png."""
+    """Write model.pt, curves.png and a grid of held-out images, reconstructions and samples."""
     images = dataset.images
     real = images.batch(dataset.examples).to(model.shift.device)
     condition = None

@@ -288,13 +288,9 @@ class UpBlock(Level):
 
 
 class UNet(nn.Module):
-    """The denoising network; parameter names are those of diffusers' UNet2DConditionModel.
+    """The denoising network; parameter names are those of diffusers' UNet2DConditionModel."""
 
-    checkpointing: if set to True, each level recomputes its activations in backward, which saves
-        memory, takes a third more time and gives the same gradients.
-    """
-
-    checkpointing = False
+    checkpointing = False  # True: recompute activations in backward, for less memory and more time
     repeated_blocks = (ResnetBlock, TransformerBlock)  # see support.fast.compile_blocks
 
     def __init__(self, config=UNetConfig()):

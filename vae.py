@@ -121,11 +121,8 @@ def latent_statistics(batches):
 # ---- blocks -------------------------------------------------------------------------------------
 
 def group_norm(channels, groups=0):
-    """GroupNorm with `groups` groups; 0 means 32, as in Stable Diffusion.
-
-    Levels below 32 channels get groups of four channels: groups of one would erase brightness,
-    because the output layer follows a norm.
-    """
+    """GroupNorm with `groups` groups; 0 means 32, or groups of four channels if there are fewer
+    than 32: groups of one would erase brightness, because the output layer follows a norm."""
     if groups == 0:
         groups = math.gcd(32, channels) if channels >= 32 else max(1, channels // 4)
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -298,10 +295,8 @@ class AutoencoderKL(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
-        """Images (B, in_channels or 1, H, W) in [-1, 1] -> LatentGaussian, float32.
-
-        Raises ValueError if a side is not a multiple of config.factor.
-        """
+        """Images (B, in_channels or 1, H, W) in [-1, 1] -> LatentGaussian, float32. Raises
+        ValueError if a side is not a multiple of config.factor."""
         height, width = x.shape[-2:]
         factor = self.config.factor
         if height % factor or width % factor or not height or not width:

@@ -207,9 +207,9 @@ def dpm_sample(model, x, schedule, steps=15, timesteps=None):
     """DPM-Solver++ (2M), Lu 2022, algorithm 2 (our (5)): x (B, ...) noise -> x0 (B, ...).
 
     DDIM holds x0 fixed during a step; this solver extrapolates it linearly from the previous step,
-    over half_log_snr. Steps from pure noise and to x0 are infinitely long in that variable, so
-    these, and the step after the first, are DDIM steps. Timesteps are denser towards x0, to keep
-    the last step short: on a Gaussian, 15 steps have a tenth of the error of 50 DDIM steps.
+    over half_log_snr. Steps from pure noise and to x0 are infinitely long in that variable, so the
+    first, the last, and the one after pure noise are DDIM steps. Timesteps are denser towards x0,
+    to keep the last step short: on a Gaussian, 15 steps err less than a tenth of 50 DDIM steps.
     """
     timesteps = timesteps or schedule.sampling_timesteps(steps, power=2)
     previous_x0 = None

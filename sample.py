@@ -101,8 +101,7 @@ def parse(argv=None):
 def refuse_impossible(args, model):
     """UserError if this DinoDiffusion cannot make what the flags ask for."""
     condition = model.config.condition
-    wants_prompt = args.prompt is not None or bool(args.each_prompt)
-    wants_pixels = args.from_image or args.interpolate
+    wants_prompt = args.prompt is not None or args.each_prompt
     if model.prompts and not (wants_prompt or args.random):
         raise UserError("this model follows prompts, not images", "a prompt is needed",
                         "pass --prompt, --each-prompt or --random")
@@ -112,7 +111,7 @@ def refuse_impossible(args, model):
     if condition == "none" and not (args.random or args.strength < 1):
         raise UserError("this model was trained with --condition none", "it cannot follow a source",
                         "pass --random, or --from-image with --strength below 1")
-    if condition == "dino" and wants_pixels and not model.config.vit:
+    if condition == "dino" and (args.from_image or args.interpolate) and not model.config.vit:
         raise UserError("this model was trained on a file of vectors", "it cannot embed an image",
                         "pass --from-vector FILE, --prototypes or --random")
     if condition == "dino" and args.random and model.embedding_sampler is None:
@@ -157,10 +156,8 @@ def find_sources(paths, read):
 
 
 def plan(args, model, sources, labels, vectors):
-    """A list of Requests, one per image, with seeds from --seed on.
-
-    sources, labels: of --from-image or --interpolate. vectors: the names in --from-vector.
-    """
+    """A list of Requests, one per image, with seeds from --seed on. vectors: the names in
+    --from-vector."""
     requests = []
 
     def add(strategy, row, seed=None, **settings):
@@ -242,8 +239,7 @@ def generators(purpose, requests):
 def make_condition(requests, args, model, read, table):
     """The condition of B requests: tokens (B, G, D), prompt ids (B, L), or None.
 
-    read: path -> image (3, H, W). table: prototypes or standardised vectors (K, G, D), to which
-    requests refer by index.
+    read: path -> image (3, H, W). table: prototypes or standardised vectors (K, G, D), or None.
     """
     if model.prompts:
         return model.prompt_ids([request.prompt for request in requests])

@@ -17,8 +17,7 @@ A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, mo
 sample.py), state.pt (for --resume), cache/, held_out/ (a few sources to try); with prompts also
 prompts.csv and morphologies.png; unreadable.csv if images were left out.
 All randomness derives from (seed, stage, step), so a resumed run equals an uninterrupted one (bit
-for bit on a CPU). Under torchrun each process (rank) draws the noise of its share of the batch, so
-a resumed run is exact on the same number of ranks only.
+for bit on a CPU, and under torchrun on the same number of processes).
 """
 import argparse
 import json
@@ -420,10 +419,8 @@ def cache_latents(run, model, dataset, pictures):
 
 
 def measure_statistics(model, cache, scale, keep_tokens):
-    """Mean and deviation over the training set of each latent channel and each token entry.
-
-    scale of latents: "measure", "keep" that of --init, or a number.
-    """
+    """Mean and deviation over the training set of each latent channel and each token entry. scale
+    of latents: "measure", "keep" that of --init, or a number."""
     if scale == "measure":
         chunks = torch.arange(len(cache)).split(256)
         shift, deviation = latent_statistics(cache.__getitems__(rows)[:2] for rows in chunks)
@@ -445,7 +442,7 @@ def measure_statistics(model, cache, scale, keep_tokens):
 # ---------------------------------------------------------------------------- stage 4: the U-Net
 
 def derive_prompts(run, model, dataset, labels, cache, seed):
-    """Label x cluster -> index of each training image's prompt (N,) int64, these prompts, and the
+    """Label x cluster -> index of each training image's prompt, (N,) int64; the prompts; and the
     features (N, G*D) from which their words are initialised."""
     tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
     features = model.standardise(tokens).flatten(1)  # (N, G, D) -> (N, G*D)
@@ -579,8 +576,7 @@ def random_window(images, side, multiple, seed):
 
 
 def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dtype):
-    """Equation (8): train model.refiner on reconstructions from latents with about as much noise
-    as the U-Net's samples have; it ends with EMA weights."""
+    """Equation (8) on reconstructions from noisy latents; the refiner ends with EMA weights."""
     refiner = model.refiner
     pairs = PicturesAndLatents(pictures, cache)
     device = model.shift.device

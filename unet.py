@@ -1,9 +1,8 @@
 """UNet: the conditional U-Net of Stable Diffusion, with self- and cross-attention.
 
-Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"
-(arXiv 2112.10752, section 3.3: conditioning by cross-attention); Ronneberger et al. 2015, "U-Net"
-(arXiv 1505.04597); Vaswani et al. 2017 (arXiv 1706.03762: attention, sinusoidal embedding);
-Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202: GEGLU).
+Papers: latent diffusion (Rombach 2022, arXiv 2112.10752, section 3.3: conditioning by
+cross-attention); U-Net (Ronneberger 2015); attention and sinusoidal embedding (Vaswani 2017); GEGLU
+(Shazeer 2020, arXiv 2002.05202).
 
     unet = UNet(UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), context_dim=192, ...))
     prediction = unet(xt, t, context)    # (B, 4, h, w), (B,), (B, K, context_dim) -> (B, 4, h, w)

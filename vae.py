@@ -1,8 +1,7 @@
 """AutoencoderKL: the autoencoder of Stable Diffusion, from images to latents and back.
 
-Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"
-(arXiv 2112.10752, section 3.1 and appendix G); Kingma and Welling 2014, "Auto-Encoding
-Variational Bayes" (arXiv 1312.6114, appendix B: the KL term).
+Papers: latent diffusion (Rombach 2022, arXiv 2112.10752, section 3.1 and appendix G); variational
+autoencoders (Kingma & Welling 2014, arXiv 1312.6114, appendix B: the KL term).
 
 Images x are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels. The encoder halves
 the sides `levels - 1` times: latents z are (B, 4, H / factor, W / factor). Their scale varies, so
@@ -78,11 +77,10 @@ class LatentGaussian:
 def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual_weight=0.0):
     """Mean absolute error + kl_weight * KL + perceptual_weight * feature distance.
 
-    The error is a mean over pixels. The KL is summed over the latent and averaged over the batch,
-    so it grows with the latent's area: lower kl_weight if larger images reconstruct badly.
+    The KL is summed over the latent, so it grows with its area: lower kl_weight if larger images
+    reconstruct badly.
 
-    perceptual: a frozen network, images (B, 3, H, W) in [-1, 1] -> features (B, D) or (B, N, D),
-        which are compared at unit length.
+    perceptual: a frozen network, images (B, 3, H, W) in [-1, 1] -> features (B, D) or (B, N, D).
     Returns: loss, and a dict of detached scalars l1, kl (nats per image), perceptual if used.
     Source: Rombach et al. 2022, equation 25, without the discriminator.
     """

@@ -3,8 +3,7 @@
 Papers: DiNO-Diffusion (arXiv 2407.11594); DDPM (Ho 2020); DDIM (Song 2021); DPM-Solver++ (Lu 2022,
 arXiv 2211.01095); latent diffusion (Rombach 2022); v-prediction (Salimans & Ho 2022); classifier-
 free guidance (Ho & Salimans 2022); zero terminal SNR and rescaled guidance (Lin 2024).
-a_t below is `alphas_cumprod[t]`; a step of a sampler goes from t to s, and u is the previous
-timestep, the one before t.
+Below, a_t is `alphas_cumprod[t]`; a sampler steps from t to s, and u is the timestep before t.
 
     forward      xt  = sqrt(a_t) x0 + sqrt(1 - a_t) eps                                  (1)
     target       v   = sqrt(a_t) eps - sqrt(1 - a_t) x0                                  (2)
@@ -17,22 +16,22 @@ timestep, the one before t.
     context      c_k = W (token_k - mean_k) / std_k + position_k                         (7)
     refiner      r   = bands(image - y) / s,  y = decode(z);  image = y + bands^-1(s r)  (8)
 
-Equation (8) is ours. A decoder trained on pixel errors returns a mean, which is soft. So the
-residual that it loses is sampled by a second, small diffusion given y: (1) to (5) with r in place
-of x0. Fine detail is thus drawn at random: it looks right and says nothing about a patient.
+Equation (8) is ours. A decoder trained on pixel errors returns a mean, which is blurry. A second,
+small diffusion model given y samples the lost residual: (1) to (5) with r in place of x0. Fine
+detail is thus random: it looks right and says nothing about a patient.
 
-Instead of (7) the condition may be a prompt that was derived from the image (prompts.py, arXiv
-2312.09792), a bare label prompt, or nothing.
+Instead of (7), the condition can be a prompt derived from the image (prompts.py, arXiv 2312.09792),
+a label alone, or nothing.
 
 Shapes: image (B, 3, H, W) in [-1, 1]; latent x0 (B, C, h, w), about N(0, 1) per channel; global
-tokens (B, G, D); context (B, K, context_dim); t (B,) int64 in 0..T-1. A condition is one tensor,
-standardised tokens (B, G, D) or prompt ids (B, L) int64, or None for no condition.
+tokens (B, G, D); context (B, K, context_dim); t (B,) int64 in 0..T-1. A condition is a tensor of
+standardised tokens (B, G, D) or of prompt ids (B, L) int64, or None.
 
     model = DinoDiffusion.from_checkpoint(load_checkpoint("runs/cxr/model.pt"))
     images = model.sample(model.embed(sources), seeds=[0, 1, 2])
 
-Ours, because the paper does not say: the prediction type, the schedule, the standardisation of the
-tokens, the number of context tokens, guidance, sampler and steps.
+The paper does not specify these, so they are our choice: prediction type, schedule, standardised
+tokens, number of context tokens, guidance, sampler and steps.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -48,31 +47,26 @@ from support.seeds import step_seed
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
-PIXELS_AT_ONCE = 2 ** 20  # per call of the VAE: four images of 512 px fit any GPU
+PIXELS_AT_ONCE = 2 ** 20  # per VAE call: four images of 512 px
 
 
 # ---------------------------------------------------------------------------- noise schedule
 
 def make_betas(kind, T):
-    """Noise variance added at each step: (T,) float64 in (0, 1). Raises ValueError.
-
-    A new kind is one more paragraph here.
-    """
+    """Noise variance added at each step: (T,) float64 in (0, 1). Raises ValueError."""
     if kind == "scaled_linear":  # Stable Diffusion
         return torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float64) ** 2
-
     if kind == "linear":  # Ho 2020
         return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-
     raise ValueError(f"schedule '{kind}' is unknown: use scaled_linear or linear")
 
 
 class NoiseSchedule:
     """Noise schedule, and the conversions between x0, eps and v.
 
-    kind: "scaled_linear" or "linear", see make_betas. prediction: "v" or "eps".
-    zero_terminal_snr rescales so that the last step is pure noise.
-    Raises ValueError for unknown names, and where eps would be divided by sqrt(a_T) near zero.
+    kind: "scaled_linear" or "linear". prediction: "v" or "eps". zero_terminal_snr: rescale, so that
+    the last step is pure noise. Raises ValueError for unknown names, and if sampling with
+    eps-prediction would divide by a sqrt(a_T) near zero.
     """
 
     def __init__(self, num_train_timesteps=1000, kind="scaled_linear", prediction="v",
@@ -130,10 +124,10 @@ class NoiseSchedule:
         return error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
 
     def sampling_timesteps(self, steps, power=1):
-        """`steps` timesteps, T-1 first, the next x0 last: list of falling int.
+        """`steps` timesteps from T-1 down: list of strictly decreasing int.
 
-        power 1: evenly spaced, "trailing" (Lin 2024, table 2). 2: closer and closer towards x0,
-        their roots are evenly spaced.
+        power 1: evenly spaced, "trailing" (Lin 2024, table 2). power 2: denser towards x0, with
+        evenly spaced square roots.
         """
         T = self.num_train_timesteps
         if not 1 <= steps <= T:
@@ -142,8 +136,8 @@ class NoiseSchedule:
         return [max(t, steps - 1 - i) for i, t in enumerate(spaced)]  # strictly decreasing
 
     def pairs(self, timesteps):
-        """(t, a_t, a_s) of each sampling step: s is the list's next entry, never t - T // steps,
-        and after the last one comes x0 itself, a_s = 1."""
+        """(t, a_t, a_s) of each sampling step: s is the next timestep in the list; the last step
+        ends at x0 itself, a_s = 1."""
         a = self.alphas_cumprod.cpu().double().tolist()
         return zip(timesteps, [a[t] for t in timesteps], [a[s] for s in timesteps[1:]] + [1.0])
 
@@ -151,8 +145,8 @@ class NoiseSchedule:
 # ---------------------------------------------------------------------------- samplers
 
 def seeded_noise(generators, shape, like):
-    """Noise of `shape` (B, ...): row i from CPU generator i, so an image does not depend on its
-    batch. generators None: all of it from the global one."""
+    """Noise of `shape` (B, ...): row i from CPU generator i, so that an image does not depend on
+    its batch; with generators None, from PyTorch's global generator."""
     if generators is None:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
     noise = torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
@@ -172,8 +166,7 @@ def ddim_sample(model, x, schedule, steps=50, eta=0.0, generators=None, timestep
     """Song 2021, equation 12 (our (4)): x (B, ...) noise -> x0 (B, ...).
 
     model(x, t) returns the schedule's prediction. eta 0 is deterministic, 1 has DDPM's variance.
-    `timesteps` (descending list) overrides `steps`; the step after the last one is x0 itself.
-    generators: one CPU generator an image for eta > 0, or None for the global one.
+    timesteps: a decreasing list, overrides steps. generators: for eta > 0, see seeded_noise.
     """
     timesteps = timesteps or schedule.sampling_timesteps(steps)
     for t, a_t, a_s in schedule.pairs(timesteps):
@@ -189,7 +182,7 @@ def ddim_sample(model, x, schedule, steps=50, eta=0.0, generators=None, timestep
 def ddpm_sample(model, x, schedule, steps=1000, generators=None, timesteps=None):
     """Ho 2020, equations 6-7, with the posterior's variance: x (B, ...) noise -> x0 (B, ...).
 
-    With fewer than all steps, neighbours in the list take the place of t and t-1.
+    With fewer steps than in training, neighbours in the list replace t and t-1.
     """
     timesteps = timesteps or schedule.sampling_timesteps(steps)
     for t, a_t, a_s in schedule.pairs(timesteps):
@@ -213,12 +206,10 @@ def half_log_snr(a):
 def dpm_sample(model, x, schedule, steps=15, timesteps=None):
     """DPM-Solver++ (2M), Lu 2022, algorithm 2 (our (5)): x (B, ...) noise -> x0 (B, ...).
 
-    DDIM holds x0 fixed during a step. This one extrapolates it linearly from the previous step,
-    over half_log_snr, which costs no call of the model. Steps from pure noise and to x0 are
-    infinitely long in that time, so extrapolation is undefined: the first, the last, and the one
-    after a start in pure noise are DDIM's. So that the last one is short, `steps` timesteps lie
-    closer and closer towards x0: on a Gaussian 15 of them err by less than a tenth of DDIM's 50
-    (evenly spaced, by twice as much).
+    DDIM holds x0 fixed during a step; this solver extrapolates it linearly from the previous step,
+    over half_log_snr. Steps from pure noise and to x0 are infinitely long in that variable, so the
+    first, the last, and the one after pure noise are DDIM steps. Timesteps are denser towards x0,
+    to keep the last step short: on a Gaussian, 15 steps err less than a tenth of 50 DDIM steps.
     """
     timesteps = timesteps or schedule.sampling_timesteps(steps, power=2)
     previous_x0 = None
@@ -230,7 +221,7 @@ def dpm_sample(model, x, schedule, steps=15, timesteps=None):
         if math.isfinite(length) and math.isfinite(previous_length):
             extrapolated = x0 + length / previous_length / 2 * (x0 - previous_x0)
 
-        # Equation (4) with sigma = 0, and the eps that belongs to x and this x0.
+        # Equation (4) with sigma = 0 and the eps that equation (1) implies.
         eps = (x - math.sqrt(a_t) * extrapolated) / math.sqrt(1 - a_t)
         x = math.sqrt(a_s) * extrapolated + math.sqrt(1 - a_s) * eps
         previous_x0 = x0
@@ -244,12 +235,11 @@ DEFAULT_STEPS = {"dpm": 15, "ddim": 50, "ddpm": 1000}
 
 def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=None,
            guidance_rescale=0.0):
-    """Equation (6) as a model(x, t): both halves in one batch; 1.0 is the conditional run itself.
+    """Equation (6) as a model(x, t), both halves in one batch; 1.0 skips the unconditional half.
 
-    context, null_context: (B, K, context_dim). mask, null_mask: (B, K) bool, which context tokens
-    count, for prompts of unequal length; else None. guidance_rescale: phi of equation (6'), Lin
-    2024, equations 15 and 16: guidance inflates the output's deviation, i.e. contrast; this brings
-    each image's back towards that of the conditional run; 0.0 is off.
+    context, null_context: (B, K, context_dim). mask, null_mask: (B, K) bool, True for the context
+    tokens to attend to, or None. guidance_rescale: phi of equation (6'), Lin 2024, equations 15
+    and 16: guidance inflates the output's deviation, i.e. contrast, and 1 undoes that; 0 is off.
     """
     def conditional_model(x, t):
         return unet(x, t, context, mask)
@@ -276,12 +266,11 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
 # ---------------------------------------------------------------------------- the manifold
 
 def slerp(a, b, weight):
-    """Great circle between standardised tokens a and b (..., G, D), each seen as one vector; norms
-    are interpolated linearly. weight 0 is a, 1 is b.
+    """Great circle from standardised tokens a to b (..., G, D), each taken as one vector; norms are
+    interpolated linearly. weight 0 is a, 1 is b.
 
-    Source: Shoemake 1985. Falls back to a straight line where the two are almost parallel.
+    Source: Shoemake 1985. Interpolates linearly where the two are almost parallel.
     """
-    # Directions and norms.
     u = a.flatten(-2)
     w = b.flatten(-2)
     norm_a = u.norm(dim=-1, keepdim=True)
@@ -289,7 +278,7 @@ def slerp(a, b, weight):
     u = u / norm_a.clamp(min=1e-8)
     w = w / norm_b.clamp(min=1e-8)
 
-    # A point of the arc between the directions, then its norm.
+    # A point on the arc between the directions, then its norm.
     angle = (u * w).sum(-1, keepdim=True).clamp(-1, 1).acos()
     mixed = (((1 - weight) * angle).sin() * u + (weight * angle).sin() * w) / angle.sin()
     mixed = mixed * torch.lerp(norm_a, norm_b, weight)
@@ -298,7 +287,7 @@ def slerp(a, b, weight):
 
 
 def prototypes(tokens, k, seed=0):
-    """K-means centres of standardised training tokens (N, G, D): (k, G, D), typical images."""
+    """K-means centres (k, G, D) of standardised training tokens (N, G, D): typical images."""
     centers, _ = kmeans(tokens.flatten(1).cpu(), k, seed)
     return centers.view(k, *tokens.shape[1:]).to(tokens)
 
@@ -308,9 +297,9 @@ def prototypes(tokens, k, seed=0):
 class DinoEmbedder(nn.Module):
     """Images -> the raw global tokens of a frozen DiNO ViT.
 
-    An embedder of your own needs the same two things: `token_shape`, which is (G, D), and
-    `tokens(images, files)`, images (B, 3, H, W) in [-1, 1] and their names in the data set ->
-    (B, G, D) float32. DinoDiffusion standardises what it returns.
+    To use your own embedder, give it the same interface: `token_shape`, (G, D), and
+    `tokens(images, files)`: images (B, 3, H, W) in [-1, 1] and their names in the data set -> raw
+    tokens (B, G, D) float32, which DinoDiffusion standardises.
     """
 
     def __init__(self, config, kind, token_shape):
@@ -324,33 +313,27 @@ class DinoEmbedder(nn.Module):
 
 
 class VectorEmbedder(nn.Module):
-    """Tokens that another program computed, looked up by the name of the image.
+    """Precomputed tokens, looked up by image name."""
 
-    table: name of an image in the data set -> (G, D); empty in a model that is only sampled from.
-    """
-
-    def __init__(self, token_shape, table=None):
+    def __init__(self, token_shape):
         super().__init__()
         self.token_shape = tuple(token_shape)
-        self.table = table or {}
+        self.table = {}  # name of an image in the data set -> (G, D); filled for training only
 
     def tokens(self, images, files=None):
         missing = [file for file in files or ["this image"] if file not in self.table]
         if missing:
-            raise ValueError(f"{len(missing)} images have no vector (first: {missing[0]}): a model "
-                             "trained on a file of vectors sees no pixels: add them to that file, "
-                             "or sample with --from-vector")
+            raise ValueError(f"{len(missing)} images have no vector (first: {missing[0]}): need "
+                             "one each: add them to the file, or sample with --from-vector")
         return torch.stack([self.table[file] for file in files]).to(images.device)
 
 
 class TokenProjection(nn.Module):
     """Standardised global tokens (B, G, D) -> context (B, K, context_dim), equation (7).
 
-    A single context token would make every cross-attention weight 1, and queries and keys would
-    get no gradient; so one global token is cut into `pieces` context tokens. With several,
-    K = G. Positions start at standard deviation 0.5: standardising removes the tokens'
-    distinguishing means, and much smaller positions learn far more slowly. The null context is
-    learned.
+    With a single context token every cross-attention weight is 1, and queries and keys get no
+    gradient; so one global token becomes `pieces` context tokens. With G > 1, K = G. Positions
+    start large, because standardising removes the tokens' distinguishing means.
     """
 
     def __init__(self, num_tokens, token_dim, context_dim, pieces=4):
@@ -362,8 +345,8 @@ class TokenProjection(nn.Module):
         self.null_context = nn.Parameter(torch.zeros(K, context_dim))
 
     def forward(self, tokens, drop=None):
-        """tokens (B, G, D), drop (B,) bool: which rows get the null context -> (context, None);
-        the second, a mask, is for prompts alone."""
+        """tokens (B, G, D), drop (B,) bool: rows that get the null context -> (context, None);
+        None stands for the mask that only prompts have."""
         B, G, _ = tokens.shape
         context = self.proj(tokens).view(B, G * self.pieces, -1)  # (B, G, P*C) -> (B, G*P, C)
         context = context + self.positions
@@ -372,23 +355,23 @@ class TokenProjection(nn.Module):
         return context, None
 
     def null(self, batch):
-        """The context of "no condition": (batch, K, context_dim), and no mask."""
+        """The null context (batch, K, context_dim), and no mask."""
         return self.null_context.expand(batch, -1, -1), None
 
 
 # ---------------------------------------------------------------------------- the refiner
 
 def mix_squares(x):
-    """Haar transform of each four channels (B, 4C, h, w), which is its own inverse. Written as
-    sums, because autocast would round a matrix product."""
+    """Haar transform of every four channels (B, 4C, h, w), its own inverse. Written as sums,
+    because autocast would round a matrix product."""
     a, b, c, d = x.unflatten(1, (-1, 4)).unbind(2)
     bands = [a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]
     return torch.stack(bands, dim=2).flatten(1, 2) / 2
 
 
 def to_bands(image):
-    """Squares of 2 x 2 pixels as four bands, the mean and three kinds of differences:
-    (B, C, H, W) -> (B, 4C, H/2, W/2). Orthonormal."""
+    """Orthonormal Haar bands, (B, C, H, W) -> (B, 4C, H/2, W/2): the sum of each 2 x 2 square, and
+    three differences."""
     return mix_squares(F.pixel_unshuffle(image, 2))
 
 
@@ -398,17 +381,17 @@ def from_bands(bands):
 
 
 class Refiner(nn.Module):
-    """Equation (8): samples the residual of an image, given what the autoencoder keeps of it.
+    """Equation (8): samples the residual of a decoded image.
 
-    A U-Net without tokens sees the noisy residual beside the decoded image, both as bands. Each
-    band has deviation 1 over the training set, so that the loss weighs fine detail, a hundredth of
-    an image's variance, like coarse detail. Grey images have one channel here.
+    An unconditional U-Net gets the bands of the noisy residual and of the decoded image. Each band
+    is scaled to deviation 1 over the training set, so that the loss weighs fine and coarse detail
+    alike. Grey images have C = 1 here.
     """
 
-    STEPS = 16  # of DPM-Solver++; docs/results.md compares
+    STEPS = 16  # of DPM-Solver++; see docs/results.md
 
     def __init__(self, config):
-        """config: a UNetConfig with 8C channels in and 4C out, for images of C channels."""
+        """config: UNetConfig with 8C channels in and 4C out, for images of C channels."""
         super().__init__()
         self.unet = UNet(config)
         self.channels = config.out_channels // 4
@@ -417,7 +400,7 @@ class Refiner(nn.Module):
         self.register_buffer("no_context", torch.zeros(1, 1, config.context_dim))
 
     def to_channels(self, images):
-        """(B, 3, H, W) -> (B, C, H, W): the mean of the colours where C is 1."""
+        """(B, 3, H, W) -> (B, C, H, W): the mean over colours if C is 1."""
         return images if self.channels == 3 else images.mean(1, keepdim=True)
 
     @torch.no_grad()
@@ -442,7 +425,7 @@ class Refiner(nn.Module):
 
     @torch.no_grad()
     def refine(self, decoded, schedule, seeds, steps=STEPS, dtype=torch.float32):
-        """Decoded images (B, 3, H, W) in [-1, 1] with sampled detail added, one seed an image."""
+        """Decoded images (B, 3, H, W) in [-1, 1] plus sampled detail, with one seed per image."""
         generators = [torch.Generator().manual_seed(step_seed("refiner", seed)) for seed in seeds]
         grey = self.to_channels(decoded)
         B, _, H, W = grey.shape
@@ -466,21 +449,21 @@ class DinoDiffusionConfig:
     vae: VAEConfig = VAEConfig()
     unet: UNetConfig = UNetConfig()
     vit: ViTConfig = VISION_TRANSFORMERS["tiny"]  # None: tokens come from a file of vectors
-    refiner: UNetConfig = None           # None: the decoder alone
+    refiner: UNetConfig = None           # None: no refiner
     condition: str = "dino"              # dino, prompts, labels, or none (the control)
-    tokens: str = "global"               # which tokens condition: see dino.conditioning_tokens
+    tokens: str = "global"               # see dino.conditioning_tokens
     token_shape: tuple = (5, 192)        # (G, D) of those tokens
     template: str = ""                   # of the prompts: see prompts.py
-    labels: tuple = ()                   # what <label> may be
-    clusters: int = 0                    # K of K-means on the tokens: what <index> counts
+    labels: tuple = ()                   # values of <label> in the template
+    clusters: int = 0                    # K of K-means on the tokens, for <index>
     schedule: str = "scaled_linear"      # see make_betas
     prediction: str = "v"                # v, eps
     zero_terminal_snr: bool = True
-    drop_condition: float = 0.1          # share of training samples that see the null context
+    drop_condition: float = 0.1          # share of training samples with the null context
 
     @property
     def prompts(self):
-        """Every prompt, in the order of its number: see prompts.all_prompts."""
+        """Every prompt, in the order of prompts.all_prompts."""
         if self.condition not in ("prompts", "labels"):
             return ()
         return all_prompts(self.labels, self.clusters, self.template)
@@ -500,9 +483,9 @@ class DinoDiffusionConfig:
 
 
 class DinoDiffusion(nn.Module):
-    """VAE, U-Net, embedder, refiner, schedule and projection, with the statistics that join them.
+    """VAE, U-Net, embedder, refiner, schedule and projection, with the training set's statistics.
 
-    U-Net and projection (`trained`) and the refiner are trained here; VAE and embedder are frozen.
+    VAE and embedder are frozen; U-Net and projection (`trained`) and the refiner learn by `loss`.
     """
 
     STATISTICS = ("shift", "scale", "token_mean", "token_std", "centers", "prompt_counts")
@@ -519,7 +502,7 @@ class DinoDiffusion(nn.Module):
         self.schedule = NoiseSchedule(1000, config.schedule, config.prediction,
                                       config.zero_terminal_snr)
 
-        # From a condition to context tokens.
+        # Condition -> context tokens.
         self.prompts = config.prompts
         if self.prompts:
             longest = max(len(words_of(prompt)) for prompt in self.prompts)
@@ -537,18 +520,18 @@ class DinoDiffusion(nn.Module):
         self.register_buffer("token_std", torch.ones(G, D))
         self.register_buffer("centers", torch.zeros(config.clusters, G * D))  # of K-means
         counts = torch.zeros(len(self.prompts), dtype=torch.int64)
-        self.register_buffer("prompt_counts", counts)  # training images of each
-        self.embedding_sampler = None  # fitted once training is done, see support/mixture.py
+        self.register_buffer("prompt_counts", counts)  # training images of each prompt
+        self.embedding_sampler = None  # fitted after training, see support/mixture.py
 
     @property
     def trained(self):
         """U-Net and projection as one module, for the optimiser and the EMA."""
         return nn.ModuleDict({"unet": self.unet, "projection": self.projection})
 
-    # ---- images to numbers and back
+    # ---- embedding, encoding, decoding
 
     def standardise(self, tokens):
-        """Raw tokens (B, G, D) -> mean 0 and deviation 1 over the training set, each entry."""
+        """Raw tokens (B, G, D) -> each entry with mean 0, deviation 1 over the training set."""
         return (tokens - self.token_mean) / self.token_std
 
     @torch.no_grad()
@@ -563,14 +546,14 @@ class DinoDiffusion(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images):
-        """Images -> mean and std (B, C, h, w) of the VAE's latents; PIXELS_AT_ONCE per call."""
+        """Images -> mean and std (B, C, h, w) of their latents, PIXELS_AT_ONCE per VAE call."""
         slices = images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
         posteriors = [self.vae.encode(part) for part in slices]
         return torch.cat([x.mean for x in posteriors]), torch.cat([x.std for x in posteriors])
 
     @torch.no_grad()
     def decode(self, x0):
-        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]: what the decoder keeps."""
+        """x0 (B, C, h, w) -> images (B, 3, H, W), clipped to [-1, 1]."""
         pixels = x0.shape[2] * x0.shape[3] * self.config.vae.factor ** 2
         slices = x0.split(max(1, PIXELS_AT_ONCE // pixels))
         images = [self.vae.decode(part / self.scale + self.shift) for part in slices]
@@ -578,8 +561,8 @@ class DinoDiffusion(nn.Module):
 
     @torch.no_grad()
     def refine(self, decoded, seeds, steps=Refiner.STEPS, dtype=torch.float32):
-        """Decoded images (B, 3, H, W) with sampled detail, one seed an image; without a refiner,
-        as they are."""
+        """Decoded images (B, 3, H, W) plus sampled detail, with one seed per image; unchanged if
+        there is no refiner."""
         if self.refiner is None:
             return decoded
         at_once = max(1, PIXELS_AT_ONCE // decoded[0, 0].numel())
@@ -590,23 +573,20 @@ class DinoDiffusion(nn.Module):
     # ---- conditions
 
     def cluster_of(self, tokens):
-        """Standardised tokens (B, G, D) -> number of the nearest K-means centre, (B,) int64."""
+        """Standardised tokens (B, G, D) -> index of the nearest K-means centre, (B,) int64."""
         return torch.cdist(tokens.flatten(1), self.centers).argmin(1)
 
     def prompt_ids(self, prompts):
-        """List of B str -> the condition of a model that follows prompts, (B, L) int64.
-
-        L is fixed. Raises ValueError for a prompt with unknown words.
-        """
+        """List of B prompts -> ids (B, L) int64, L fixed; ValueError for unknown words."""
         return self.projection.tokenize(prompts)
 
     def context(self, condition, drop=None):
         """Tokens (B, G, D) or prompt ids (B, L) -> context (B, K, context_dim), and mask (B, K)
-        bool for prompts, else None. drop (B,) bool: which rows get the null context."""
+        bool for prompts, else None. drop (B,) bool: rows that get the null context."""
         return self.projection(condition, drop)
 
     def null_context(self, batch):
-        """Context and mask of "no condition"."""
+        """Context and mask without a condition, as `context` returns them."""
         if self.prompts:
             return self.projection(self.projection.null(batch))
         return self.projection.null(batch)
@@ -614,11 +594,11 @@ class DinoDiffusion(nn.Module):
     # ---- training
 
     def loss(self, mean, std, condition, generator):
-        """One training step's loss: mean (prediction - target)^2 over uniform t.
+        """Loss of one training step, mean (prediction - target)^2 at uniform t: a scalar.
 
-        mean, std: (B, C, h, w), the VAE's posterior, sampled again at each step.
-        condition: (B, G, D) or (B, L); a share of it, `drop_condition`, is replaced by the null
-            condition, so that guidance has both halves. Ignored by an unconditional model.
+        mean, std: (B, C, h, w), the VAE's posterior, from which a latent is drawn.
+        condition: (B, G, D) or (B, L); a share `drop_condition` of the rows gets the null context,
+            which guidance needs. Ignored by an unconditional model.
         generator: source of all randomness, on mean's device.
         """
         B = len(mean)
@@ -642,19 +622,16 @@ class DinoDiffusion(nn.Module):
     def sample(self, condition, seeds, steps=None, guidance_scale=1.0, eta=0.0, sampler="dpm",
                batch=64, start=None, strength=1.0, dtype=torch.float32, guidance_rescale=0.0,
                refine=True):
-        """New images (N, 3, H, W) in [-1, 1], one for each seed, on the model's device.
+        """New images (N, 3, H, W) in [-1, 1], one per seed, on the model's device.
 
         condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
-        steps: None takes the sampler's own, DEFAULT_STEPS. eta: of ddim alone.
-        guidance_scale, guidance_rescale: of equations (6) and (6'), see `guided`; ignored without a
-            condition.
-        start: images (N, 3, H, W); with strength < 1 the sampler begins from them, with the noise
-            of the timestep at that share of all T (img2img).
-        dtype: torch.bfloat16 puts the networks under autocast; all the rest stays float32.
-        refine: draw the detail that the decoder loses, where the model has a refiner.
-        Image i depends on its seed and condition alone, not on `batch`.
-        Raises ValueError for steps outside 1..T, a strength outside (0, 1], an unknown sampler,
-            another number of conditions or start images than of seeds.
+        steps: default in DEFAULT_STEPS. eta: for ddim only.
+        guidance_scale, guidance_rescale: see `guided`; ignored without a condition.
+        start: images (N, 3, H, W) to start from (img2img) if strength < 1, with the noise of
+            timestep strength * T.
+        dtype: torch.bfloat16 runs U-Net and refiner under autocast; the rest stays float32.
+        Image i depends on its seed and condition only, not on `batch`. Raises ValueError for
+        settings out of range, or if seeds, conditions and start images differ in number.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler '{sampler}' is unknown: use {', '.join(SAMPLERS)}")
@@ -663,7 +640,7 @@ class DinoDiffusion(nn.Module):
         for name, rows in ("condition", condition), ("start", start):
             if rows is not None and len(rows) != len(seeds):
                 raise ValueError(f"{name} has {len(rows)} rows for {len(seeds)} seeds: need one "
-                                 "for each image: repeat it, or pass more seeds")
+                                 "per image: repeat it, or pass more seeds")
         steps = steps or DEFAULT_STEPS[sampler]
         timesteps = self.schedule.sampling_timesteps(steps, power=2 if sampler == "dpm" else 1)
         limit = strength * self.schedule.num_train_timesteps
@@ -675,7 +652,7 @@ class DinoDiffusion(nn.Module):
         for first in range(0, len(seeds), batch):
             rows = slice(first, first + batch)
 
-            # Noise, from each image's own seed, or a noisy start image.
+            # Noise from each image's own seed, or a noisy start image.
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
             B = len(generators)
             x = seeded_noise(generators, (B, len(self.shift), side, side), self.shift)
@@ -683,7 +660,7 @@ class DinoDiffusion(nn.Module):
                 t = torch.full((B,), timesteps[0], device=device)
                 x = self.schedule.add_noise(self.encode(start[rows].to(device)), x, t)
 
-            # The model, with both contexts.
+            # The model, with guidance.
             null_context, null_mask = self.null_context(B)
             context, mask = null_context, null_mask
             scale = 1.0
@@ -705,10 +682,10 @@ class DinoDiffusion(nn.Module):
             images.append(self.refine(decoded, seeds[rows], dtype=dtype) if refine else decoded)
         return torch.cat(images)
 
-    # ---- plain dictionaries; file I/O is in support/files.py
+    # ---- checkpoints; file I/O is in support/files.py
 
     def to_checkpoint(self):
-        """Plain dict of tensors and values that `from_checkpoint` and torch.save take."""
+        """A dict of tensors and plain values, for `from_checkpoint` and torch.save."""
         mixture = self.embedding_sampler
         return {
             "config": asdict(self.config),
@@ -723,7 +700,7 @@ class DinoDiffusion(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
-        """The inverse, in eval mode. Raises ValueError if the parts do not fit each other."""
+        """The inverse of to_checkpoint, in eval mode. Raises ValueError for a malformed dict."""
         try:
             raw = dict(checkpoint["config"])
             raw["labels"] = tuple(raw["labels"])
@@ -744,7 +721,6 @@ class DinoDiffusion(nn.Module):
                 model.embedding_sampler.load_state_dict(mixture)
         except Exception as error:  # a malformed file can raise anything
             raise ValueError(
-                "this is not a DiNO-Diffusion model that this version reads "
-                f"({' '.join(str(error).split())[:200]}): "
-                "need a model.pt written by train.py; train again, or pass --checkpoint") from error
+                f"not a DiNO-Diffusion model of this version ({' '.join(str(error).split())[:150]})"
+                ", need a model.pt of train.py: train again, or pass --checkpoint") from error
         return model.eval()

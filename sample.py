@@ -4,21 +4,19 @@
     python sample.py --interpolate a.png b.png --frames 8
     python sample.py --prototypes 8                      # K-means centres of the training tokens
     python sample.py --random --count 16                 # no source image: tokens from a mixture
-    python sample.py --from-vector vectors.npz --row 3   # tokens that another program computed
+    python sample.py --from-vector vectors.npz --row 3   # precomputed tokens
     python sample.py --prompt "Histology image of cancer tissue, morphology type two" --count 16
     python sample.py --each-prompt 10                    # a balanced labelled data set
     torchrun --nproc-per-node 8 sample.py --random --count 100000     # on eight GPUs
 
---prompt and --each-prompt are for a model trained with --condition prompts or labels; its --random
-draws prompts as often as its training images had them.
+--prompt and --each-prompt need a model trained with --condition prompts or labels; its --random
+draws prompts with their training frequencies.
 
-Pipeline: `plan` lists one `Request` an image; `make_condition` turns requests into tokens or prompt
-ids; `DinoDiffusion.sample` makes an image of the condition and the noise of the request's seed;
-`main` writes images/*.png, grid.png (sources at the left) and samples.csv, with each image's
-provenance: strategy, sources and weights or prompt, seed, settings, and the labels it inherits.
-Image j uses seed `--seed + j` and does not depend on the batch size, nor on the number of processes
-(ranks), which take batches in turn. Detail finer than the autoencoder keeps is drawn at random, by
-the refiner; --no-refine shows the decoder alone.
+`plan` makes one `Request` per image; `make_condition` turns requests into tokens or prompt ids;
+`DinoDiffusion.sample` turns these and the requests' seeds into images; `main` writes images/*.png,
+grid.png (sources at the left) and samples.csv: each image's strategy, sources or prompt, seed,
+settings and inherited labels. Image j has seed `--seed + j`; it does not depend on the batch size
+or the number of processes (ranks). The refiner adds random fine detail.
 """
 import argparse
 import sys
@@ -41,22 +39,21 @@ from support.vectors import read_vectors
 
 
 def flags():
-    """The parser of sample.py."""
     parser = argparse.ArgumentParser(description="Sample images from a trained model.",
                                      usage="%(prog)s WHAT [flags]", formatter_class=Help)
 
     flag = parser.add_argument_group("what to make (one of)").add_mutually_exclusive_group(
         required=True).add_argument
     flag("--from-image", nargs="+", metavar="PATH", help="images, or folders of them, to resemble")
-    flag("--from-vector", metavar="FILE", help="tokens of a .npz with files and tokens (N, G, D)")
-    flag("--interpolate", nargs=2, metavar=("A", "B"), help="go from image A to image B")
+    flag("--from-vector", metavar="FILE", help="a .npz with files (N) and tokens (N, G, D)")
+    flag("--interpolate", nargs=2, metavar=("A", "B"), help="from image A to image B")
     flag("--prototypes", type=number(int, 1), metavar="K", help="centres of K clusters")
     flag("--random", action="store_true", help="no source image")
     flag("--prompt", metavar="TEXT", help="words of the training prompts")
     flag("--each-prompt", type=number(int, 1), metavar="N", help="N images of every prompt")
 
     flag = parser.add_argument_group("how").add_argument
-    flag("--row", type=number(int, 0), help="which row of --from-vector (default: each)")
+    flag("--row", type=number(int, 0), help="a row of --from-vector (default: all)")
     flag("--perturb", type=number(float, 0, 1e6), default=0.0,
          help="noise on the source's tokens, in training-set standard deviations")
     flag("--strength", type=number(float, 1e-9, 1), default=1.0,
@@ -64,42 +61,37 @@ def flags():
     flag("--frames", type=number(int, 1), default=8, help="images from A to B")
 
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--count", type=number(int, 1), default=1, help="images for each source")
+    flag("--count", type=number(int, 1), default=1, help="images per source")
     flag("--steps", type=number(int, 1), help="denoising steps, 1 to 1000 (default: dpm 15, ddim "
          "50, ddpm 1000)")
-    flag("--sampler", choices=SAMPLERS, default="dpm",
-         help="DPM-Solver++; DDIM; the first one, of Ho 2020")
+    flag("--sampler", choices=SAMPLERS, default="dpm", help="DPM-Solver++, DDIM or DDPM")
     flag("--guidance-scale", type=number(float, 0, 1e6), default=1.0,
-         help="1 = off; above 1 pushes away from the unconditional model")
+         help="1 = off; above 1 follows the condition more closely")
     flag("--guidance-rescale", type=number(float, 0, 1), default=0.0,
-         help="takes back the contrast that guidance above 1 adds, e.g. 0.7")
+         help="undo the contrast that guidance above 1 adds, e.g. 0.7")
     flag("--eta", type=number(float, 0, 1),
-         help="of ddim: 0 deterministic, 1 noisy as ddpm (default: 0.5)")
-    flag("--no-refine", action="store_true", help="the decoder alone: soft, no random detail")
-    flag("--seed", type=number(int, 0, 2 ** 62), default=0,
-         help="of the first image; the next has +1")
+         help="for ddim: 0 deterministic, 1 as noisy as ddpm (default: 0.5)")
+    flag("--no-refine", action="store_true", help="no refiner: blurry, no random detail")
+    flag("--seed", type=number(int, 0, 2 ** 62), default=0, help="of the first image; then +1 each")
     flag("--batch", type=number(int, 1), default=32, help="images at a time")
 
     flag = parser.add_argument_group("machine and files").add_argument
-    flag("--checkpoint", help="a run's folder, a model.pt or box (default: the newest run, else "
-         "the bundled model)")
+    flag("--checkpoint", help="a run's folder, a model.pt or box (default: the newest run or box)")
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--out", help="folder (default: a new one in the run's samples/)")
     return parser
 
 
 def parse(argv=None):
-    """Flags -> Namespace; a mistake ends the program with one line and code 2."""
+    """Flags -> Namespace; exits with code 2 after a mistake."""
     parser = flags()
     args = parser.parse_args(argv)
     if (args.perturb or args.strength < 1) and not args.from_image:
-        parser.error("--perturb and --strength change a source: --from-image is needed: pass it, "
-                     "or leave them out")
+        parser.error("--perturb and --strength need --from-image: pass it, or leave them out")
     if args.row is not None and not args.from_vector:
-        parser.error("--row is of --from-vector: a file is needed: pass it, or leave --row out")
+        parser.error("--row needs --from-vector: pass a file, or leave --row out")
     if args.eta is not None and args.sampler != "ddim":
-        parser.error(f"--eta is of ddim alone, not of {args.sampler}: pass --sampler ddim, or "
-                     "leave it out")
+        parser.error("--eta is of ddim alone: pass --sampler ddim, or leave it out")
     args.steps = args.steps or DEFAULT_STEPS[args.sampler]
     if args.eta is None:
         args.eta = 0.5 if args.sampler == "ddim" else 0.0
@@ -107,10 +99,9 @@ def parse(argv=None):
 
 
 def refuse_impossible(args, model):
-    """Raise UserError for what this DinoDiffusion cannot make."""
+    """UserError if this DinoDiffusion cannot make what the flags ask for."""
     condition = model.config.condition
-    wants_prompt = args.prompt is not None or bool(args.each_prompt)
-    wants_pixels = args.from_image or args.interpolate
+    wants_prompt = args.prompt is not None or args.each_prompt
     if model.prompts and not (wants_prompt or args.random):
         raise UserError("this model follows prompts, not images", "a prompt is needed",
                         "pass --prompt, --each-prompt or --random")
@@ -120,7 +111,7 @@ def refuse_impossible(args, model):
     if condition == "none" and not (args.random or args.strength < 1):
         raise UserError("this model was trained with --condition none", "it cannot follow a source",
                         "pass --random, or --from-image with --strength below 1")
-    if condition == "dino" and wants_pixels and not model.config.vit:
+    if condition == "dino" and (args.from_image or args.interpolate) and not model.config.vit:
         raise UserError("this model was trained on a file of vectors", "it cannot embed an image",
                         "pass --from-vector FILE, --prototypes or --random")
     if condition == "dino" and args.random and model.embedding_sampler is None:
@@ -135,52 +126,38 @@ def refuse_impossible(args, model):
             model.prompt_ids([args.prompt])
 
 
-def load_model(path, device):
-    """A run's folder or model.pt -> (DinoDiffusion on the device, all that the file holds)."""
-    content = load_checkpoint(resolve_checkpoint(path))
-    with user_errors():
-        return DinoDiffusion.from_checkpoint(content).to(device), content
-
-
 # ---------------------------------------------------------------------------- what to make
 
 def find_sources(paths, read):
-    """Files, and folders with their own labels.csv -> ([path], [{column: label}]).
-
-    What cannot be read is left out, counted and named, before the first image is made.
-    """
-    sources = []
-    labels = []
+    """Files and folders -> paths, and a {column: label} for each, without unreadable ones."""
+    sources = []  # (path, labels)
     for path in map(Path, paths):
         if not path.is_dir():
-            sources.append(path)
-            labels.append({})
+            sources.append((path, {}))
             continue
         images = open_dataset(path, None)
-        sources += images.sources
-        labels += [{name: column[i] for name, column in images.columns.items() if column[i]}
-                   for i in range(len(images))]
+        for i, source in enumerate(images.sources):
+            labels = {name: column[i] for name, column in images.columns.items() if column[i]}
+            sources.append((source, labels))
 
-    good = []
+    readable = []
     problems = []
-    for i, source in enumerate(sources):
+    for source, labels in sources:
         try:
             read(source)
-            good.append(i)
+            readable.append((source, labels))
         except UserError as error:
             problems.append(error)
-    if not good:
+    if not readable:
         raise problems[0]
     if problems:
         print(f"note: {len(problems)} of {len(sources)} sources left out, the first: {problems[0]}")
-    return [sources[i] for i in good], [labels[i] for i in good]
+    return zip(*readable)
 
 
 def plan(args, model, sources, labels, vectors):
-    """What to make: a list of Requests, one an image, with seeds from --seed on.
-
-    sources, labels: of --from-image or --interpolate. vectors: the names of --from-vector.
-    """
+    """A list of Requests, one per image, with seeds from --seed on. vectors: the names in
+    --from-vector."""
     requests = []
 
     def add(strategy, row, seed=None, **settings):
@@ -211,7 +188,7 @@ def plan(args, model, sources, labels, vectors):
             add(strategy, row, sources=(sources[row],), labels=labels[row],
                 label_rule="of the source")
     else:
-        for strip in range(args.count):  # one noise for a strip
+        for strip in range(args.count):  # all frames of a strip share their noise
             for frame in range(args.frames):
                 weight = frame / max(1, args.frames - 1)
                 add("interpolate", strip, seed=args.seed + strip, sources=tuple(sources),
@@ -220,7 +197,7 @@ def plan(args, model, sources, labels, vectors):
 
 
 def choose_prompts(args, model):
-    """The prompt of each image: the one named, each in turn, or drawn as often as in training."""
+    """The prompt of each image: --prompt, each in turn, or drawn with training frequencies."""
     counts = model.prompt_counts.cpu()
     if args.prompt is not None:
         index = find_prompt(args.prompt, model.prompts)
@@ -236,7 +213,7 @@ def choose_prompts(args, model):
 
 
 def label_of_prompt(prompt, model):
-    """{"label": its label}, looked up by the prompt's number, never read out of the text."""
+    """{"label": the prompt's label}, or {} if it has none."""
     if not model.config.labels or prompt not in model.prompts:
         return {}
     index = model.prompts.index(prompt)
@@ -246,8 +223,7 @@ def label_of_prompt(prompt, model):
 # ---------------------------------------------------------------------------- tokens
 
 def find_prototypes(args, model, tokens, folder):
-    """K-means centres (K, G, D) of the tokens that a packed model holds, or else of the training
-    tokens in a run's folder; standardised, on the model's device."""
+    """K-means centres (K, G, D) of a packed model's tokens or, if None, of the run's."""
     if tokens is None:
         tokens = read_training_tokens(folder, model.token_mean.shape)
         tokens = model.standardise(tokens.to(model.shift.device))
@@ -256,15 +232,14 @@ def find_prototypes(args, model, tokens, folder):
 
 
 def generators(purpose, requests):
-    """One for each image: independent streams for each purpose and seed."""
+    """One generator per request: independent streams per purpose and seed."""
     return [torch.Generator().manual_seed(step_seed(purpose, request.seed)) for request in requests]
 
 
 def make_condition(requests, args, model, read, table):
     """The condition of B requests: tokens (B, G, D), prompt ids (B, L), or None.
 
-    read: path -> image (3, H, W). table: (K, G, D), prototypes or standardised vectors, which
-    requests name by index.
+    read: path -> image (3, H, W). table: prototypes or standardised vectors (K, G, D), or None.
     """
     if model.prompts:
         return model.prompt_ids([request.prompt for request in requests])
@@ -280,7 +255,7 @@ def make_condition(requests, args, model, read, table):
     images = torch.stack([read(path) for path in paths])
     embedded = dict(zip(paths, model.embed(images.to(model.shift.device))))
 
-    # The tokens of each image: its source's, a point between two, or a neighbour.
+    # Tokens of each image: its source's, interpolated, or perturbed.
     tokens = torch.stack([embedded[request.sources[0]] for request in requests])
     if args.interpolate:
         end = [embedded[request.sources[1]] for request in requests]
@@ -295,7 +270,7 @@ def make_condition(requests, args, model, read, table):
 # ---------------------------------------------------------------------------- images and files
 
 def make_images(requests, args, model, read, table, dtype):
-    """B requests -> images (B, 3, H, W) in [-1, 1] on the CPU; UserError if they hold NaN."""
+    """B requests -> images (B, 3, H, W) in [-1, 1] on the CPU; UserError if any is not finite."""
     start = None
     if args.strength < 1:
         start = torch.stack([read(request.sources[0]) for request in requests])
@@ -317,7 +292,9 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    model, content = load_model(checkpoint, device)
+    content = load_checkpoint(checkpoint)
+    with user_errors():
+        model = DinoDiffusion.from_checkpoint(content).to(device)
     refuse_impossible(args, model)
     dtype = torch.float32  # on a CPU bf16 is not faster
     if device.type == "cuda":
@@ -331,7 +308,7 @@ def main(argv=None):
     def read_sources(request):
         return [read(source) for source in request.sources if isinstance(source, Path)]
 
-    # What to make; what cannot be made, or read, is refused before a folder is there.
+    # What to make; all errors are raised before a folder is created.
     paths = args.from_image or args.interpolate
     sources, labels = find_sources(paths, read) if paths else ([], [])
     if args.interpolate and len(sources) != 2:
@@ -354,7 +331,7 @@ def main(argv=None):
     if checkpoint == BOX:
         note_colour(read_sources(requests[0]))
 
-    # Where to put it: a folder that all ranks share.
+    # The output folder, shared by all ranks.
     parent = Path() if checkpoint == BOX else checkpoint.parent
     out = Path(args.out or next_folder(parent / "samples", requests[0].strategy))
     out = all_ranks(out)[0]
@@ -364,7 +341,7 @@ def main(argv=None):
         "perturb": args.perturb, "refined": bool(model.refiner) and not args.no_refine,
         "dtype": str(dtype).removeprefix("torch."), "checkpoint": str(checkpoint)})
 
-    # Rounds, of a batch for each rank.
+    # Sample in rounds of one batch per rank.
     status = StatusLine(len(requests), "sample")
     for first in range(0, len(requests), args.batch * ranks()):
         everyone = range(len(requests))[first:first + args.batch * ranks()]

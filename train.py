@@ -8,17 +8,16 @@
 Stages, each a loss of a few lines around `fit`:
     1 embedder  DINO self-distillation            (skipped when --embedder names trained weights)
     2 vae       L1 + KL                           (skipped when --vae names trained weights)
-    3 cache     latents (mean and std) and tokens of every training image -> memory-mapped .npy
-    4 unet      mean squared error of v (or eps)  on the cache alone, given the image's tokens or,
-                with --condition prompts, the words that K-means on the tokens gives it
-    5 refiner   the same loss on what the autoencoder loses of an image, given what it keeps
+    3 cache     latents (mean and std) and tokens of every training image, as memory-mapped .npy
+    4 unet      mean squared error of v (or eps), from the cache, given the image's tokens or, with
+                --condition prompts, words derived from K-means on the tokens
+    5 refiner   the same loss on the autoencoder's residual, given the decoded image
 
-A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (what
-sample.py reads), state.pt (what --resume reads), cache/, held_out/ (a few sources to try); with
-prompts also prompts.csv and morphologies.png; unreadable.csv where images were left out.
-All randomness derives from (seed, stage, step), so a resumed run equals one that was never stopped
-(bit for bit on a CPU). Under torchrun each process (rank) computes its share of every batch with
-noise of its own: a run resumed on as many ranks is exact; on another number, its noise differs.
+A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (for
+sample.py), state.pt (for --resume), cache/, held_out/ (a few sources to try); with prompts also
+prompts.csv and morphologies.png; unreadable.csv if images were left out.
+All randomness derives from (seed, stage, step), so a resumed run equals an uninterrupted one (bit
+for bit on a CPU, and under torchrun on the same number of processes).
 """
 import argparse
 import json
@@ -62,27 +61,27 @@ STAGES = ("embedder", "vae", "unet", "refiner")
 
 @dataclass(frozen=True)
 class Preset:
-    """Every hyper-parameter of every stage. --set NAME=VALUE changes those that are no networks."""
+    """Hyper-parameters of all stages. --set NAME=VALUE changes any but the networks' configs."""
     size: int = 64                    # pixels of an image's side
     previews: int = 5                 # sample grids drawn during a run
 
-    # Stage 1, DINO: "tiny" trains a ViT here; "random" leaves it as it starts; else a name or path.
+    # Stage 1, DINO: "tiny" trains a ViT; "random" leaves it untrained; else a name or path.
     embedder: str = "tiny"
     embedder_steps: int = 300
     embedder_batch: int = 32
     embedder_lr: float = 1e-3
 
-    # Stage 2, the autoencoder: "train" it here, or a name or path; "decoder": that of --init alone.
+    # Stage 2, the autoencoder: "train", a name or path; "decoder" trains only that of --init.
     vae: str = "train"
     vae_config: VAEConfig = VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4),
                                       layers_per_block=1)
     vae_steps: int = 1200             # the refiner makes up for a softer decoder
-    vae_batch: int = 4                # small batches learn it faster
+    vae_batch: int = 4                # small batches train faster
     vae_lr: float = 3e-3
     kl_weight: float = 1e-6
     perceptual: float = 0.0           # weight of a distance in the embedder's features
 
-    # Stage 4, the diffusion model: "train" it here, or a name or path.
+    # Stage 4, the diffusion model: "train", a name or path.
     unet: str = "train"
     unet_config: UNetConfig = UNetConfig(
         base_channels=64, channel_multipliers=(1, 2, 2), layers_per_block=1,
@@ -93,18 +92,18 @@ class Preset:
     weight_decay: float = 0.01
     ema: float = 0.999                # decay of the averaged weights
     prediction: str = "v"             # or eps, the classic
-    drop_condition: float = 0.1       # share of training samples without their condition
-    tokens: str = "global"            # which tokens condition; patch kinds let the model copy
+    drop_condition: float = 0.1       # share of training samples without condition
+    tokens: str = "global"            # kind of tokens; with patch kinds the model can copy
     clusters: int = 0                 # K of --condition prompts; 0: 33 with labels, 10 without
     template: str = ""                # of prompts, with <label> and <index>; default: the paper's
 
-    # Stage 5, the refiner; 0 steps: none.
+    # Stage 5, the refiner: with 0 steps there is none.
     refiner_width: int = 48           # channels of its first level
     refiner_steps: int = 400
     refiner_batch: int = 8
-    refiner_window: int = 96          # pixels of a side that it learns from
+    refiner_window: int = 96          # side in pixels of its training crops
     refiner_lr: float = 1e-3
-    refiner_noise: float = 0.2        # of latents, at most so many deviations: as samples err
+    refiner_noise: float = 0.2        # most noise on latents, in deviations: mimics samples' errors
 
 
 PRESETS = {
@@ -160,29 +159,26 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def warmed_up(decay):
-    """The function step n -> decay of an EMA, min(decay, (1 + n) / (10 + n)), so that the average
-    is not dominated by the random start."""
+    """Step -> decay of the EMA, lower at first, so that the random start does not dominate."""
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
 def trainable(model):
-    """Name -> parameter, of those that are trained."""
+    """Name -> parameter, of the trainable parameters."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, seed=0, run=None,
         ema=None, ema_decay=warmed_up(0.999), dtype=torch.float32, betas=(0.9, 0.99),
         weight_decay=0.01, warmup=50, clip=1.0, accumulate=1):
-    """The one training loop: from the step that `run` has saved, up to step `upto` of `steps`.
+    """The training loop of all stages, from the step saved in `run` up to step `upto` of `steps`.
 
-    loss_fn(batch on the device, step, generator) -> a scalar loss, or (loss, dict of values to
-        log). The generator is seeded by (seed, stage, step, rank, part).
+    loss_fn(batch, step, generator) -> a scalar loss, or (loss, dict of values to log).
     dataset: `__getitems__(rows)` -> tuple of tensors.
-    ema: name -> tensor for each trained parameter, updated in place: ema = d * ema + (1 - d) * p
+    ema: name -> tensor for each trainable parameter, updated in place: ema = d * ema + (1 - d) * p
         with d = ema_decay(step).
-    batch: images a step, of all ranks together; each cuts its share into `accumulate` parts.
-    Raises UserError when a loss is not finite, Stopped after a signal; the state is saved then, at
-        the end, and every few minutes.
+    batch: images per step over all ranks; each rank splits its share into `accumulate` parts.
+    Raises UserError if a loss is not finite, and Stopped after a signal, when the state is saved.
     """
     params = trainable(model)
     optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay,
@@ -190,7 +186,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
     upto = upto or steps
     progress = (run or Run()).begin(stage, steps, upto, model, optimizer, ema)
 
-    # Which images each step sees: epochs, each in an order of its own.
+    # The images of each step, in epochs with an order of their own.
     order = step_seed(seed, stage, "order")
     plan = (rows_of_rank(batch_rows(step, batch, len(dataset), order))
             for step in range(progress.done, upto))
@@ -202,7 +198,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # The gradient: of the mean loss over all parts of the batch.
+        # Gradient of the mean loss over all parts of the batch.
         mean_loss = 0.0
         for part in range(accumulate):
             x = [tensor[part::accumulate].to(device, non_blocking=True) for tensor in tensors]
@@ -215,7 +211,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
             mean_loss = mean_loss + loss.detach() / accumulate
         average_gradients(params.values())
 
-        # The step, and the average of the weights.
+        # Optimiser step and EMA.
         norm = torch.nn.utils.clip_grad_norm_(params.values(), clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -229,7 +225,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
 
 @torch.no_grad()
 def load_trained(model, weights):
-    """Copy weights, name -> tensor, into the model's trained parameters."""
+    """Copy weights, name -> tensor, into the model's trainable parameters."""
     for name, p in trainable(model).items():
         p.copy_(weights[name])
 
@@ -247,22 +243,8 @@ def swapped(model, ema):
 
 # ---------------------------------------------------------------------------- the model
 
-def new_vit(size):
-    """The ViT that is trained here, with random weights."""
-    tiny = VISION_TRANSFORMERS["tiny"]
-    side = min(size, 128)  # what it sees
-    return VisionTransformer(replace(tiny, image_size=side - side % tiny.patch_size))
-
-
-def load_init(path):
-    """The DinoDiffusion that --init names, or None."""
-    if not path:
-        return None
-    return DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(path)))
-
-
 def refuse_unlike(init, config):
-    """UserError if a U-Net trained under the one config cannot be fine-tuned under the other."""
+    """UserError if a U-Net trained with config `init` cannot be fine-tuned with `config`."""
     for name in ("image_size", "condition", "tokens", "token_shape", "template", "labels",
                  "clusters", "prediction", "zero_terminal_snr"):
         before, now = getattr(init, name), getattr(config, name)
@@ -272,13 +254,13 @@ def refuse_unlike(init, config):
                             "change the flag that sets it, or pass --unet train")
     shapes = [(vae.factor, vae.latent_channels) for vae in (init.vae, config.vae)]
     if shapes[0] != shapes[1]:
-        raise UserError("--vae has latents of another shape than that of --init",
+        raise UserError("--vae has latents of another shape than --init",
                         f"factor {shapes[0][0]} and {shapes[0][1]} channels are needed",
                         "leave --vae out, or pass --unet train")
 
 
 def refiner_config(preset, is_grey):
-    """The U-Net of the refiner: four bands for each channel, no attention but in the middle."""
+    """The refiner's U-Net: four bands per channel, attention in the middle block only."""
     channels = 1 if is_grey else 3
     width = preset.refiner_width
     return UNetConfig(in_channels=8 * channels, out_channels=4 * channels, base_channels=width,
@@ -287,16 +269,15 @@ def refiner_config(preset, is_grey):
 
 
 def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
-    """The bundle, with published weights where the preset or flags name them; all validation of
-    models is here, before anything is written.
+    """The DinoDiffusion to train, with the weights that the preset or flags name.
 
-    init: the DinoDiffusion to start from, or None. prompts: template, labels and clusters, see
+    init: the DinoDiffusion to start from, or None. prompts: (template, labels, clusters), see
     prompts.plan_prompts. vectors: name of an image -> (G, D) instead of a ViT, or None.
     """
     template, labels, clusters = prompts
     parts = {}
 
-    # The embedder: vectors, or a ViT with random weights, trained by others, or that of --init.
+    # The embedder: vectors, or a ViT that is published, that of --init, or random.
     torch.manual_seed(step_seed(seed, "embedder") % 2 ** 31)
     if vectors:
         vit = None
@@ -304,9 +285,12 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
     else:
         if preset.embedder not in ("tiny", "random"):
             vit = load_dino(preset.embedder)
+        elif init and preset.embedder == "tiny" and init.config.vit:
+            vit = init.embedder.vit
         else:
-            starts_from_init = init and preset.embedder == "tiny" and init.config.vit
-            vit = init.embedder.vit if starts_from_init else new_vit(preset.size)
+            tiny = VISION_TRANSFORMERS["tiny"]
+            side = min(preset.size, 128) // tiny.patch_size * tiny.patch_size
+            vit = VisionTransformer(replace(tiny, image_size=side))
         images = torch.zeros(1, 3, preset.size, preset.size)
         token_shape = conditioning_tokens(vit, images, preset.tokens).shape[1:]
 
@@ -321,14 +305,12 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
         parts["unet"] = UNet.from_pretrained(preset.unet)
         unet_config = parts["unet"].config
 
-    # The whole.
+    # The whole model.
     torch.manual_seed(step_seed(seed, "weights") % 2 ** 31)
-    has_refiner = preset.refiner_steps > 0
+    refiner = refiner_config(preset, is_grey) if preset.refiner_steps else None
     if init and init.refiner:
         refiner = init.config.refiner
         parts["refiner"] = init.refiner
-    else:
-        refiner = refiner_config(preset, is_grey) if has_refiner else None
     model = DinoDiffusion(DinoDiffusionConfig(
         image_size=preset.size, vae=vae_config, unet=unet_config, vit=vit and vit.config,
         refiner=refiner, condition=condition, tokens=preset.tokens,
@@ -369,7 +351,7 @@ def train_embedder(preset, run, model, pictures, seed, dtype, from_init):
         def momentum(step):
             return dino.momentum((step + 1) / steps)
 
-        # The teacher is an average of the student: an EMA.
+        # The teacher is the EMA of the student.
         teacher = dict(zip(trainable(dino), dino.teacher.parameters()))
         fit("embedder", dino, loss_fn, pictures, steps=steps, batch=preset.embedder_batch,
             lr=preset.embedder_lr, device=device, seed=seed, run=run, ema=teacher,
@@ -380,15 +362,14 @@ def train_embedder(preset, run, model, pictures, seed, dtype, from_init):
 
 
 def memory_format(device, dtype):
-    """channels_last, but for bf16 on a CPU, where group norms are slow in it: a step of the tiny
-    autoencoder takes 0.16 s for 0.34, of the U-Net 0.25 for 0.32 (measured)."""
+    """channels_last, except for bf16 on a CPU, where it makes group norms slow."""
     if device.type == "cpu" and dtype == torch.bfloat16:
         return torch.contiguous_format
     return torch.channels_last
 
 
 def train_vae(preset, run, model, pictures, seed, dtype):
-    """L1 + KL, and if asked for a distance in the embedder's feature space: model.vae."""
+    """Train model.vae on L1 + KL and, optionally, a distance in the embedder's feature space."""
     device = model.shift.device
     if "vae" not in run.finished:
         model.vae.requires_grad_(True)
@@ -418,11 +399,8 @@ def train_vae(preset, run, model, pictures, seed, dtype):
 
 @torch.no_grad()
 def cache_latents(run, model, dataset, pictures):
-    """Latents and tokens of every training image; both networks in float32, as in sampling.
-
-    float16 rounds a latent by 0.05 %; tokens stay float32, because they differ by a few percent of
-    their norm.
-    """
+    """Latents and tokens of every training image. Tokens stay float32, because they differ by only
+    a few percent of their norm."""
     config = model.config
     files = [dataset.images.files[i] for i in dataset.train.tolist()]
     side = config.image_size // config.vae.factor
@@ -441,10 +419,8 @@ def cache_latents(run, model, dataset, pictures):
 
 
 def measure_statistics(model, cache, scale, keep_tokens):
-    """Mean and deviation over the training set: of each latent channel, of each token entry.
-
-    scale: "measure", "keep" what a U-Net of --init was trained with, or Stable Diffusion's number.
-    """
+    """Mean and deviation over the training set of each latent channel and each token entry. scale
+    of latents: "measure", "keep" that of --init, or a number."""
     if scale == "measure":
         chunks = torch.arange(len(cache)).split(256)
         shift, deviation = latent_statistics(cache.__getitems__(rows)[:2] for rows in chunks)
@@ -453,7 +429,7 @@ def measure_statistics(model, cache, scale, keep_tokens):
     elif scale != "keep":
         model.scale.fill_(scale)
 
-    # In float64, straight from the memory-mapped file.
+    # Moments in float64, from the memory-mapped file.
     if not keep_tokens:
         tokens = cache.tokens  # (N, G, D)
         mean = tokens.mean(0, dtype=np.float64)
@@ -466,8 +442,8 @@ def measure_statistics(model, cache, scale, keep_tokens):
 # ---------------------------------------------------------------------------- stage 4: the U-Net
 
 def derive_prompts(run, model, dataset, labels, cache, seed):
-    """The paper's step, label x cluster -> the number of each training image's prompt, (N,) int64;
-    the words of the prompts are initialised from their images."""
+    """Label x cluster -> index of each training image's prompt, (N,) int64; the prompts; and the
+    features (N, G*D) from which their words are initialised."""
     tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
     features = model.standardise(tokens).flatten(1)  # (N, G, D) -> (N, G*D)
 
@@ -502,7 +478,7 @@ def derive_prompts(run, model, dataset, labels, cache, seed):
 
 
 def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumulate):
-    """The diffusion model itself, on cached latents and tokens; the model ends with EMA weights."""
+    """Train U-Net and projection on cached latents and tokens; the model ends with EMA weights."""
     device = model.shift.device
     if model.prompts:
         prompt_of, texts, features = derive_prompts(run, model, dataset, labels, cache, seed)
@@ -514,7 +490,7 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
         ids = model.prompt_ids(model.prompts).cpu()
         cache = Latents(run.folder / "cache", ids[prompt_of], balance(prompt_of.tolist(), n, seed))
     torch.set_float32_matmul_precision("high")  # only now: embedding needs full float32
-    if model.config.condition == "none":  # of the projection, only the null context is in use
+    if model.config.condition == "none":  # uses only the projection's null context
         model.projection.requires_grad_(False).null_context.requires_grad_(True)
     model.unet.to(memory_format=memory_format(device, dtype))
 
@@ -546,9 +522,7 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
 
 
 def preview(run, model, dataset, labels, step, refined=False):
-    """grid_STEP.png: held-out images, their reconstructions, samples made from them, or from the
-    prompts that fit them; refined ones below, once there is a refiner. And model.pt as it is now.
-    """
+    """Write model.pt, curves.png and a grid of held-out images, reconstructions and samples."""
     images = dataset.images
     real = images.batch(dataset.examples).to(model.shift.device)
     condition = None
@@ -579,7 +553,7 @@ def preview(run, model, dataset, labels, step, refined=False):
 # ---------------------------------------------------------------------------- stage 5: the refiner
 
 class PicturesAndLatents:
-    """Training images beside their latents, by row: (image, mean, std)."""
+    """Training images and their latents: (image, mean, std)."""
 
     def __init__(self, pictures, cache):
         self.pictures = pictures
@@ -593,22 +567,22 @@ class PicturesAndLatents:
 
 
 def random_window(images, side, multiple, seed):
-    """The same random square of `side` pixels from each batch of images (B, 3, H, W)."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, or each step would wait for a GPU
+    """Crop the same random square of `side` pixels, at multiples of `multiple`, out of each batch
+    of images (B, 3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, to avoid waiting for the GPU
     places = (images[0].shape[-1] - side) // multiple + 1
     top, left = (multiple * torch.randint(places, (2,), generator=generator)).tolist()
     return [x[..., top:top + side, left:left + side] for x in images]
 
 
 def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dtype):
-    """Equation (8): the residual of the autoencoder, given its reconstruction from latents with as
-    much noise as the U-Net's samples have; model.refiner ends with EMA weights."""
+    """Equation (8) on reconstructions from noisy latents; the refiner ends with EMA weights."""
     refiner = model.refiner
     pairs = PicturesAndLatents(pictures, cache)
     device = model.shift.device
 
     def decode_noisy(mean, std, generator):
-        """A decoded sample of the posterior, with noise of 0 to refiner_noise deviations."""
+        """Decode a draw from the posterior plus noise of 0 to refiner_noise deviations."""
         noise, error = torch.randn((2, *mean.shape), generator=generator, device=device)
         amount = torch.rand(len(mean), 1, 1, 1, generator=generator, device=device)
         x0 = (mean + std * noise - model.shift) * model.scale
@@ -616,12 +590,12 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
             return model.decode(x0 + preset.refiner_noise * amount * error)
 
     if "refiner" not in run.finished:
-        generator = torch.Generator(device).manual_seed(step_seed(seed, "residuals"))
-        rows = torch.linspace(0, len(pairs) - 1, min(256, len(pairs))).long()
         if (refiner.residual_std == 1).all():  # else --init has measured them
+            generator = torch.Generator(device).manual_seed(step_seed(seed, "residuals"))
+            rows = torch.linspace(0, len(pairs) - 1, min(256, len(pairs))).long()
             batches = (pairs.__getitems__(part.tolist()) for part in rows.split(16))
-            refiner.measure((image.to(device), decode_noisy(mean.to(device), std.to(device),
-                                                            generator))
+            batches = ([x.to(device) for x in batch] for batch in batches)
+            refiner.measure((image, decode_noisy(mean, std, generator))
                             for image, mean, std in batches)
         refiner.unet.to(memory_format=memory_format(device, dtype))
         multiple = 2 * model.config.refiner.factor
@@ -649,7 +623,6 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
 # ---------------------------------------------------------------------------- the command line
 
 def flags():
-    """The parser of train.py."""
     parser = argparse.ArgumentParser(
         description="Train DiNO-Diffusion. The default runs on a laptop without downloads.",
         usage="%(prog)s [flags]", formatter_class=Help)
@@ -659,37 +632,35 @@ def flags():
          help="cxr, histology, phantoms, a folder of images, or a MedMNIST .npz")
     flag("--table", help="CSV of labels, patients and split (default: labels.csv in the folder)")
     flag("--file-column", default="file", help="its column of file names")
-    flag("--group-column", default="patient", help="its column of what must not be split")
-    flag("--patient-from", metavar="REGEX", help="the patient is what (...) matches in the path")
+    flag("--group-column", default="patient", help="its column of patients, kept on one side")
+    flag("--patient-from", metavar="REGEX", help="patient from the path: what (...) matches")
     flag("--holdout", type=number(float, 0, 1), default=0.15,
-         help="share of patients that training never sees, where the set has no split")
-    flag("--count", type=number(int, 1), default=2400, help="how many phantoms to generate")
+         help="share of patients held out, if the set has no split")
+    flag("--count", type=number(int, 1), default=2400, help="number of phantoms to generate")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--preset", choices=PRESETS, default="tiny", help="64 px: tiny, tissue64; 128: cxr128, "
          "small; 256: base; 512: sd15")
-    flag("--init", help="start from a run, a model.pt, or box: its parts are kept and its U-Net "
-         "is fine-tuned; with --embedder tiny or --vae train that part is fine-tuned as well")
+    flag("--init", help="a run, a model.pt, or box, whose U-Net is fine-tuned; --embedder tiny "
+         "and --vae train fine-tune those parts too")
     flag("--embedder", help="tiny, random, a file of vectors (.npz), a path, or one of: "
          + ", ".join(VISION_TRANSFORMERS))
-    flag("--vae", help="train, a path, or a published name; decoder: that of --init alone, "
-         "latents stay")
+    flag("--vae", help="train, a path, a published name, or decoder: only that of --init")
     flag("--unet", help="train, a path, or sd15")
     flag("--condition", choices=("dino", "prompts", "labels", "none"), default="dino",
          help="tokens; words from clusters of tokens (and labels); labels alone; unconditional")
-    flag("--label-column", help="column for prompts (default: label if there; or none)")
+    flag("--label-column", help="column for prompts, or none (default: label, if there is one)")
 
     flag = parser.add_argument_group("training (default: the preset's)").add_argument
     flag("--size", type=number(int, 8, 4096), help="image side in pixels")
     flag("--steps", type=number(int, 1), help="caps every stage")
-    flag("--batch", type=number(int, 1), help="images a step of the U-Net")
+    flag("--batch", type=number(int, 1), help="images per step of the U-Net")
     flag("--lr", type=number(float, 1e-12), help="peak learning rate of the U-Net")
     flag("--set", nargs="+", metavar="NAME=VALUE", default=[],
          help="any field of Preset, e.g. vae_steps=6000 refiner_steps=0")
-    flag("--accumulate", type=number(int, 1), default=1, help="parts a batch is cut into")
-    flag("--checkpointing", action="store_true",
-         help="less memory for the U-Net, a third more time")
-    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of everything random")
+    flag("--accumulate", type=number(int, 1), default=1, help="number of parts of a batch")
+    flag("--checkpointing", action="store_true", help="less memory, a third more time")
+    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of all randomness")
 
     flag = parser.add_argument_group("machine and files").add_argument
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -702,8 +673,7 @@ def flags():
 
 
 def parse(argv=None):
-    """Flags -> Namespace; with --resume, what is not given is as the run began: see resume_flags.
-    """
+    """Flags -> Namespace; with --resume, defaults are the run's: see resume_flags."""
     parser = flags()
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{Path(args.data).resolve().stem}"
@@ -736,10 +706,7 @@ def read_overrides(pairs):
 
 
 def choose_preset(args, init):
-    """The Preset with what flags change, and what --init implies where no flag says otherwise.
-
-    Raises UserError for settings that contradict each other.
-    """
+    """The Preset, changed by --init and then by flags; UserError if settings are contradictory."""
     preset = PRESETS[args.preset]
     capped = {name: min(getattr(preset, name), args.steps or math.inf)
               for name in (f"{stage}_steps" for stage in STAGES)}
@@ -755,30 +722,29 @@ def choose_preset(args, init):
     preset = replace(preset, **capped | inherited | read_overrides(args.set) | given)
 
     if preset.vae == "decoder" and not init:
-        raise UserError("--vae decoder fine-tunes what --init names", "a trained autoencoder is "
-                        "needed", "pass --init RUN")
+        raise UserError("--vae decoder needs --init", "a trained autoencoder is needed",
+                        "pass --init RUN")
     if not preset.unet_steps and preset.unet == "train":
-        raise UserError("--set unet_steps=0 leaves the U-Net untrained", "trained weights are "
-                        "needed", "pass --init RUN, or more steps")
-    choices = {"prediction": ("v", "eps"), "tokens": TOKEN_KINDS}
-    for name, allowed in choices.items():
+        raise UserError("--set unet_steps=0 leaves the U-Net untrained",
+                        "trained weights are needed", "pass --init RUN, or more steps")
+    for name, allowed in ("prediction", ("v", "eps")), ("tokens", TOKEN_KINDS):
         if getattr(preset, name) not in allowed:
             raise UserError(f"--set {name}={getattr(preset, name)}",
                             f"need one of {', '.join(allowed)}", "pass one of these")
 
-    # Every rank needs equally many images: the mean of their means must be the batch's.
+    # Ranks and parts need equally many images, because their mean gradients are averaged.
     parts = {"batch": ranks() * args.accumulate, "vae_batch": ranks(),
              "embedder_batch": ranks(), "refiner_batch": ranks()}
     for name, count in parts.items():
         if getattr(preset, name) % count:
-            raise UserError(f"{name} {getattr(preset, name)} cannot be cut into {count} equal "
-                            "parts (processes x --accumulate)", "a multiple of that is needed",
+            raise UserError(f"{name} {getattr(preset, name)} cannot be cut into equal parts",
+                            f"a multiple of {count} (processes x --accumulate) is needed",
                             f"pass --set {name}=N")
     return preset
 
 
 def train_stages(args, preset, run, model, dataset, labels):
-    """Run all stages; the model ends trained, with all statistics."""
+    """Run all stages: trains the model in place."""
     device = model.shift.device
     dtype = autocast_dtype(device, args.dtype)
     pictures = Pictures(dataset.images, dataset.train)
@@ -791,7 +757,7 @@ def train_stages(args, preset, run, model, dataset, labels):
     if trains_vae:
         train_vae(preset, run, model, pictures, args.seed, dtype)
 
-    # Latents and tokens, with their statistics; a fine-tuned U-Net keeps those it was trained with.
+    # Latents, tokens and statistics; a fine-tuned U-Net keeps those it was trained with.
     cache = cache_latents(run, model, dataset, pictures)
     fine_tunes_unet = bool(args.init) and preset.unet == args.init
     scale = "measure"
@@ -813,8 +779,10 @@ def train_stages(args, preset, run, model, dataset, labels):
 def main(argv=None):
     join_ranks()
     args = parse(argv)
-    with user_errors():
-        init = load_init(args.init)
+    init = None
+    if args.init:
+        with user_errors():
+            init = DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(args.init)))
     preset = choose_preset(args, init)
     config = {**vars(args), "settings": asdict(preset), "torch": str(torch.__version__),
               "torchvision": str(torchvision.__version__)}
@@ -822,7 +790,7 @@ def main(argv=None):
         print(json.dumps(config, indent=2))
         return 0
 
-    # Images and model: what can be refused is refused before a file is written.
+    # Images and model; all errors are raised before a file is written.
     began = time.time()
     device = pick_device(args.device)
     dataset = open_training_set(

@@ -1,28 +1,25 @@
 """UNet: the conditional U-Net of Stable Diffusion, with self- and cross-attention.
 
-Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"
-(arXiv 2112.10752, section 3.3: conditioning by cross-attention); Ronneberger et al. 2015, "U-Net"
-(arXiv 1505.04597); Vaswani et al. 2017 (arXiv 1706.03762: attention, sinusoidal embedding);
-Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202: GEGLU).
+Papers: latent diffusion (Rombach 2022, arXiv 2112.10752, section 3.3: conditioning by
+cross-attention); U-Net (Ronneberger 2015); attention and sinusoidal embedding (Vaswani 2017); GEGLU
+(Shazeer 2020, arXiv 2002.05202).
 
     unet = UNet(UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), context_dim=192, ...))
     prediction = unet(xt, t, context)    # (B, 4, h, w), (B,), (B, K, context_dim) -> (B, 4, h, w)
 
-xt is a noisy latent of about unit variance, t a step in 0..999 (int64 or float), context the
-condition tokens. What is predicted (noise or v) is up to the schedule. With K = 1 the softmax over
-one token is always 1: query and key then learn nothing, so use several.
+xt is a noisy latent of about unit variance, t a timestep in 0..999. The schedule decides what is
+predicted: noise or v. With K = 1 every attention weight is 1 and query and key learn nothing, so
+use several context tokens.
 
     xt -- conv_in -- down_blocks (ResNet blocks, transformers, halving) -- mid_block --+
                         | skip connections: each layer's output, last first            |
     prediction -- conv_out -- up_blocks (ResNet blocks, transformers, doubling) -------+
 
-Deliberate differences from the reference (diffusers, whose parameter names are kept, so that
-`load_state_dict(strict=True)` loads Stable Diffusion 1.5 into the default config):
-- GroupNorm has gcd(32, channels) groups, so that narrow networks are possible.
-- Branches start at zero (see UNet.zero_branches).
-- Sides that are not multiples of 2^(levels - 1) are refused, not padded.
+Parameter names are those of diffusers, so `load_state_dict(strict=True)` loads Stable Diffusion 1.5
+into the default config. Deliberate differences: GroupNorm has gcd(32, channels) groups, so that
+networks can be narrow; residual branches start at zero; sides that are not multiples of
+2^(levels - 1) raise an error instead of being padded.
 """
-
 import math
 from dataclasses import dataclass
 
@@ -44,7 +41,7 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
     layers_per_block: int = 2               # ResNet blocks a level; up levels have one more
     attention_levels: tuple = (True, True, True, False)  # levels with transformers
     context_dim: int = 768                  # width of a condition token
-    num_heads: int = 8                      # attention heads, or a tuple with one for each level
+    num_heads: int = 8                      # attention heads, or a tuple with one entry per level
     norm_groups: int = 0                    # of every GroupNorm; 0 = gcd(32, channels)
 
     def __post_init__(self):
@@ -52,7 +49,7 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
         for name, values in ("attention_levels", self.attention_levels), ("num_heads", self.heads):
             if len(values) != levels:
                 raise ValueError(f"got {len(values)} {name} for {levels} channel_multipliers: need "
-                                 "one for each level, make them equally long")
+                                 "one per level, make them equally long")
         for width, heads in zip(self.widths, self.heads):
             if width % heads:
                 raise ValueError(f"a level is {width} channels wide: need a multiple of num_heads "
@@ -60,12 +57,10 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
 
     @property
     def widths(self):
-        """Channels of each level."""
         return [self.base_channels * m for m in self.channel_multipliers]
 
     @property
     def heads(self):
-        """Attention heads of each level."""
         if isinstance(self.num_heads, int):
             return [self.num_heads] * len(self.channel_multipliers)
         return list(self.num_heads)
@@ -77,9 +72,8 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
 
 
 def timestep_embedding(t, dim):
-    """Steps (B,) -> (B, dim) float32: cosines, then sines, of t at dim / 2 wavelengths from
-    2 pi to 10,000 * 2 pi steps, geometrically spaced.
-    Source: Vaswani et al. 2017, section 3.5, with cosines first as in Stable Diffusion.
+    """Timesteps (B,) -> (B, dim) float32: cosines, then sines, at dim / 2 wavelengths spaced
+    geometrically from 2 pi to 10,000 * 2 pi. Source: Vaswani et al. 2017, section 3.5.
     """
     half = dim // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
@@ -90,13 +84,12 @@ def timestep_embedding(t, dim):
 # ---- blocks ------------------------------------------------------------------------------------
 
 def group_norm(channels, eps, config):
-    """GroupNorm with the config's number of groups."""
     groups = config.norm_groups or math.gcd(32, channels)
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions, the time embedding added between them, and a shortcut."""
+    """Two 3x3 convolutions with the time embedding added between them, and a shortcut."""
 
     def __init__(self, c_in, c_out, config):
         super().__init__()
@@ -149,11 +142,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """An MLP on each token, four times as wide inside."""
+    """A gated MLP on each token, with four times the width inside."""
 
     def __init__(self, dim):
         super().__init__()
-        # The reference has a dropout of probability 0 in the middle; Identity keeps the numbering.
+        # Identity keeps the numbering of diffusers, which has a dropout here.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
@@ -198,7 +191,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves both sides: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """(B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -209,7 +202,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles both sides: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """(B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -220,17 +213,17 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Layers at one resolution: ResNet blocks from each of `c_ins` to the level's width, each
-    followed by a transformer where attention is on."""
+    """Layers at one resolution: ResNet blocks with `c_ins` input channels, each followed by a
+    transformer if the level has attention."""
 
     def __init__(self, c_ins, index, config):
         super().__init__()
         width = config.widths[index]
-        has_attention = config.attention_levels[index]
         self.resnets = nn.ModuleList(ResnetBlock(c_in, width, config) for c_in in c_ins)
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(width, config.heads[index], config)
-            for _ in c_ins if has_attention)
+        self.attentions = nn.ModuleList()
+        if config.attention_levels[index]:
+            self.attentions.extend(
+                SpatialTransformer(width, config.heads[index], config) for _ in c_ins)
 
     def layer(self, i, x, time, context, mask):
         x = self.resnets[i](x, time)
@@ -238,7 +231,7 @@ class Level(nn.Module):
 
 
 class DownBlock(Level):
-    """A level on the way down: its layers, then a halving in all levels but the last."""
+    """A level on the way down; all levels but the last end by halving the sides."""
 
     def __init__(self, c_ins, index, config):
         super().__init__(c_ins, index, config)
@@ -247,7 +240,7 @@ class DownBlock(Level):
             self.downsamplers.append(Downsample(config.widths[index]))
 
     def forward(self, x, time, context, mask):
-        """Returns x, and the outputs of all layers, the skip connections, in a list."""
+        """Returns x, and the list of all layers' outputs: the skip connections."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, context, mask)
@@ -274,7 +267,8 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(Level):
-    """A level on the way up: each layer concatenates a skip; all levels but the first double."""
+    """A level on the way up: each layer concatenates a skip connection; all levels but the first
+    end by doubling the sides."""
 
     def __init__(self, c_ins, index, config):
         super().__init__(c_ins, index, config)
@@ -283,7 +277,7 @@ class UpBlock(Level):
             self.upsamplers.append(Upsample(config.widths[index]))
 
     def forward(self, x, skips, time, context, mask):
-        """skips: one for each layer, in the order of the way down."""
+        """skips: one per layer, in the order in which DownBlock made them."""
         for i, skip in enumerate(reversed(skips)):
             x = torch.cat([x, skip], dim=1)  # (B, C + C_skip, h, w)
             x = self.layer(i, x, time, context, mask)
@@ -293,13 +287,9 @@ class UpBlock(Level):
 
 
 class UNet(nn.Module):
-    """The denoising network; parameter names are those of diffusers' UNet2DConditionModel.
+    """The denoising network; parameter names are those of diffusers' UNet2DConditionModel."""
 
-    checkpointing: set it to True to train in less memory and a third more time: each level then
-        keeps its inputs only and recomputes activations in backward. Gradients stay equal.
-    """
-
-    checkpointing = False
+    checkpointing = False  # True: recompute activations in backward, for less memory and more time
     repeated_blocks = (ResnetBlock, TransformerBlock)  # see support.fast.compile_blocks
 
     def __init__(self, config=UNetConfig()):
@@ -313,7 +303,7 @@ class UNet(nn.Module):
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(base, 4 * base),
                                              "linear_2": nn.Linear(4 * base, 4 * base)})
 
-        # Down. skips: channels of the skip connections, in the order of forward().
+        # Down. skips: channels of the skip connections.
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
         for i in range(levels):
@@ -325,7 +315,7 @@ class UNet(nn.Module):
 
         self.mid_block = MidBlock(config)
 
-        # Up. A level's first layer takes the level below; each layer concatenates a skip.
+        # Up. A level's first layer gets the output of the level below; each concatenates a skip.
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
         for i in reversed(range(levels)):
@@ -340,8 +330,8 @@ class UNet(nn.Module):
 
     def zero_branches(self):
         """Zero the last layer of every residual branch, so that each block starts as its shortcut
-        and short trainings converge sooner; and conv_out, so that the first prediction is 0, the
-        mean of both noise and v. Loading weights overwrites all of it."""
+        and training converges sooner; and conv_out, so that the first prediction is 0, the mean of
+        both noise and v."""
         last_layers = {ResnetBlock: "conv2", Attention: "to_out.0", FeedForward: "net.2",
                        UNet: "conv_out"}
         for module in self.modules():
@@ -351,13 +341,12 @@ class UNet(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, xt, t, context, context_mask=None):
-        """Predicts noise or v.
+        """Predicts noise or v: (B, out_channels, h, w), dtype of xt.
 
         xt: (B, in_channels, h, w) noisy latents; sides are multiples of config.factor
-        t: (B,) int64 or float, steps
+        t: (B,) int64 or float timesteps
         context: (B, K, context_dim) condition tokens
-        context_mask: (B, K) bool, True = attend, at least one a row; None attends to all
-        Returns: (B, out_channels, h, w), dtype of xt.
+        context_mask: (B, K) bool, True = attend, at least one per row; None attends to all
         """
         sides = xt.shape[-2:]
         assert not any(side % self.config.factor for side in sides), (
@@ -366,12 +355,12 @@ class UNet(nn.Module):
             f"context tokens have {context.shape[-1]} entries instead of {self.config.context_dim}")
         mask = None if context_mask is None else context_mask[:, None, None, :]
 
-        # Time: every ResNet block starts with the same SiLU, so it is done once.
+        # Time embedding, with the SiLU that every ResNet block would apply to it.
         time = timestep_embedding(t, self.config.base_channels).to(xt.dtype)
         time = F.silu(self.time_embedding["linear_1"](time))
         time = F.silu(self.time_embedding["linear_2"](time))         # (B, 4 * base_channels)
 
-        # Down: keep the outputs of all layers for the way up.
+        # Down: keep all layers' outputs as skip connections.
         x = self.conv_in(xt)
         skips = [x]
         for level in self.down_blocks:
@@ -380,7 +369,7 @@ class UNet(nn.Module):
 
         x = self.apply_level(self.mid_block, x, time, context, mask)
 
-        # Up: each layer takes the last skip that is left.
+        # Up: each layer takes the last remaining skip connection.
         for level in self.up_blocks:
             layers = len(level.resnets)
             x = self.apply_level(level, x, skips[-layers:], time, context, mask)
@@ -389,12 +378,11 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
 
     def apply_level(self, level, *inputs):
-        """level(*inputs); with checkpointing, activations are recomputed in backward."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(level, *inputs, use_reentrant=False, preserve_rng_state=False)
         return level(*inputs)
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """A U-Net with weights of a published name, file or folder; raises as load_weights."""
+        """Load a published name, file or folder; raises as load_weights."""
         return load_model(cls, UNetConfig, name_or_path, "unet")

@@ -1,29 +1,24 @@
-"""AutoencoderKL: the autoencoder of Stable Diffusion, between images and the latents of diffusion.
+"""AutoencoderKL: the autoencoder of Stable Diffusion, from images to latents and back.
 
-Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"
-(arXiv 2112.10752, section 3.1 and appendix G); Kingma and Welling 2014, "Auto-Encoding
-Variational Bayes" (arXiv 1312.6114, appendix B: the KL term).
+Papers: latent diffusion (Rombach 2022, arXiv 2112.10752, section 3.1 and appendix G); variational
+autoencoders (Kingma & Welling 2014, arXiv 1312.6114, appendix B: the KL term).
 
 Images x are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels. The encoder halves
-the sides `levels - 1` times, so latents z are (B, 4, H / factor, W / factor) without a fixed scale:
-`latent_statistics` measures shift and scale, and diffusion works on x0 = (z - shift) * scale.
-A stem of 2 first turns each square of 2 x 2 pixels into channels: at 128 px four times as fast.
+the sides `levels - 1` times: latents z are (B, 4, H / factor, W / factor). Their scale varies, so
+`latent_statistics` measures it, and diffusion works on x0 = (z - shift) * scale. A stem of 2 first
+turns each 2 x 2 square of pixels into channels, which is four times as fast at 128 px.
 
     vae = AutoencoderKL.from_pretrained("vae.safetensors")    # or AutoencoderKL(VAEConfig(...))
     z = vae.encode(x).sample(generator); y = vae.decode(z)
 
-What is trained (vae_loss), with mean m and deviation s of the encoder, noise e ~ N(0, 1):
+Training (vae_loss), with the encoder's mean m and deviation s, and noise e ~ N(0, 1):
 
     z = m + s e        loss = |x - decode(z)| + 1e-6 * KL(N(m, s^2) || N(0, 1))
 
-Deliberate differences from the reference (diffusers, whose parameter names are kept):
-- Levels narrower than 32 channels are allowed (see group_norm).
-- The second convolution of every ResNet block starts at zero (see AutoencoderKL).
-- The stem, which diffusers lacks; the default, 1, is none.
-- No discriminator and no LPIPS: the loss is L1 + KL and, if asked for, a distance in the feature
-  space of a frozen network that the caller passes in.
+Parameter names are those of diffusers. Deliberate differences: levels may have fewer than 32
+channels (see group_norm); the second convolution of every ResNet block starts at zero; there is a
+stem; the loss has no discriminator or LPIPS, but optionally a distance in a network's features.
 """
-
 import math
 from dataclasses import dataclass
 
@@ -40,14 +35,13 @@ class VAEConfig:                            # the defaults are Stable Diffusion'
     in_channels: int = 3                    # of the image
     latent_channels: int = 4
     base_channels: int = 128                # width at full resolution
-    channel_multipliers: tuple = (1, 2, 4, 4)  # width of each level / base; any number of levels
+    channel_multipliers: tuple = (1, 2, 4, 4)  # width of each level / base_channels
     layers_per_block: int = 2               # ResNet blocks a level; the decoder has one more
-    stem: int = 1                           # side of the pixel squares that become channels first
+    stem: int = 1                           # side of the pixel squares turned into channels
     norm_groups: int = 0                    # of every GroupNorm; 0 = see group_norm
 
     @property
     def widths(self):
-        """Channels of each level."""
         return [self.base_channels * m for m in self.channel_multipliers]
 
     @property
@@ -68,15 +62,13 @@ class LatentGaussian:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None):
-        """One draw, mean + std * noise; the noise is drawn on the generator's own device."""
+        """One draw, mean + std * noise, with noise from the generator's own device."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self):
-        """KL divergence from N(0, 1), in nats, summed over the latent: (B,).
-        Source: Kingma and Welling 2014, appendix B.
-        """
+        """KL divergence from N(0, 1) in nats, summed over the latent: (B,)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
@@ -85,12 +77,10 @@ class LatentGaussian:
 def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual_weight=0.0):
     """Mean absolute error + kl_weight * KL + perceptual_weight * feature distance.
 
-    The error is a mean over pixels; the KL is summed over the latent and averaged over the batch,
-    the setting that was measured at 64 px. The sum grows with the latent's area: divide kl_weight
-    by the ratio of areas if a larger latent reconstructs badly.
+    The KL is summed over the latent, so it grows with its area: lower kl_weight if larger images
+    reconstruct badly.
 
-    perceptual: a frozen network, images (B, 3, H, W) in [-1, 1] -> features (B, D) or (B, N, D);
-        its term is the squared distance of unit-length features, in [0, 4].
+    perceptual: a frozen network, images (B, 3, H, W) in [-1, 1] -> features (B, D) or (B, N, D).
     Returns: loss, and a dict of detached scalars l1, kl (nats per image), perceptual if used.
     Source: Rombach et al. 2022, equation 25, without the discriminator.
     """
@@ -108,16 +98,16 @@ def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual
 
 
 def latent_statistics(batches):
-    """Shift and scale (C,) that bring sampled latents to mean 0 and standard deviation 1.
+    """Shift and scale (C,) float32 that give x0 = (z - shift) * scale mean 0 and deviation 1.
 
-    batches: iterable of (mean, std) pairs, each (B, C, h, w); read once, summed in float64.
-    A sample's variance is the variance of the means plus the mean of the variances.
-    Returns: shift and scale, float32, for x0 = (z - shift) * scale and z = x0 / scale + shift.
+    batches: iterable of (mean, std) pairs, each (B, C, h, w). The variance of a drawn z is the
+    variance of the means plus the mean of the variances.
     """
     count = 0
     moments = 0.0
     for mean, std in batches:
-        mean, std = mean.double(), std.double()
+        mean = mean.double()
+        std = std.double()
         moments = moments + torch.stack([mean, mean**2 + std**2]).sum((1, 3, 4))  # (2, C)
         count += mean[:, 0].numel()
 
@@ -129,11 +119,8 @@ def latent_statistics(batches):
 # ---- blocks -------------------------------------------------------------------------------------
 
 def group_norm(channels, groups=0):
-    """GroupNorm with `groups` groups; 0 means 32, as in Stable Diffusion, or fewer if narrow.
-
-    Levels below 32 channels get groups of four: groups of one channel would erase brightness,
-    because the output layer follows a norm.
-    """
+    """GroupNorm with `groups` groups; 0 means 32, or groups of four channels if there are fewer
+    than 32: groups of one would erase brightness, because the output layer follows a norm."""
     if groups == 0:
         groups = math.gcd(32, channels) if channels >= 32 else max(1, channels // 4)
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -178,20 +165,20 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves both sides: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """(B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        # One zero row at the bottom, one zero column at the right: the published weights were
-        # trained this way. Padding all around has the same output shape but shifts the image.
+        # Zeros at the bottom and at the right only, as the published weights were trained;
+        # padding all around would shift the image.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Doubles both sides: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """(B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -208,20 +195,12 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
-        self.has_downsampler = downsample
-        self.has_upsampler = upsample
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
     def forward(self, x):
-        for resnet in self.resnets:
-            x = resnet(x)
-        if self.has_downsampler:
-            x = self.downsamplers[0](x)
-        if self.has_upsampler:
-            x = self.upsamplers[0](x)
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+            x = layer(x)
         return x
 
 
@@ -306,7 +285,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(moments, moments, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-        # Each ResNet block starts as its shortcut. Loading weights overwrites this.
+        # Each ResNet block starts as its shortcut.
         for block in self.modules():
             if isinstance(block, ResnetBlock):
                 nn.init.zeros_(block.conv2.weight)
@@ -314,31 +293,28 @@ class AutoencoderKL(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
-        """Images (B, in_channels or 1, H, W) in [-1, 1] -> LatentGaussian, float32.
-
-        Raises: ValueError if a side is not a multiple of config.factor.
-        """
+        """Images (B, in_channels or 1, H, W) in [-1, 1] -> LatentGaussian, float32. Raises
+        ValueError if a side is not a multiple of config.factor."""
         height, width = x.shape[-2:]
         factor = self.config.factor
         if height % factor or width % factor or not height or not width:
-            raise ValueError(
-                f"image is {width} x {height}, but both sides must be multiples of {factor} (the "
-                f"autoencoder's factor): use {max(width // factor, 1) * factor} x "
-                f"{max(height // factor, 1) * factor}")
+            nearest = [max(side // factor, 1) * factor for side in (width, height)]
+            raise ValueError(f"image is {width} x {height}: sides must be multiples of {factor} "
+                             f"(the autoencoder's factor): use {nearest[0]} x {nearest[1]}")
         x = x.expand(-1, self.config.in_channels, -1, -1)  # grey: the same in each channel
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         return LatentGaussian(mean, logvar)
 
     def decode(self, z):
-        """Latents (B, latent_channels, h, w) -> images of factor times the side, not clipped."""
+        """Latents (B, latent_channels, h, w) -> images (B, in_channels, H, W), not clipped."""
         return self.decoder(self.post_quant_conv(z)).float()
 
     def forward(self, x, generator=None):
-        """Returns the reconstruction of one latent draw, and the LatentGaussian."""
+        """Returns the reconstruction from one latent draw, and the LatentGaussian."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(generator)), posterior
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """The autoencoder of a published name, file or folder; raises as load_weights."""
+        """Load a published name, file or folder; raises as load_weights."""
         return load_model(cls, VAEConfig, name_or_path, "vae")

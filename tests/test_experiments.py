@@ -36,7 +36,7 @@ def test_front_door_lists_without_importing(capsys, monkeypatch):
     monkeypatch.setattr(front_door.importlib, "import_module", None)
     front_door.main([])
     out = capsys.readouterr().out
-    for name in ("clusters", "fidelity", "privacy", "probe", "resemble"):
+    for name in ("fidelity", "privacy", "probe", "resemble"):
         line, = (line for line in out.splitlines() if line.split()[:1] == [name])
         assert line.endswith("?") and len(line) <= 100
     assert "common" not in out and "statistics" not in out
@@ -123,19 +123,6 @@ def test_probe_command(labelled_run, capsys, monkeypatch):
     assert "95 %" in capsys.readouterr().out
     with pytest.raises(UserError, match="no column 'nothing'"):
         ask("probe", labelled_run, "--label-column", "nothing")
-
-
-def test_clusters_command(labelled_run):
-    """Tokens and pixels, K as asked, against a column of the labels."""
-    run = common.open_run(run_flags(labelled_run))
-    (labelled_run / "cache").mkdir()
-    np.save(labelled_run / "cache" / "tokens.npy", normal(len(run.train), 3, 48).numpy())
-    table = ask("clusters", labelled_run, "--seeds", "0", "--clusters", "3", "--label-column",
-                "kind")
-    assert len(table) == 2 and all(name.endswith("K = 3") for name in table)
-    assert all(0 <= row["homogeneity"] <= 1 for row in table.values())
-    with pytest.raises(UserError, match="no column 'morphology'"):
-        ask("clusters", labelled_run)
 
 
 def test_resemble_command(labelled_run):

@@ -9,8 +9,9 @@ import evaluate
 from dino import ViTConfig, VisionTransformer
 from evaluate import FIDInception
 from experiments import __main__ as experiments
-from experiments import judges, probe
-from experiments.judges import feature_extractor
+from experiments import fidelity as judges
+from experiments import probe
+from experiments.fidelity import feature_extractor
 from support.command import UserError
 from support.phantoms import chest_phantoms
 from support.pictures import save_png

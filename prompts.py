@@ -9,8 +9,6 @@ the U-Net's cross-attention. Everything is deterministic: same seed, same result
     encoder = PromptEncoder(vocabulary_of(prompts), context_dim=192)
     context, mask = encoder(encoder.tokenize(prompts[:8]))                # (8, L, 192), (8, L)
 
-How many clusters: `python -m experiments choose_k RUN`.
-
 Sources: Lloyd 1982; k-means++ (Arthur & Vassilvitskii 2007).
 Differences from the paper: a Transformer trained from scratch on the closed vocabulary of the
 prompts replaces CLIP's text encoder, and its words start at the mean of their images; clusters are

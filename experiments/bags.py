@@ -40,11 +40,8 @@ class ClassicABMIL(nn.Module):
         self.mil = RegionalMIL(MILConfig(in_dim=64, windows=(), dim=64))
         self.mil.embed = nn.Identity()  # the encoder makes the tokens
 
-    def standardise(self, x):
-        return ((x - self.shift) / self.scale).clamp(-10, 10)
-
     def forward(self, x):
-        tokens = self.encoder(self.standardise(x))
+        tokens = self.encoder(((x - self.shift) / self.scale).clamp(-10, 10))
         present = torch.ones(1, len(x), dtype=torch.bool)
         return self.mil.pool(tokens[None], present)[0][0]
 
@@ -95,12 +92,11 @@ def add_flags(parser):
     add = parser.add_argument
     add("file", help=".npz of bags")
     add("--folds", type=number(int, 2), default=10, help="of cross-validation")
-    add("--repeats", type=number(int, 1), default=5, help="each with new folds")
+    add("--repeats", type=number(int, 2), default=5, help="each with new folds")
     add("--epochs", type=number(int, 1), default=100, help="of training")
     add("--lr", type=number(float, 1e-9), default=5e-4, help="of Adam")
     add("--weight-decay", type=number(float), default=0.005, help="L2 weight in Adam's gradient")
     add("--seed", type=number(int), default=0, help="of everything random")
-    add("--out", help="JSON file (default: the file's name, here)")
 
 
 def main(args):
@@ -110,9 +106,7 @@ def main(args):
     if args.folds > min(positive, len(bags) - positive):
         raise UserError(f"--folds {args.folds}, {positive} positive bags of {len(bags)}",
                         "each fold needs a bag of each label", "lower --folds")
-    sizes = [len(x) for x, _ in bags]
-    print(f"{len(bags)} bags ({positive} positive) of {min(sizes)} to {max(sizes)} instances, "
-          f"{bags[0][0].shape[1]} features")
+    print(f"{len(bags)} bags ({positive} positive), {bags[0][0].shape[1]} features")
 
     logits = np.empty((args.repeats, len(bags)))
     status = StatusLine(args.repeats * args.folds, "networks")
@@ -130,8 +124,8 @@ def main(args):
     results = {"accuracy": ((logits > 0) == labels).mean(axis=1),
                "AUC": np.array([roc_auc(labels, row) for row in logits])}
     table = {name: {"mean": values.mean().item(),
-                    "sd over repeats": values.std(ddof=1).item() if args.repeats > 1 else None}
+                    "sd over repeats": values.std(ddof=1).item()}
              for name, values in results.items()}
     print_table(table)
-    path = Path(args.out or f"{Path(args.file).stem}_bags.json")
-    write_json(path, {"table": table, "labels": labels.tolist(), "logits": logits.tolist()})
+    write_json(f"{Path(args.file).stem}_bags.json",
+               {"table": table, "labels": labels.tolist(), "logits": logits.tolist()})

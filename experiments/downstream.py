@@ -110,10 +110,8 @@ def arms_of(pool, y, classical, synthetic, steps):
 # ---------------------------------------------------------------- statistics
 
 def difference(a, b):
-    """(mean of a - b over pools, half of its 95 % interval by the paired t test, None for one)."""
+    """(mean of a - b over pools, half of its 95 % interval by the paired t test)."""
     paired = np.subtract(a, b)
-    if len(paired) < 2:
-        return float(paired.mean()), None
     error = paired.std(ddof=1) / np.sqrt(len(paired))
     return float(paired.mean()), float(student.ppf(0.975, len(paired) - 1) * error)
 
@@ -122,8 +120,7 @@ def summarise(aucs):
     """{arm: AUC of each pool} -> {arm: row of figures}: mean, sd, differences with intervals."""
     rows = {}
     for arm, values in aucs.items():
-        rows[arm] = {"AUC": float(np.mean(values)),
-                     "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+        rows[arm] = {"AUC": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
         for rival in ("real", "duplicates"):
             if arm not in ("real", rival):
                 gain, half = difference(values, aucs[rival])
@@ -137,7 +134,7 @@ def add_flags(parser):
     add_run_flags(parser, train_limit=2000)
     add = parser.add_argument
     add("--n", type=number(int, 2), default=50, help="real images in a pool")
-    add("--pools", type=number(int, 1), default=5, help="how many pools to draw")
+    add("--pools", type=number(int, 2), default=5, help="how many pools to draw")
     add("--ratio", type=number(float, 0.01), default=10, help="synthetic images for each real one")
     add("--folds", type=number(int), default=0, help="test on folds by patient of all labelled "
         "images, one a pool in turn (0: on the run's held-out images)")
@@ -214,5 +211,4 @@ def main(args):
                {"n": args.n, "pools": args.pools, "ratio": args.ratio, "folds": args.folds,
                 "labels": names, "pool by pool": aucs, "arms": rows})
     gain, half = difference(aucs["synthetic"], aucs["duplicates"])
-    print(f"synthetic images instead of duplicates: {gain:+.3f} AUC"
-          + (f" +- {half:.3f}" if half is not None else " (one pool: no interval)"))
+    print(f"synthetic images instead of duplicates: {gain:+.3f} AUC +- {half:.3f}")

@@ -33,7 +33,6 @@ from vae import AutoencoderKL
 
 
 def add_flags(parser):
-    """Add the flags of this experiment."""
     parser.add_argument("run", help="run folder or model.pt")
     parser.add_argument("folder", help="where to write")
     parser.add_argument("--count", type=number(int, 1), default=4, help="images to sample")
@@ -72,7 +71,6 @@ def network_config(network, side):
 
 
 def vae_config(vae, side):
-    """config.json of diffusers' AutoencoderKL for images of this side."""
     levels = len(vae.config.widths)
     return {
         "_class_name": "AutoencoderKL",
@@ -86,7 +84,6 @@ def vae_config(vae, side):
 
 
 def unet_config(unet, side):
-    """config.json of diffusers' UNet2DConditionModel for latents of this side."""
     kinds = ["CrossAttn" if has else "" for has in unet.config.attention_levels]
     return {
         "_class_name": "UNet2DConditionModel",

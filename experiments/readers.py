@@ -72,9 +72,8 @@ def make(args):
     key = Path(args.out, "key", "key.csv")
     if key.exists():
         raise UserError(f"{key} exists", "a key must not be lost", "pass another --out")
+    # Choose equal numbers of both by a secret seed.
     seed = secrets.randbits(63)
-
-    # Choose equal numbers of both by the seed.
     sets = {"real": open_dataset(args.make[0], None), "synthetic": open_dataset(args.make[1], None)}
     count = min(args.count, *map(len, sets.values()))
     chosen = []
@@ -84,7 +83,7 @@ def make(args):
 
     # Use one size and enlarge no image. If the real images are grey, make all grey, because a tint
     # would reveal the others. Sorting by hash shuffles the images.
-    side = min(args.size or 10 ** 6, *(image.shape[-1] for *_, image in chosen))
+    side = min(image.shape[-1] for *_, image in chosen)
     is_grey = all(image.eq(image[0]).all() for truth, _, image in chosen if truth == "real")
     rows = sorted([f"{step_seed(seed, 'name', truth, source):016x}", truth, source,
                    encode(image, side, is_grey)] for truth, source, image in chosen)
@@ -150,7 +149,6 @@ def add_flags(parser):
     add("--make", nargs=2, metavar=("REAL", "SYNTHETIC"), help="two folders of images")
     add("--out", help="folder of the new test")
     add("--count", type=number(int, 1), default=50, help="images of each kind, at most")
-    add("--size", type=number(int, 1), help="resize to this side, if no image is smaller")
     add("--score", nargs="+", metavar="CSV", help="files of answers, one a reader")
     add("--key", help="the key.csv of these answers")
 

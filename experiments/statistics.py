@@ -1,7 +1,6 @@
 """Statistics used only by the experiments. The metrics themselves are in evaluate.py.
 
     linear_probe(train_x, train_y, test_x, test_y)      # AUC of a ridge regression on features
-    cluster_agreement(truth, clusters)   # do clusters match known classes?
     subsample_interval(metric, a, b)     # 95 % interval of a distance
 
 All compute in float64 on the CPU. Deliberate choice: intervals of distances come from subsampling
@@ -60,34 +59,6 @@ def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 
               for label, index in enumerate(best)]
     aucs = [roc_auc(*column) for column in zip(test_y.T, scores)]
     return aucs, torch.stack(scores, dim=1).numpy()
-
-
-def entropy(counts):
-    """Entropy, natural logarithm, of a table of counts."""
-    share = counts[counts > 0] / counts.sum()
-    return -(share * np.log(share)).sum()
-
-
-def cluster_agreement(truth, clusters):
-    """How well clusters (N,) match known classes (N,): a dict, 1 is perfect.
-
-    homogeneity = 1 - H(truth | clusters) / H(truth): does each cluster contain one class only?
-    completeness: the reverse. V-measure: their harmonic mean.
-    Source: Rosenberg & Hirschberg 2007.
-    """
-    truth = np.unique(truth, return_inverse=True)[1]
-    clusters = np.unique(clusters, return_inverse=True)[1]
-    table = np.zeros((truth.max() + 1, clusters.max() + 1))
-    np.add.at(table, (truth, clusters), 1)
-
-    of_class = entropy(table.sum(axis=1))
-    of_cluster = entropy(table.sum(axis=0))
-    mutual = of_class + of_cluster - entropy(table)
-    homogeneity = mutual / of_class if of_class else 1.0
-    completeness = mutual / of_cluster if of_cluster else 1.0
-    both = homogeneity + completeness
-    return {"homogeneity": homogeneity, "completeness": completeness,
-            "V-measure": 2 * homogeneity * completeness / both if both else 0.0}
 
 
 def subsample_interval(metric, a, b, rounds=50, seed=0):

@@ -225,20 +225,19 @@ def check_files(images):
     images.leave_out(reasons)
 
 
-def split_name(name):
-    """A file's name as a tuple: its folders, and its bare name without an image's suffix."""
-    name = unicodedata.normalize("NFC", str(name)).replace("\\", "/")
-    *folders, last = [part for part in name.split("/") if part not in ("", ".")] or [""]
-    is_image = Path(last).suffix.lower() in IMAGE_SUFFIXES | DICOM_SUFFIXES
-    return (*folders, Path(last).stem if is_image else last)
-
-
 def match_names(names, files, root=""):
     """Which file each name means: the indices, None for names of no file or of several.
 
     A name is a file's path, else the end of exactly one path (below `root`, whose folders count
     too). So a bare name must be unique, and a name with other folders matches nothing.
     """
+    def split_name(name):
+        # The folders, and the bare name without an image's suffix.
+        name = unicodedata.normalize("NFC", str(name)).replace("\\", "/")
+        *folders, last = [part for part in name.split("/") if part not in ("", ".")] or [""]
+        is_image = Path(last).suffix.lower() in IMAGE_SUFFIXES | DICOM_SUFFIXES
+        return (*folders, Path(last).stem if is_image else last)
+
     wanted = [split_name(name) for name in names]
     exact = {file: [i] for i, file in enumerate(files)}
     relative = defaultdict(list)
@@ -320,8 +319,7 @@ def official_sides(words):
 
 
 def find_patients(images, group_column, patient_from):
-    """Set the groups: by patient_from, else the table's column, else DICOM's PatientID; add what is
-    doubtful about them to the problems."""
+    """Set the groups: by patient_from, else the table's column, else DICOM's PatientID."""
     if patient_from:
         try:
             matches = [re.search(patient_from, file) for file in images.files]
@@ -358,50 +356,47 @@ def find_patients(images, group_column, patient_from):
 
 def find_masks(images, folder, root, beside):
     """Set masks from masks/ and masks_*/ in the folder, and from NAME_mask beside NAME."""
-    names = {path: ("masks", path.relative_to(root)) for path in beside}
+    found = [("masks", path, path.relative_to(root)) for path in beside]
     links = []
     for place in sorted(folder.glob("masks*/")):
         paths, _, outside = scan_folder(place) if is_inside(place, folder) else ([], [], [place])
         links += [link.name for link in outside]
-        names |= {path: (place.name, path.relative_to(place)) for path in paths}
+        found += [(place.name, path, path.relative_to(place)) for path in paths]
     add_names(images.problems, "links to masks out of the folder, left out", links)
-    for kind in sorted({kind for kind, _ in names.values()}):
-        paths = [path for path in names if names[path][0] == kind]
-        stems = [names[path][1].with_suffix("").as_posix() for path in paths]
-        same = match_names(stems, images.files)
-        bare = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
-        indices = [i if i is not None else j for i, j in zip(same, bare)]
-        with ThreadPool(8) as pool:
-            problems = pool.starmap(mask_problem, [
-                (path, images.sources[i] if i is not None else None)
-                for path, i in zip(paths, indices)])
-        images.masks[kind] = [None] * len(images)
-        left_out = defaultdict(list)
-        for path, i, problem in zip(paths, indices, problems):
-            if problem:
-                left_out[problem].append(path.name)
-            else:
-                images.masks[kind][i] = path
-        for problem, lost in sorted(left_out.items()):
-            add_names(images.problems, f"{kind} left out, {problem}", lost)
+
+    stems = [name.with_suffix("").as_posix() for *_, name in found]
+    same = match_names(stems, images.files)
+    bare = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
+    indices = [i if i is not None else j for i, j in zip(same, bare)]
+    with ThreadPool(8) as pool:
+        fits = pool.starmap(is_mask_of, [(path, images.sources[i] if i is not None else None)
+                                         for (_, path, _), i in zip(found, indices)])
+    left_out = []
+    for (kind, path, _), i, fit in zip(found, indices, fits):
+        masks = images.masks.setdefault(kind, [None] * len(images))
+        if fit:
+            masks[i] = path
+        else:
+            left_out.append(path.name)
+    add_names(images.problems, "masks left out (unreadable, without an image, of other proportions "
+              "than theirs, or not of two values)", left_out)
 
 
-def mask_problem(path, image_path):
-    """Why a file cannot be the mask of an image, or ""."""
+def is_mask_of(path, image_path):
+    """Whether a file has two values and the proportions of the image (None: there is none)."""
     if image_path is None:
-        return "without an image"
+        return False
     try:
         height, width = image_shape(path)
         image_height, image_width = image_shape(image_path)
         values, counts = load_image(path, None)[0].unique(return_counts=True)
     except UserError:
-        return "unreadable"
-    if not 0.95 < height * image_width / (width * image_height) < 1.05:
-        return "of other proportions than the image"
-    # A value in between is of a label map if it is frequent, else of the soft edges of a JPEG.
+        return False
+    # A frequent value in between is that of a label map, a rare one of a JPEG's soft edges.
     place = (values - values[0]) / (values[-1] - values[0]).clamp_min(1e-6)  # in [0, 1]
-    is_label = (place > 0.1) & (place < 0.9) & (counts > 0.005 * counts.sum())
-    return "of several values (two are needed)" if is_label.any() else ""
+    between = (place > 0.1) & (place < 0.9) & (counts > 0.005 * counts.sum())
+    is_alike = 0.95 < height * image_width / (width * image_height) < 1.05
+    return is_alike and not between.any()
 
 
 # ---- labels ------------------------------------------------------------------------------------

@@ -194,8 +194,7 @@ def _chest(seed, number, size):
 
 def chest_phantoms(n, size=64, seed=0):
     """Chest X-rays: images (n, 1, size, size) float32 in [-1, 1], lung masks (n, 1, size, size)
-    bool (without heart and mediastinum, with the other findings), labels (n, 4) int64, 0 or 1.
-    Raises ValueError for n < 1 and size < 16."""
+    bool (without heart and mediastinum, with the other findings), labels (n, 4) int64, 0 or 1."""
     return _draw(_chest, n, size, seed)
 
 
@@ -326,7 +325,7 @@ def histology_phantoms(n, size=96, seed=0):
     """H&E patches: images (n, 3, size, size) float32 in [-1, 1], tumour masks (n, 1, size, size)
     bool, labels (n,) int64 (1: tumour in the centre third, the rule of PatchCamelyon), morphology
     (n,) int64: the healthy tissue, an index into HISTOLOGY_MORPHOLOGIES, independent of the label.
-    Raises ValueError for n < 1 and size < 16."""
+    """
     return _draw(_histology, n, size, seed)
 
 
@@ -381,9 +380,8 @@ def slide_phantoms(n, bank, side=64, seed=0):
     bank: what histology_phantoms returned, a few hundred patches. A tumour slide has one or two
     round foci in under 1 % of its tissue, of patches that are more than a quarter tumour. All have
     lymphoid aggregates, scattered patches with tumour at the rim only, and up to three reactions;
-    every focus is surrounded by one more. This design is ours. It favours models that see
-    neighbours, because only neighbours show the mixture, and focusing, because reactions are more
-    frequent with tumour than without. Raises ValueError for a bank that lacks a kind of patch.
+    every focus is surrounded by one more. This design is ours: only neighbours show the mixture.
+    Raises ValueError for a bank that lacks a kind of patch.
     """
     _, masks, labels, morphology = bank
     kinds = torch.where(masks.flatten(1).any(1), ATYPICAL, morphology)

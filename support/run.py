@@ -54,13 +54,6 @@ def lock(folder):
     return file
 
 
-def saved_settings(folder):
-    """What config.json says of the run in that folder; {} if there is none."""
-    path = Path(folder) / "config.json"
-    with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
 def resume_flags(parser, argv, out):
     """The flags of argv; with --resume, those that argv leaves out are as the run in `out` began.
 
@@ -68,7 +61,9 @@ def resume_flags(parser, argv, out):
     missing, or if a flag would change a setting of that run.
     """
     args = parser.parse_args(argv)
-    saved = saved_settings(out)
+    path = Path(out, "config.json")
+    with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
+        saved = dict(json.loads(path.read_text())) if path.exists() else {}
     if saved and not args.resume:
         raise UserError(f"{out} already contains a run", "a new folder is needed, or --resume",
                         "pass --out DIR or --resume")
@@ -155,8 +150,7 @@ class Run:
         if step:
             model.load_state_dict(self.state["model"])
             optimizer.load_state_dict(self.state["optimizer"])
-            # A fused step needs moments in the memory layout of their parameter, which another
-            # device may have had otherwise.
+            # A fused step needs moments in the memory layout of their parameter.
             for parameter, moments in optimizer.state.items():
                 for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
                     moments[name] = torch.empty_like(parameter).copy_(moments[name])
@@ -212,7 +206,7 @@ class Run:
             line_chart(self.folder / "curves.png", series, "training loss", "step", "loss", True)
 
     def close(self):
-        """The run is complete: release the folder."""
+        """Release the folder."""
         if self.writes:
             self.lock.close()
 

@@ -10,7 +10,7 @@ labels.csv has the columns file, a label, and optionally patient and split.
 """
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +138,10 @@ def open_slides(folder, tiling, label_column="label"):
     if "file" not in columns:
         raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}",
                         "file and a label are needed", "rename a column")
-    row_of = {split_suffix(row["file"]): row for row in table_rows}
+    suffixes = FEATURE_SUFFIXES | IMAGE_SUFFIXES | SLIDE_SUFFIXES
+    files = [Path(row["file"]) for row in table_rows]
+    row_of = {file.stem if file.suffix.lower() in suffixes else file.name: row
+              for file, row in zip(files, table_rows)}
     if len(row_of) < len(table_rows):
         raise UserError(f"{table} names a slide twice", "one row per slide is needed", "correct it")
 
@@ -163,7 +166,7 @@ def open_slides(folder, tiling, label_column="label"):
         widths.add(features.shape[1])
         slides.append(Slide(name, row[label_column], row.get("patient") or name,
                             row.get("split") == "test", grid, torch.arange(len(grid)),
-                            partial(_features_and_pictures, path)))
+                            lambda path=path: read_features(path)[:2]))
 
     for reason, names in left_out.items():
         if names:
@@ -183,17 +186,6 @@ def open_slides(folder, tiling, label_column="label"):
           f"{patients}; {sum(len(slide.grid) for slide in slides):,} patches, "
           f"{blank:,} blank tiles left out")
     return slides
-
-
-def split_suffix(file):
-    """A slide's name: the bare name of its file, without the suffix of a slide."""
-    path = Path(file)
-    is_slide = path.suffix.lower() in FEATURE_SUFFIXES | IMAGE_SUFFIXES | SLIDE_SUFFIXES
-    return path.stem if is_slide else path.name
-
-
-def _features_and_pictures(path):
-    return read_features(path)[:2]
 
 
 def split_slides(slides, folds, seed):
@@ -237,9 +229,9 @@ def generated_slides(seed, count, embed):
         bank = histology_phantoms(BANK, 64, part_seed)
         features = torch.cat([embed(images) for images in bank[0].split(64)])
         pictures = F.adaptive_avg_pool2d(bank[0], THUMB)
-        read = partial(tuple, (features, pictures))
+        patches = Patches(features, pictures)
         phantoms = zip(*slide_phantoms(number, bank, seed=part_seed))
-        slides += [slide_of_tiles(part, i, int(label), tiles, foci, read)
+        slides += [slide_of_tiles(part, i, int(label), tiles, foci, patches.read)
                    for i, (tiles, foci, label) in enumerate(phantoms)]
     return slides
 
@@ -254,11 +246,12 @@ def slide_of_tiles(part, i, label, tiles, foci, read):
 
 @dataclass
 class Patches:
-    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB), cancer (N,) bool, patients (N,)."""
+    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB); of real patches, cancer (N,) bool and
+    patients (N,)."""
     features: torch.Tensor
     pictures: torch.Tensor
-    cancer: np.ndarray
-    patients: np.ndarray
+    cancer: np.ndarray = None
+    patients: np.ndarray = None
 
     def read(self):
         return self.features, self.pictures

@@ -223,7 +223,6 @@ def level_settings(state, prefix, config):
 
 
 def vae_settings(state, config, path):
-    """Fields of VAEConfig."""
     return {
         "in_channels": state["encoder.conv_in.weight"].shape[1],
         "latent_channels": state["post_quant_conv.weight"].shape[0],
@@ -232,7 +231,6 @@ def vae_settings(state, config, path):
 
 
 def unet_settings(state, config, path):
-    """Fields of UNetConfig."""
     levels = range(count_indices(state, "down_blocks."))
     # What diffusers calls attention_head_dim is the number of heads, one or one for each level.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
@@ -249,7 +247,6 @@ def unet_settings(state, config, path):
 
 
 def vit_settings(state, config, path):
-    """Fields of ViTConfig."""
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     heads = config.get("num_attention_heads", dim / 64)  # 64 channels each in published ones

@@ -126,20 +126,18 @@ def test_masks_by_kind_and_name(tmp_path):
     assert images.files == ["a.jpg", "c.png", "sub/b.jpg"]
     assert [images.mask(i) is None for i in range(3)] == [False, False, True]
     assert [images.mask(i, "masks_manual") is None for i in range(3)] == [True, True, False]
-    assert "masks left out, without an image: 1 (lost.png)" in images.problems
+    assert "or not of two values): 1 (lost.png)" in images.problems[-1]
 
 
-@pytest.mark.parametrize("mask, says", [
-    (np.kron([[0, 127], [0, 255]], np.ones((8, 16))), "several values"),
-    (np.kron([[0, 1], [2, 3]], np.ones((8, 16))), "several values"),
-    (np.kron([[0, 1], [0, 1]], np.ones((8, 8))), "other proportions")])
-def test_masks_that_are_left_out(tmp_path, mask, says):
+@pytest.mark.parametrize("mask", [
+    np.kron([[0, 127], [0, 255]], np.ones((8, 16))),
+    np.kron([[0, 1], [2, 3]], np.ones((8, 16))), np.kron([[0, 1], [0, 1]], np.ones((8, 8)))])
+def test_masks_that_are_left_out(tmp_path, mask):
     """Label maps, and masks that were stored square, are left out and named."""
     write(tmp_path / "x.png", np.zeros((16, 32), np.uint8))
     write(tmp_path / "masks/x.png", mask.astype(np.uint8))
     images = opened(tmp_path)
-    assert images.mask(0) is None and any("masks left out" in line and says in line
-                                          for line in images.problems)
+    assert images.mask(0) is None and images.problems[-1].startswith("masks left out")
 
 
 # ---- pixels

@@ -106,17 +106,6 @@ def test_probe_command(labelled_run, capsys, monkeypatch):
     assert "95 %" in capsys.readouterr().out
 
 
-def test_clusters_command(labelled_run):
-    """Tokens and pixels, K as asked, against a column of the labels."""
-    run = common.open_run(run_flags(labelled_run))
-    (labelled_run / "cache").mkdir()
-    np.save(labelled_run / "cache" / "tokens.npy", normal(len(run.train), 3, 48).numpy())
-    table = ask("clusters", labelled_run, "--seeds", "0", "--clusters", "3", "--label-column",
-                "kind")
-    assert len(table) == 2 and all(name.endswith("K = 3") for name in table)
-    assert all(0 <= row["homogeneity"] <= 1 for row in table.values())
-
-
 def test_resemble_command(labelled_run):
     """Figures of each seed and their summary, as a file and a picture."""
     result = ask("resemble", labelled_run, "--count", "6", "--train-limit", "20", "--seeds", "0",

@@ -6,7 +6,7 @@ import torch
 
 import evaluate
 from experiments import __main__ as experiments
-from experiments.judges import feature_extractor
+from experiments.fidelity import feature_extractor
 from support.command import UserError
 from support.phantoms import chest_phantoms
 from support.pictures import save_png

@@ -85,7 +85,7 @@ def test_order_tells_nothing(folders, monkeypatch):
 def test_folders_that_make_no_fair_test(folders):
     """The smallest side is everyone's; a picture on both sides, a key that would be lost."""
     save_png(folders / "fake" / "large.png", torch.zeros(1, 64, 64))
-    _, pictures, _ = make(folders, "--count", "9", "--size", "48")
+    _, pictures, _ = make(folders, "--count", "9")
     assert {Image.open(io.BytesIO(png)).size for png in pictures.values()} == {(32, 32)}
     with pytest.raises(UserError, match="key.csv exists: a key must not be lost"):
         make(folders)

@@ -31,10 +31,8 @@ DEPTH_SAMPLE = 32  # files that decide the depth of a data set
 def is_dicom(path):
     """By the suffix, or if there is none (or digits), by the magic word."""
     suffix = Path(path).suffix.lower()
-    if suffix.strip(".0123456789"):
+    if suffix.strip(".0123456789") or not os.path.isfile(path):  # a pipe would block
         return suffix in DICOM_SUFFIXES
-    if not os.path.isfile(path):  # a pipe would block
-        return False
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
 

@@ -126,6 +126,13 @@ def refuse_impossible(args, model):
             model.prompt_ids([args.prompt])
 
 
+def load_model(path, device):
+    """A run's folder or model.pt -> (DinoDiffusion on the device, all that the file holds)."""
+    content = load_checkpoint(resolve_checkpoint(path))
+    with user_errors():
+        return DinoDiffusion.from_checkpoint(content).to(device), content
+
+
 # ---------------------------------------------------------------------------- what to make
 
 def find_sources(paths, read):
@@ -292,9 +299,7 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    content = load_checkpoint(checkpoint)
-    with user_errors():
-        model = DinoDiffusion.from_checkpoint(content).to(device)
+    model, content = load_model(checkpoint, device)
     refuse_impossible(args, model)
     dtype = torch.float32  # on a CPU bf16 is not faster
     if device.type == "cuda":

@@ -67,6 +67,8 @@ def resume_flags(parser, argv, out):
     if saved and not args.resume:
         raise UserError(f"{out} already contains a run", "a new folder is needed, or --resume",
                         "pass --out DIR or --resume")
+    if args.resume and not saved:
+        print(f"note: {out} contains no run to resume: this is a new one")
     flags = {name: value for name, value in saved.items()
              if name in vars(args) and name not in ("out", "resume", "dry_run")}
     args = parser.parse_args(argv, argparse.Namespace(**flags))
@@ -288,7 +290,7 @@ def print_end(run, model, example, minutes):
     source = f"--from-image {shlex.quote(str(example))} --count 4"
     if model.prompts:
         source = f"--prompt {shlex.quote(model.prompts[0])} --count 16"
-    elif model.config.condition == "none":
+    elif model.config.condition == "none" or not model.config.vit:
         source = "--random --count 16"
     print(f"done in {minutes:.1f} minutes: {run.folder}/model.pt\n"
           f"next: python sample.py --checkpoint {shlex.quote(str(run.folder))} {source}")

@@ -47,7 +47,8 @@ def reading(path):
                         "pip install pydicom") from error
     except Exception as error:  # a damaged file makes both readers raise anything
         raise UserError(f"{path} cannot be read ({one_line(error)[:120].strip()})",
-                        "a whole image file is needed", "check the path, or replace the file") from error
+                        "a whole image file is needed",
+                        "check the path, or replace the file") from error
 
 
 def image_shape(path):

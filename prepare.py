@@ -100,7 +100,7 @@ def kermany(folder):
         if part not in ("train", "val", "test") or label not in ("NORMAL", "PNEUMONIA"):
             raise ValueError(path)
         patient = re.match(r"person\d+|(?:NORMAL2-)?IM-\d+", name)
-        # Numbers start again in each part, and the two classes have patients of their own.
+        # Each part counts from 1 again, and the two classes share no patients.
         yield (path.relative_to(folder).as_posix(), f"{part}-{patient[0] if patient else name}",
                "test" if part == "test" else "train", {"pneumonia": str(int(label != "NORMAL"))})
 

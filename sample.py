@@ -171,10 +171,13 @@ def plan(args, model, sources, labels, vectors):
         seed = args.seed + len(requests) if seed is None else seed
         requests.append(Request(strategy, row, seed, **settings))
 
+    # A model of prompts.
     if model.prompts:
         for i, prompt in enumerate(choose_prompts(args, model)):
             add("prompt", i // (args.each_prompt or 8), prompt=prompt,
                 labels=label_of_prompt(prompt, model), label_rule="of the prompt")
+
+    # Without a source image.
     elif args.random:
         for i in range(args.count):
             add("random", i // 8)
@@ -188,6 +191,8 @@ def plan(args, model, sources, labels, vectors):
         for i in range(len(rows) * args.count):
             index = rows[i // args.count]
             add("vector", i // args.count, index=index, sources=(vectors[index],))
+
+    # From images: --count for each, or strips from the first to the second.
     elif args.from_image:
         strategy = "img2img" if args.strength < 1 else "perturb" if args.perturb else "reconstruct"
         for i in range(len(sources) * args.count):

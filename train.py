@@ -186,7 +186,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
     upto = upto or steps
     progress = (run or Run()).begin(stage, steps, upto, model, optimizer, ema)
 
-    # The images of each step, in epochs with an order of their own.
+    # The images of each step; every epoch is shuffled differently.
     order = step_seed(seed, stage, "order")
     plan = (rows_of_rank(batch_rows(step, batch, len(dataset), order))
             for step in range(progress.done, upto))

@@ -724,6 +724,9 @@ def choose_preset(args, init):
     if preset.vae == "decoder" and not init:
         raise UserError("--vae decoder needs --init", "a trained autoencoder is needed",
                         "pass --init RUN")
+    if preset.perceptual and preset.embedder.endswith(".npz"):
+        raise UserError("--set perceptual compares features of a ViT", "vectors have none",
+                        "leave it out, or pass another --embedder")
     if not preset.unet_steps and preset.unet == "train":
         raise UserError("--set unet_steps=0 leaves the U-Net untrained",
                         "trained weights are needed", "pass --init RUN, or more steps")
@@ -798,9 +801,11 @@ def main(argv=None):
         seed=args.seed, table=args.table, file_column=args.file_column,
         group_column=args.group_column, patient_from=args.patient_from, count=args.count)
     images = dataset.images
-    outliers = drop_outliers(images, args.condition)
-    is_outlier = torch.isin(dataset.train, torch.tensor([i for i, _ in outliers]))
-    dataset.train = dataset.train[~is_outlier]
+    is_resumed = args.resume and Path(args.out, "split.csv").exists()  # its outliers are known
+    outliers = [] if is_resumed else drop_outliers(images, args.condition)
+    left_out = torch.tensor([i for i, _ in outliers], dtype=torch.int64)
+    dataset.train = dataset.train[~torch.isin(dataset.train, left_out)]
+    dataset.test = dataset.test[~torch.isin(dataset.test, left_out)]
     rows = torch.cat([dataset.train, dataset.test]).tolist()
     labels = labels_for_prompts(images.columns, args.label_column, args.condition, rows,
                                 images.name)

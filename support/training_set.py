@@ -44,7 +44,8 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
 
     reasons = {}
     if is_resumed:
-        reasons = read_unreadable(folder, images)
+        why = read_left_out(folder, "unreadable.csv", "why")
+        reasons = {i: why[file] for i, file in enumerate(images.files) if file in why}
     elif not rank():
         reasons = decode_all(images)
     images.depth, reasons = all_ranks((images.depth, reasons))[0]
@@ -53,7 +54,9 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
         print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
 
     train, test = read_split(split, images) if is_resumed else split_holdout(images, holdout, seed)
+    outliers = read_left_out(folder, "outliers.csv", "reason") if is_resumed else {}
     new = {*range(len(images))} - {*train.tolist(), *test.tolist()}
+    new = [i for i in new if images.files[i] not in outliers]
     if new:
         raise UserError(f"the images differ from those that {folder} began with (new: "
                         f"{images.files[min(new)]})", "the same images are needed",
@@ -80,11 +83,10 @@ def decode_all(images):
     return dict(sorted(reasons.items()))
 
 
-def read_unreadable(folder, images):
-    """{index: why} of the images that the run left out when it began."""
-    path = Path(folder, "unreadable.csv")
-    why = {row["file"]: row["why"] for row in read_csv(path)} if path.exists() else {}
-    return {i: why[file] for i, file in enumerate(images.files) if file in why}
+def read_left_out(folder, name, column):
+    """{file: reason} of a table of the images that the run left out when it began."""
+    path = Path(folder, name)
+    return {row["file"]: row[column] for row in read_csv(path)} if path.exists() else {}
 
 
 def write_choice(run, training_set):

@@ -290,7 +290,8 @@ def test_the_empty_prompt_is_the_null_condition(prompted):
 
 
 def test_outliers_are_left_out_and_named(tmp_path):
-    """With prompts, black, blank and blurred patches are dropped and listed with a reason."""
+    """With prompts, black, blank and blurred patches are dropped and listed with a reason; a run
+    that was stopped resumes without them."""
     images = open_dataset("histology", 64, count=24)
     for i in range(24):
         save_png(tmp_path / f"patches/{i:02d}.png", images[i])
@@ -300,8 +301,13 @@ def test_outliers_are_left_out_and_named(tmp_path):
         images[3][None], 31, 1, 15)[0])
     flags = [*TINY, "--steps", "1", "--data", str(tmp_path / "patches"), "--size", "64",
              "--embedder", "random", "--holdout", "0"]
-    assert train.main([*flags, "--condition", "prompts", *SET, "clusters=2", "--out",
-                       str(tmp_path / "run")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, "vae", 1)
+        assert train.main([*flags, "--steps", "2", "--condition", "prompts", *SET, "clusters=2",
+                           "--out", str(tmp_path / "run")]) == 130
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    assert {row["file"] for row in csv.DictReader(open(tmp_path / "run/split.csv"))} == {
+        f"{i:02d}.png" for i in range(24)}
     rows = {r["file"]: r["reason"] for r in csv.DictReader(open(tmp_path / "run/outliers.csv"))}
     assert rows == {"black.png": "black", "white.png": "blank", "blur.png": "out of focus"}
     assert len(np.load(tmp_path / "run/cache/tokens.npy")) == 24
@@ -404,6 +410,7 @@ def test_flags_win_over_the_preset():
     (["--set", "vae_steps=-1"], "takes int"), (["--set", "lr"], "takes float"),
     (["--set", "unet_steps=0"], "leaves the U-Net untrained"),
     (["--set", "vae_batch=0"], "more than 0"), (["--vae", "decoder"], "pass --init"),
+    (["--set", "perceptual=1", "--embedder", "x.npz"], "vectors have none"),
     (["--set", "prediction=x0"], "one of v, eps"), (["--set", "tokens=all"], "need one of"),
     (["--batch", "8", "--accumulate", "3"], "cannot be cut"), (["--size", "50"], "multiple of"),
     (["--embedder", "resnet"], "dino_vits16"), (["--data", "nowhere"], "nowhere")])

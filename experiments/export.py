@@ -27,7 +27,7 @@ from torch import nn
 from dinodiff import DinoDiffusion, ddim_sample, seeded_noise
 from support.command import UserError, number, user_errors
 from support.files import load_checkpoint, resolve_checkpoint, write_text_atomic
-from support.tensors import write_safetensors
+from support.weights import write_safetensors
 from unet import UNet
 from vae import AutoencoderKL
 

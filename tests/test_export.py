@@ -12,7 +12,7 @@ from experiments import export
 from make_diffusers import fill_parameters, inputs
 from support.command import UserError
 from support.files import CHECKPOINT_VERSION, save_atomic
-from support.tensors import read_tensors
+from support.weights import read_tensors
 from unet import UNetConfig
 from vae import VAEConfig
 

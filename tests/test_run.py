@@ -65,7 +65,7 @@ def parser():
 
 
 def test_flags_of_a_resumed_run(parser, tmp_path):
-    """Flags that are left out are as the run began; the device may change, and the place of the
+    """Flags that are left out keep their values; the device may change, and the place of the
     images; anything else is refused, and so is a folder with a run without --resume."""
     out = str(tmp_path)
     assert resume_flags(parser, ["--lr", "0.2"], out).lr == 0.2  # no run yet
@@ -77,9 +77,8 @@ def test_flags_of_a_resumed_run(parser, tmp_path):
         "data": "old", "lr": 0.3, "device": "cuda", "out": out, "resume": True}
     args = resume_flags(parser, ["--resume", "--data", out, "--device", "cpu"], out)
     assert (args.data, args.device) == (out, "cpu")
-    for flags in (["--lr", "0.1"], ["--data", "elsewhere"]):
-        with pytest.raises(UserError, match=f"{flags[0]} {flags[1]} differs from the run's"):
-            resume_flags(parser, ["--resume", *flags], out)
+    with pytest.raises(UserError, match="--lr 0.1 differs from the run's"):
+        resume_flags(parser, ["--resume", "--lr", "0.1"], out)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
         resume_flags(parser, ["--resume"], out)

@@ -52,7 +52,7 @@ def resume_flags(parser, argv, out):
     """The flags of argv; with --resume, those left out keep the values of the run in `out`.
 
     Raises UserError if `out` contains a run and --resume is missing, or if a flag would change a
-    setting of that run other than the device and the place of its images.
+    setting of that run other than the device and the folder of its images.
     """
     path = Path(out, "config.json")
     with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
@@ -70,7 +70,9 @@ def resume_flags(parser, argv, out):
     args.out = out
     for name, value in before.items():
         now = getattr(args, name)
-        if now != value and name not in ("device", "data"):
+        # A folder may have moved; open_training_set checks that the images are the same.
+        may_change = name == "device" or name == "data" and Path(now).is_dir()
+        if now != value and not may_change:
             raise UserError(f"--{name.replace('_', '-')} {now} differs from the run's {value}",
                             "a resumed run keeps its settings",
                             "leave the flag out, or start again with --out DIR")

@@ -47,7 +47,7 @@ def test_errors_of_users_and_machines_are_one_line(monkeypatch, capsys, error, c
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
-    """Only user_errors() turns other errors into advice."""
+    """Other errors keep theirs, unless user_errors() converts them."""
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     with pytest.raises(ValueError):
@@ -75,7 +75,7 @@ def test_a_closed_output_does_not_end_a_script(tmp_path):
     (number(float, 0, 1), "0.15", ("1.1", "-0.1", "nan"), "number from 0 to 1"),
     (number(float), "1e-4", ("-1", "nan", "inf"), "number from 0")])
 def test_number_flags(kind, good, bad, words):
-    """The argparse type takes its range and refuses the rest in words."""
+    """The argparse type accepts its range and names it otherwise."""
     assert kind(good) == float(good)
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=words):

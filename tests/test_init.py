@@ -1,4 +1,4 @@
-"""train.py --init, and the model in the box: where a training starts, and what is refused."""
+"""train.py --init, the bundled model, and packed models."""
 import numpy as np
 import pytest
 import torch
@@ -17,7 +17,7 @@ SET = ["--set", "unet_steps=2", "vae_batch=2", "previews=1", "refiner_steps=0"]
 
 
 def train_from(init, out, *flags, settings=()):
-    """The content of the model.pt that came of it."""
+    """Train from `init`; the content of the new model.pt."""
     flags = [*FLAGS, *map(str, flags), *SET, *settings]
     assert train.main(["--init", str(init), "--out", str(out), *flags]) == 0
     return load_checkpoint(out / "model.pt")
@@ -27,8 +27,8 @@ def distance(a, b):
     return sum((a[name].float() - b[name].float()).abs().sum().item() for name in a)
 
 
-def test_it_goes_on_from_the_other_model(small_run, tmp_path):
-    """At a learning rate of nothing, weights and statistics are those of before."""
+def test_training_starts_from_the_other_model(small_run, tmp_path):
+    """With a learning rate near zero, weights and statistics stay the same."""
     before = load_checkpoint(small_run / "model.pt")
     after = train_from(small_run, tmp_path / "same", "--lr", 1e-12)
     for part in ("unet", "projection", "vae", "statistics"):
@@ -40,8 +40,8 @@ def test_it_goes_on_from_the_other_model(small_run, tmp_path):
     assert distance(before["unet"], moved["unet"]) > 0.1
 
 
-def test_the_decoder_alone_may_go_on(small_run, tmp_path):
-    """Latents stay as they are, and their statistics."""
+def test_the_decoder_can_be_fine_tuned_alone(small_run, tmp_path):
+    """The encoder and the statistics of latents stay the same."""
     before = load_checkpoint(small_run / "model.pt")
     after = train_from(small_run, tmp_path / "run", "--vae", "decoder", "--lr", 1e-12,
                        settings=["vae_steps=2"])
@@ -51,8 +51,8 @@ def test_the_decoder_alone_may_go_on(small_run, tmp_path):
     assert distance(before["statistics"], after["statistics"]) == 0
 
 
-def test_the_embedder_may_go_on(small_run, tmp_path):
-    """A few steps away from --init's it is still near it, and tokens are measured anew."""
+def test_the_embedder_can_be_fine_tuned(small_run, tmp_path):
+    """After a few steps it is still close to --init's; statistics of tokens are measured again."""
     before = load_checkpoint(small_run / "model.pt")
     after = train_from(small_run, tmp_path / "run", "--embedder", "tiny",
                        settings=["embedder_steps=3", "embedder_batch=4"])
@@ -62,22 +62,22 @@ def test_the_embedder_may_go_on(small_run, tmp_path):
     assert distance(before["statistics"], after["statistics"]) > 0
 
 
-@pytest.mark.parametrize("flags, said", [
+@pytest.mark.parametrize("flags, words", [
     (["--size", "48"], "image_size 32, this run has 48"),
     (["--condition", "none"], "condition dino, this run has none"),
     (["--set", "tokens=patch2"], "tokens global, this run has patch2"),
     (["--vae", "OTHER"], "latents of another shape"),
     (["--set", "prediction=eps"], "prediction v, this run has eps"),
 ])
-def test_what_does_not_fit_is_refused(small_run, tmp_path, flags, said):
-    """In one line, before a folder is there."""
+def test_what_does_not_fit_is_refused(small_run, tmp_path, flags, words):
+    """One line, before a folder is created."""
     if "OTHER" in flags:
         from vae import AutoencoderKL, VAEConfig
         config = {"vae": vars(VAEConfig(3, 4, 8, (1, 2), 1, stem=2))}
         save_atomic(tmp_path / "vae.pt", {
             "vae": AutoencoderKL(VAEConfig(**config["vae"])).state_dict(), "config": config})
         flags = ["--vae", str(tmp_path / "vae.pt")]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=words):
         train.main(["--init", str(small_run), "--out", str(tmp_path / "run"), *FLAGS, *flags])
     assert not (tmp_path / "run").exists()
 
@@ -90,8 +90,8 @@ def test_a_decoder_needs_a_start(tmp_path):
 # ---- the box -----------------------------------------------------------------------------------
 
 def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
-    """No run, no flag: two sharp images that follow a source, into samples/; a photograph gets a
-    note; --no-refine gives softer ones."""
+    """Without a run or flags, samples go to samples/; a photograph gets a note; with --no-refine,
+    samples are softer."""
     monkeypatch.chdir(tmp_path)
     assert BOX.stat().st_size < 30e6
     photograph = np.random.default_rng(0).integers(0, 255, (140, 150, 3), np.uint8)
@@ -116,7 +116,7 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
 
 
 def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
-    """Half precision, no paths of the run, centres in place of the cache."""
+    """Half precision, no paths of the run, prototypes instead of the cache."""
     from experiments import __main__ as experiments
     path = tmp_path / "p" / "model.pt"
     experiments.main(["pack", str(small_run), str(path), "--prototypes", "6"])
@@ -128,15 +128,3 @@ def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
     images = [m.sample(None, [3], steps=2) for m in (seen, again)]
     assert (images[0] - images[1]).abs().mean() < 0.02
     assert len(make(tmp_path / "p", tmp_path / "out", "--prototypes", "4")) == 4
-
-
-def test_embed_writes_what_the_model_sees(small_run, tmp_path):
-    from experiments import __main__ as experiments
-    from support.images import load_image
-    experiments.main(["embed", str(small_run / "held_out"), "--checkpoint", str(small_run), "--out",
-                      str(tmp_path / "x.npz"), "--device", "cpu"])
-    found = np.load(tmp_path / "x.npz")
-    model = DinoDiffusion.from_checkpoint(load_checkpoint(small_run / "model.pt"))
-    first = load_image(small_run / "held_out" / str(found["files"][0]), 32)
-    np.testing.assert_allclose(found["tokens"][0], model.embedder.tokens(first[None])[0],
-                               atol=1e-4)

@@ -1,6 +1,6 @@
-"""Tests of support/weights.py: official names and Hugging Face's layouts load, others are refused.
+"""support/weights.py: official names and Hugging Face's layouts load, others are refused.
 
-Libraries' layouts come with names, config.json and outputs (tests/reference/weights.npz).
+tests/reference/weights.npz has the names, config.json and outputs of the libraries' networks.
 """
 import json
 from dataclasses import asdict
@@ -21,7 +21,7 @@ from vae import AutoencoderKL, VAEConfig
 REFERENCE = np.load(Path(__file__).parent / "reference" / "weights.npz")
 NETWORKS = {"vae": (AutoencoderKL, VAEConfig), "unet": (UNet, UNetConfig),
             "vit": (VisionTransformer, ViTConfig)}
-# Three levels, so that counting them from the wrong end shows; two ResNet blocks a level likewise.
+# Three levels and two blocks per level, so that counting them from the wrong end shows.
 CONFIGS = {"vae": VAEConfig(3, 4, 32, (1, 2, 4), 1),
            "unet": UNetConfig(4, 4, 32, (1, 2, 3), 2, (True, True, False), 24, 8),
            "vit": ViTConfig(14, 64, 2, 1, **{**V2, "image_size": 84}),
@@ -31,14 +31,14 @@ CONFIGS = {"vae": VAEConfig(3, 4, 32, (1, 2, 4), 1),
 
 @pytest.fixture(scope="module")
 def states():
-    """State dicts under official names; "v1" and "reg" are ViTs too."""
+    """State dicts under official names; "v1" and "reg" are ViTs."""
     return {name: dict(fill_parameters(NETWORKS.get(name, NETWORKS["vit"])[0](config),
                                        1).state_dict())
             for name, config in CONFIGS.items()}
 
 
 def assert_same(path, state, kind):
-    """The file holds exactly this state; returns the config of the network that it fills."""
+    """The file loads as exactly this state; returns the network's config."""
     model = load_model(*NETWORKS[kind], path, kind)
     loaded = model.state_dict()
     assert loaded.keys() == state.keys()
@@ -50,7 +50,7 @@ def assert_same(path, state, kind):
 # ---- layouts of libraries, with their outputs ----
 
 def library_folder(case, folder):
-    """A folder as the library saves it, with the values its outputs were made with."""
+    """A folder as the library saves it, with the weights of the stored outputs."""
     files = json.loads(str(REFERENCE[case]))
     stem = "diffusion_pytorch_model" if case in DIFFUSERS else "model"
     write_safetensors(folder / f"{stem}.safetensors", fill_state(files["shapes"]))
@@ -59,14 +59,14 @@ def library_folder(case, folder):
 
 
 def assert_close(ours, name):
-    # float32 sums in another order differ by about 4e-6; other heads or groups by about 0.1
+    # float32 sums in another order differ by 4e-6; other heads or groups by about 0.1
     np.testing.assert_allclose(ours, REFERENCE[name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", DIFFUSERS)
 @torch.no_grad()
 def test_parity_with_diffusers(case, tmp_path):
-    """Other heads and groups are read from config.json."""
+    """Unusual heads and groups are read from config.json."""
     folder = library_folder(case, tmp_path)
     if case.startswith("vae"):
         vae = AutoencoderKL.from_pretrained(folder)
@@ -82,7 +82,7 @@ def test_parity_with_diffusers(case, tmp_path):
 @pytest.mark.parametrize("case", TRANSFORMERS)
 @torch.no_grad()
 def test_parity_with_transformers(case, tmp_path):
-    """Positions are resized as there; heads come from config.json."""
+    """Position embeddings are resized as in transformers; heads come from config.json."""
     vit = load_dino(library_folder(case, tmp_path))
     x, = inputs((2, 3, 56, 84))
     assert vit.config.num_heads == 4
@@ -102,7 +102,7 @@ def test_official_vits(name, states, tmp_path):
 
 @pytest.mark.parametrize("kind", ["vae", "unet"])
 def test_files_and_folders(kind, states, tmp_path):
-    """Half precision, variants and subfolders hold the same weights, read as float32."""
+    """Files in half precision, in folders and subfolders, load as float32."""
     half = {name: tensor.half() for name, tensor in states[kind].items()}
     rounded = {name: tensor.float() for name, tensor in half.items()}
     stem = "diffusion_pytorch_model"
@@ -134,7 +134,7 @@ def test_attention_names_of_older_diffusers(states, tmp_path):
 
 
 def test_own_checkpoints(states, tmp_path):
-    """A run's model.pt and its folder, with settings that no shape tells."""
+    """A run's model.pt and its folder, with settings that do not follow from shapes."""
     vit_config = ViTConfig(14, 64, 2, 2, **{**V2, "image_size": 84})
     vit = {f"vit.{name}": value for name, value in states["vit"].items()}
     unet_config = UNetConfig(4, 4, 32, (1, 2, 3), 2, (True, True, False), 24, 4)
@@ -154,7 +154,7 @@ def test_own_checkpoints(states, tmp_path):
 
 
 def test_published_names(states, monkeypatch, tmp_path):
-    """A file in torch.hub's folder is used; without it and a network the error says what to do."""
+    """A file in torch.hub's folder is used; if a download fails, the error says what to do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 

@@ -233,21 +233,21 @@ class Progress:
         if self.done % self.look_every and self.done != self.upto:
             return
 
-        # Read all values at once; losses are means over ranks.
-        values = torch.stack([*self.losses, *(value.float() for value in logs.values())]).tolist()
-        by_rank = all_ranks(values[:len(self.losses)])
-        losses = [sum(losses) / len(losses) for losses in zip(*by_rank)]
-        logged = dict(zip(logs, values[len(losses):]))
+        # Read all values at once; the loss is the mean over steps and ranks.
+        values = [torch.stack(self.losses).mean(), *logs.values()]
+        mean, *logged = torch.stack([value.float() for value in values]).tolist()
+        means = all_ranks(mean)
+        mean = sum(means) / len(means)
+        images *= len(self.losses)
         self.losses = []
-        mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             raise UserError(f"{self.stage}: the loss or its gradient is {mean} at step {self.done} "
                             f"(learning rate {rate:.2g})", "a finite one is needed",
                             "start again with a lower learning rate or --dtype float32")
 
-        self.status.update(self.done, loss=mean, images=images * len(losses))
+        self.status.update(self.done, loss=mean, images=images)
         self.run.log(stage=self.stage, step=self.done, loss=mean, lr=rate,
-                     seconds=time.time() - self.began, **logged)
+                     seconds=time.time() - self.began, **dict(zip(logs, logged)))
 
         # All ranks stop at the same step.
         stop = max(all_ranks(self.run.stop_signal))

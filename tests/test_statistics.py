@@ -1,4 +1,7 @@
-"""experiments/statistics.py: against closed forms, and scikit-learn (reference/metrics.npz)."""
+"""experiments/statistics.py: against closed forms, and other packages' numbers.
+
+reference/metrics.npz holds what scikit-learn says (made by make_metrics.py).
+"""
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ def normal(*shape, seed=0):
 
 
 def test_ridge_equals_scikit_learn(stored):
-    """Both forms, D < N and D > N."""
+    """Both forms, D < N and D > N, give scikit-learn's coefficients."""
     x, y = torch.from_numpy(stored["real"]), torch.from_numpy(stored["target"])
     assert np.allclose(ridge_weights(x, y, 0.1), stored["ridge_tall"], atol=1e-9)
     assert np.allclose(ridge_weights(x[:10], y[:10], 0.1), stored["ridge_wide"], atol=1e-9)
@@ -28,7 +31,7 @@ def test_ridge_equals_scikit_learn(stored):
 
 @pytest.mark.parametrize("dimensions", [20, 400])
 def test_probe_finds_a_planted_label(dimensions):
-    """A label that depends on one direction is found; random labels are not."""
+    """A label written along one direction is found; a label of coin tosses is not."""
     x = normal(600, dimensions) * torch.logspace(-3, 3, dimensions)  # scales must not matter
     y = torch.stack([x[:, 3] > 0, normal(600, seed=7) > 0], dim=1).double()
     (planted, chance), scores = linear_probe(x[:300], y[:300], x[300:], y[300:])
@@ -39,7 +42,7 @@ def test_probe_finds_a_planted_label(dimensions):
 
 
 def test_intervals_have_the_width_of_theory(stored):
-    """For means it is +- 1.96 standard errors; six metrics at once work as well."""
+    """For means it comes out as +- 1.96 standard errors; six metrics at once work as well."""
     a, b = normal(400, 1), normal(400, 1, seed=1)
     error = (a.var().item() / 400 + b.var().item() / 400) ** 0.5
     low, high = subsample_interval(lambda x, y: (x.mean() - y.mean()).item(), a, b, rounds=400)

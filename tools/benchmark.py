@@ -38,7 +38,7 @@ WIDE = UNetConfig(4, 4, 64, (1, 2, 4), 2, (True, True, True), 192, 4)
 
 
 def seconds(work):
-    """With one thread CPU seconds, which other work on the machine spoils less."""
+    """CPU seconds with one thread, because other work distorts them less; else wall time."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     work()
@@ -46,7 +46,7 @@ def seconds(work):
 
 
 def compare(name, ours, peer, repeats):
-    """Alternate the two after a warm-up of each; print medians and the median ratio of pairs."""
+    """Alternate the two after a warm-up; print medians, and the median ratio of pairs."""
     ours(), peer()
     times = np.empty((repeats, 2))
     for i in range(repeats):
@@ -59,14 +59,14 @@ def compare(name, ours, peer, repeats):
 
 
 def check(name, ours, peer, tolerance=1e-4):
-    """Stop unless the results agree, relative to the largest entry of the peer's."""
+    """Stop unless the results agree, relative to the peer's largest entry."""
     error = ((ours - peer).abs().max() / peer.abs().max()).item()
     print(f"{name}: largest difference / largest entry {error:.1e}", flush=True)
-    assert error < tolerance, f"{name}: {error:.1e} is over {tolerance:.0e}, times mean nothing"
+    assert error < tolerance, f"{name}: {error:.1e} is over {tolerance:.0e}: results differ"
 
 
 def same_weights(ours, peer):
-    """Both filled with the same reproducible weights."""
+    """Both networks, filled with the same reproducible weights."""
     peer.load_state_dict(fill_parameters(ours, 0).state_dict(), strict=True)
     return ours, peer
 
@@ -115,7 +115,7 @@ def benchmark_sample(repeats, batch=8, steps=50, scale=2.0):
     from diffusers import DDIMScheduler
     ours, peer = (net.requires_grad_(False) for net in unet_pair(TINY))
     noise, context, null = inputs(1, (batch, 4, 16, 16), (batch, 4, 192), (batch, 4, 192))
-    for net in (ours, peer):  # a prediction of about unit size, so that nothing explodes
+    for net in (ours, peer):  # predictions of about unit size, so that nothing explodes
         net.conv_out.weight.mul_(0.3)
     schedule = NoiseSchedule(1000, "scaled_linear", "v", zero_terminal_snr=True)
     scheduler = DDIMScheduler(

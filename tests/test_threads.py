@@ -69,8 +69,8 @@ def test_a_slow_step_is_made_once(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds, chosen, words", (
-    ({1: 0.02, 2: 0.3}, 1, "1 thread: 2 threads are 0.1 times as fast"),
-    ({1: 0.3, 2: 0.02}, 2, "as fast as 1"),
+    ({1: 0.01, 2: 0.1}, 1, "1 thread: 2 threads are 0."),
+    ({1: 0.1, 2: 0.01}, 2, "as fast as 1"),
 ))
 def test_the_choice_is_set_and_said(seconds, chosen, words, capsys):
     assert set_threads(0, CPU, 1000, step_of(seconds)) == chosen == torch.get_num_threads()
@@ -109,7 +109,7 @@ def test_a_rehearsal_leaves_no_trace(condition):
         p.register_hook(lambda gradient, name=name: gradients.add(name))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    measure_threads(lambda: rehearse(model, 2, torch.bfloat16), (1, 2))
+    measure_threads(lambda: rehearse(model, 2, torch.bfloat16), (1,))
     assert torch.equal(torch.get_rng_state(), state)
     assert gradients == {name for name, _ in model.unet.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
@@ -125,15 +125,15 @@ def test_a_resumed_run_takes_the_same_number(tmp_path, monkeypatch):
     def timings(step, tried):
         step()
         counts.append(tried)
-        return {1: 1.0, 2: 0.1}
+        return {1: 0.1, 2: 1.0}
 
     monkeypatch.setattr(threads, "measure_threads", timings)
     flags = [*TINY, "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["threads"] == 2
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert json.loads((tmp_path / "run/config.json").read_text())["threads"] == 1
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert train.main([*flags, "--resume"]) == 0
-    assert torch.get_num_threads() == 2 and counts == [(1, 2)]
-    with pytest.raises(UserError, match="--threads 1 differs from the run's 2"):
-        train.main([*flags, "--resume", "--threads", "1"])
+    assert torch.get_num_threads() == 1 and counts == [(1, 2)]
+    with pytest.raises(UserError, match="--threads 2 differs from the run's 1"):
+        train.main([*flags, "--resume", "--threads", "2"])

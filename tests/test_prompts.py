@@ -7,9 +7,8 @@ import torch
 
 import prompts
 from prompts import (BASELINE, ENRICHED, UNLABELLED, PromptEncoder, all_prompts, balance,
-                     build_prompts, find_prompt, inertia, kmeans,
-                     labels_for_prompts, number_word, plan_prompts, prompt_numbers, standardise,
-                     vocabulary_of, words_of)
+                     build_prompts, find_prompt, inertia, kmeans, labels_for_prompts, number_word,
+                     plan_prompts, prompt_numbers, vocabulary_of, words_of)
 from support.command import UserError
 from support.datasets import open_dataset
 from support.outliers import drop_outliers, find_outliers
@@ -97,7 +96,7 @@ def test_kmeans_with_one_cluster_and_with_one_per_point():
 
 @pytest.mark.parametrize("x, k, words", [
     (torch.zeros(5, 2), 2, "2 clusters for 1 distinct points"),
-    (torch.tensor([[0.0], [math.nan], [1.0]]), 1, "NaN or infinite")])
+    (torch.tensor([[0.0], [math.nan], [1.0]]), 1, "got NaN or infinity")])
 def test_kmeans_refuses(x, k, words):
     """Too few distinct points, and NaN."""
     with pytest.raises(ValueError, match=words):
@@ -108,13 +107,6 @@ def test_inertia_by_hand():
     """Two points at squared distances 1 and 4 from their centers: 5."""
     x = torch.tensor([[0.0, 0.0], [5.0, 2.0]])
     assert inertia(x, torch.tensor([[5.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 0])) == 5.0
-
-
-def test_standardise():
-    """Mean 0 and standard deviation 1 a column; a constant column becomes 0, not NaN."""
-    z = standardise(torch.tensor([[1.0, 7.0], [3.0, 7.0], [5.0, 7.0]]))
-    assert torch.allclose(z[:, 0], torch.tensor([-1.0, 0.0, 1.0]) * 1.5 ** 0.5)
-    assert torch.equal(z[:, 1], torch.zeros(3))
 
 
 # ---- Words
@@ -174,8 +166,9 @@ def test_labels_are_lower_case_words():
 
 @pytest.mark.parametrize("column, condition, says", [
     ("none", "labels", "no label column 'none'.*the set has label"),
-    ("empty", "prompts", "'empty' is empty for 1 images"), ("one", "prompts", "holds only 'x'"),
-    ("alike", "prompts", "'alike' has labels that contain the same words")])
+    ("empty", "prompts", "'empty' has the labels '', 'x', 'y'.*none empty"),
+    ("one", "prompts", "has the labels 'x'.*two or more are needed"),
+    ("alike", "prompts", "has the labels 'a b', 'a, b', 'c'.*that differ in letters")])
 def test_labels_that_make_no_prompts(column, condition, says):
     with pytest.raises(UserError, match=says):
         labels_of(column, condition)
@@ -195,7 +188,7 @@ def test_prompts_are_planned(labels, condition, clusters, template, plan):
 
 @pytest.mark.parametrize("clusters, template, says", [
     (200, None, "no more clusters"), (None, "x", "lacks <index>"),
-    (None, "<label> <index>", "holds <label>")])
+    (None, "<label> <index>", "has <label>")])
 def test_plans_that_cannot_work(clusters, template, says):
     """More clusters than images; a template that lacks or holds too much."""
     with pytest.raises(UserError, match=says):

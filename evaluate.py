@@ -150,7 +150,8 @@ def cohen_kappa(a, b):
 def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
     """95 % interval [low, high] of metric(*arrays): the metric of rows drawn with replacement.
 
-    Draws with one class only, for which the metric raises ValueError, are skipped. Efron 1979.
+    Draws for which it is undefined (ValueError or NaN), such as those of one class, are skipped.
+    Source: Efron 1979, percentile method.
     """
     rng = np.random.default_rng(seed)
     n = len(arrays[0])
@@ -161,7 +162,7 @@ def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
             values.append(metric(*(x[rows] for x in arrays)))
         except ValueError:
             continue
-    return np.quantile(values, [0.025, 0.975]).tolist()
+    return np.nanquantile(values, [0.025, 0.975]).tolist()
 
 
 # ---------------------------------------------------------------- image statistics

@@ -37,8 +37,7 @@ import torchvision
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
-from prompts import (balance, draw_clusters, kmeans, labels_for_prompts, plan_prompts,
-                     prompt_numbers, write_prompts)
+from prompts import balance, kmeans, labels_for_prompts, plan_prompts, prompt_numbers
 from support.cache import Latents, Pictures, build_cache, decode_once, fingerprint, loader
 from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
                              user_errors)
@@ -51,7 +50,8 @@ from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks
 from support.run import Run, Stopped, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
 from support.threads import rehearse, set_threads
-from support.training_set import open_training_set, write_choice, write_examples
+from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
+                                  write_prompts)
 from support.vectors import read_vectors
 from unet import UNet, UNetConfig
 from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,

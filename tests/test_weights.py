@@ -189,11 +189,13 @@ def write_folder(folder, state, config, preprocessor=None):
 
 def test_config_is_honoured(states, tmp_path):
     """Heads, groups and pixel statistics come from the folder; other entries are ignored."""
-    for key, given, heads in (("attention_head_dim", 4, 4),
-                              ("num_attention_heads", [2, 4, 6], (2, 4, 6))):
-        config = {"_class_name": "UNet2DConditionModel", key: given, "norm_num_groups": 16}
+    for key, heads in (("attention_head_dim", 4), ("num_attention_heads", 2)):
+        config = {"_class_name": "UNet2DConditionModel", key: heads, "norm_num_groups": 16}
         unet = UNet.from_pretrained(write_folder(tmp_path / "u", states["unet"], config))
         assert unet.config.num_heads == heads and unet.config.norm_groups == 16
+    write_folder(tmp_path / "u", states["unet"], {"attention_head_dim": [2, 4, 6]})
+    with pytest.raises(ValueError, match="levels differ in the number of heads"):
+        UNet.from_pretrained(tmp_path / "u")
     vae = AutoencoderKL.from_pretrained(write_folder(tmp_path / "v", states["vae"], {"steps": 3}))
     assert vae.config == CONFIGS["vae"]
 

@@ -122,6 +122,8 @@ class Run:
         """The number of saved steps of a stage in progress."""
         return self.state["step"] if self.state and self.state["stage"] == stage else 0
 
+    # ---- during a stage
+
     def begin(self, stage, steps, upto, model, optimizer, ema):
         """Begin or resume a stage: its Progress."""
         return Progress(self, stage, steps, upto, model, optimizer, ema)
@@ -181,6 +183,8 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    # ---- outputs
 
     def write_model(self, checkpoint):
         """model.pt: a checkpoint with its version and the settings of its training."""

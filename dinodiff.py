@@ -263,6 +263,16 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
     return guided_model
 
 
+def watched(model, schedule, watch):
+    """The same model(x, t), which also calls watch(x0) with the x0 (B, ...) of each prediction."""
+    def watched_model(x, t):
+        output = model(x, t)
+        watch(schedule.to_x0_eps(output, x, t)[0])
+        return output
+
+    return watched_model
+
+
 # ---------------------------------------------------------------------------- the manifold
 
 def slerp(a, b, weight):
@@ -621,7 +631,7 @@ class DinoDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, condition, seeds, steps=None, guidance_scale=1.0, eta=0.0, sampler="dpm",
                batch=64, start=None, strength=1.0, dtype=torch.float32, guidance_rescale=0.0,
-               refine=True):
+               refine=True, watch=None):
         """New images (N, 3, H, W) in [-1, 1], one per seed, on the model's device.
 
         condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
@@ -630,6 +640,7 @@ class DinoDiffusion(nn.Module):
         start: images (N, 3, H, W) to start from (img2img) if strength < 1, with the noise of
             timestep strength * T.
         dtype: torch.bfloat16 runs U-Net and refiner under autocast; the rest stays float32.
+        watch: called with the predicted x0 (B, C, h, w) of every step of every batch.
         Image i depends on its seed and condition only, not on `batch`. Raises ValueError for
         settings out of range, or if seeds, conditions and start images differ in number.
         """
@@ -669,6 +680,8 @@ class DinoDiffusion(nn.Module):
                 scale = guidance_scale
             model = guided(self.unet, context, null_context, scale, mask, null_mask,
                            guidance_rescale)
+            if watch:
+                model = watched(model, self.schedule, watch)
 
             # Noise to x0; samplers contain no matmuls, so autocast touches the U-Net alone.
             options = {} if sampler == "dpm" else {"generators": generators}

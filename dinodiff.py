@@ -113,12 +113,13 @@ class NoiseSchedule:
             return (xt - sigma * output) / sqrt_a, output
         return sqrt_a * xt - sigma * output, sqrt_a * output + sigma * xt
 
-    def loss(self, model, x0, generator):
+    def loss(self, model, x0, generator, t=None):
         """Squared error of model(xt, t) against the target, at a uniform t for each row of x0
-        (B, ...): (B,). The generator, on x0's device, draws noise and t."""
+        (B, ...): (B,). The generator, on x0's device, draws noise and t, unless t is given."""
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        t = torch.randint(self.num_train_timesteps, (len(x0),), generator=generator,
-                          device=x0.device)
+        if t is None:
+            t = torch.randint(self.num_train_timesteps, (len(x0),), generator=generator,
+                              device=x0.device)
         prediction = model(self.add_noise(x0, noise, t), t)
         error = (prediction.float() - self.target(x0, noise, t)).square()
         return error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
@@ -603,13 +604,14 @@ class DinoDiffusion(nn.Module):
 
     # ---- training
 
-    def loss(self, mean, std, condition, generator):
+    def loss(self, mean, std, condition, generator, t=None):
         """Loss of one training step, mean (prediction - target)^2 at uniform t: a scalar.
 
         mean, std: (B, C, h, w), the VAE's posterior, from which a latent is drawn.
         condition: (B, G, D) or (B, L); a share `drop_condition` of the rows gets the null context,
             which guidance needs. Ignored by an unconditional model.
         generator: source of all randomness, on mean's device.
+        t: (B,) int64, in place of uniform ones.
         """
         B = len(mean)
         z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -624,7 +626,7 @@ class DinoDiffusion(nn.Module):
         def model(xt, t):
             return self.unet(xt, t, context, mask)
 
-        return self.schedule.loss(model, x0, generator).mean()
+        return self.schedule.loss(model, x0, generator, t).mean()
 
     # ---- sampling
 

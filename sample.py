@@ -77,7 +77,7 @@ def flags():
     flag("--checkpoint", help="a run's folder, a model.pt or box (default: the newest run or box)")
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--out", help="folder (default: a new one in the run's samples/)")
-    flag("--animate", action="store_true", help="also animation.gif: images appear out of noise")
+    flag("--animate", action="store_true", help="also animation.gif: the estimate after each step")
     return parser
 
 

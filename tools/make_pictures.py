@@ -38,7 +38,7 @@ def draw_sources(folder, **counts):
     return torch.stack([load_image(paths[file], 128) for file in files])
 
 
-def animate(model, sources, steps=24):
+def animate(model, sources, steps=18):
     """samples.gif: a sample of each source appears out of noise, from seeds 0 on."""
     x0s = []
     seeds = list(range(len(sources)))

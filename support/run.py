@@ -28,6 +28,7 @@ from support.pictures import line_chart
 from support.ranks import all_ranks, rank
 
 SAVE_SECONDS = 300  # between two saves of the state
+HELD_OUT = ", held out"  # ends the name under which a stage's loss on held-out images is logged
 
 
 class Stopped(Exception):
@@ -113,14 +114,21 @@ class Run:
         # The settings, and the log up to the saved step.
         if self.writes:
             write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
-            rows = [row for row in self.rows() if row["stage"] in self.finished
-                    or row["step"] <= self.steps_done(row["stage"])]
+            rows = [row for row in self.rows() if self.is_done(row)]
             write_text_atomic(self.folder / "log.jsonl",
                               "".join(json.dumps(row) + "\n" for row in rows))
 
     def steps_done(self, stage):
         """The number of saved steps of a stage in progress."""
         return self.state["step"] if self.state and self.state["stage"] == stage else 0
+
+    def is_done(self, row):
+        """Whether a resumed run keeps this row of the log. What was measured on held-out images
+        after the saved step is measured again."""
+        stage = row["stage"].removesuffix(HELD_OUT)
+        is_repeated = stage != row["stage"] and row["step"] == self.steps_done(stage)
+        return stage in self.finished or (
+            row["step"] <= self.steps_done(stage) and not is_repeated)
 
     # ---- during a stage
 

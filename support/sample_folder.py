@@ -1,16 +1,19 @@
-"""What sample.py asks for, and what it writes: images/*.png, samples.csv, grid.png.
+"""What sample.py reads and asks for, and what it writes: images/*.png, samples.csv, grid.png,
+animation.gif.
 
 Ranks write images into it side by side; rank 0 writes the table, a round at a time, and the grid.
 The table names only files that are whole.
 """
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from support.command import UserError, user_errors
+from support.datasets import open_dataset
 from support.files import append_csv, make_folder
-from support.pictures import save_grid, save_pngs
+from support.pictures import draw_grid, save_gif, save_png, save_pngs
 from support.ranks import all_ranks, rank
 
 GRID_ROWS = 16
@@ -29,6 +32,33 @@ class Request:
     prompt: str = ""
     labels: dict = field(default_factory=dict)  # that the image inherits
     label_rule: str = ""   # from where
+
+
+def find_sources(paths, read):
+    """Files and folders -> paths, and a {column: label} for each, without unreadable ones."""
+    sources = []  # (path, labels)
+    for path in map(Path, paths):
+        if not path.is_dir():
+            sources.append((path, {}))
+            continue
+        images = open_dataset(path, None)
+        for i, source in enumerate(images.sources):
+            labels = {name: column[i] for name, column in images.columns.items() if column[i]}
+            sources.append((source, labels))
+
+    readable = []
+    problems = []
+    for source, labels in sources:
+        try:
+            read(source)
+            readable.append((source, labels))
+        except UserError as error:
+            problems.append(error)
+    if not readable:
+        raise problems[0]
+    if problems:
+        print(f"note: {len(problems)} of {len(sources)} sources left out, the first: {problems[0]}")
+    return zip(*readable)
 
 
 def read_training_tokens(folder, shape, most=50_000):
@@ -102,9 +132,10 @@ class SampleFolder:
         return [self.file(i), request.strategy, "|".join(map(str, request.sources)), weights,
                 request.prompt, request.seed, *self.settings.values(), rule, *labels]
 
-    def write_grid(self, read_sources, with_prompts):
+    def draw(self, images, read_sources, with_prompts):
         """The first rows as one picture, each behind its source; a second source ends its row.
 
+        images: index of a request -> image (3, H, W).
         read_sources: request -> list of at most two images (3, H, W).
         with_prompts: whether the words of its prompt stand before a row.
         """
@@ -113,9 +144,18 @@ class SampleFolder:
         for indices in list(self.rows.values())[:GRID_ROWS]:
             first = self.requests[indices[0]]
             sources = read_sources(first)
-            samples = [self.images[i] for i in indices]
+            samples = [images[i] for i in indices]
             rows.append(torch.stack([*sources[:1], *samples, *sources[1:]]))
             captions.append(first.prompt.rpartition(" image of ")[2])  # the part that differs
-        save_grid(self.folder / "grid.png", rows, captions if with_prompts else None)
+        return draw_grid(rows, captions if with_prompts else None)
+
+    def write_grid(self, read_sources, with_prompts, steps=()):
+        """grid.png, see `draw`; and animation.gif if there are steps: all requests' images
+        (N, 3, H, W) after each step, then grid.png."""
+        grid = self.draw(self.images, read_sources, with_prompts)
+        save_png(self.folder / "grid.png", grid)
+        frames = [self.draw(images, read_sources, with_prompts) for images in steps]
+        if frames:
+            save_gif(self.folder / "animation.gif", [*frames, grid])
         if len(self.rows) > GRID_ROWS:
             print(f"grid.png shows the first {GRID_ROWS} of {len(self.rows)} sources or prompts")

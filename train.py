@@ -43,8 +43,9 @@ from support.command import (Help, UserError, autocast_dtype, number, pick_devic
                              user_errors)
 from support.fast import compile_blocks
 from support.files import load_checkpoint, resolve_checkpoint, write_csv
+from support.held_out import HeldOut, draw_held_out
 from support.outliers import drop_outliers
-from support.pictures import line_chart, save_grid
+from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)
 from support.run import HELD_OUT, Run, Stopped, print_end, print_start, resume_flags
@@ -508,7 +509,10 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
         ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
         steps = preset.unet_steps
         previews = {max(1, steps * k // preset.previews) for k in range(1, preset.previews + 1)}
-        held_out = HeldOut(model, dataset, labels, seed) if len(dataset.test) else None
+        held_out = None
+        if len(dataset.test):
+            indices = draw_held_out(dataset.test, seed)
+            held_out = HeldOut(model, *conditions_of(model, dataset, labels, indices), seed)
         for upto in sorted(previews) if steps else []:
             if upto < run.steps_done("unet"):
                 continue
@@ -541,60 +545,6 @@ def conditions_of(model, dataset, labels, indices):
     prompt_of = prompt_numbers(model.config.labels, labels, model.config.clusters, cluster)
     ids = model.prompt_ids([model.prompts[k] for k in prompt_of])
     return real, tokens, ids.to(real.device)
-
-
-class HeldOut:
-    """At most 64 held-out images, whose loss tells whether a run overfits."""
-
-    def __init__(self, model, dataset, labels, seed, most=64):
-        self.seed = step_seed(seed, "held out")
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(dataset.test), generator=generator)
-        indices = dataset.test[order[:most]]
-        real, self.tokens, self.condition = conditions_of(model, dataset, labels, indices)
-        self.mean, self.std = model.posterior(real)
-
-    @torch.no_grad()
-    def loss(self, model, low, high):
-        """The training loss at timesteps evenly from low to high, with noise of a fixed seed."""
-        generator = torch.Generator(self.mean.device).manual_seed(self.seed)
-        t = torch.linspace(low, high, len(self.mean), device=self.mean.device).long()
-        total = 0.0
-        for rows in torch.arange(len(t)).split(16):
-            condition = None if self.condition is None else self.condition[rows]
-            loss = model.loss(self.mean[rows], self.std[rows], condition, generator, t[rows])
-            total += loss.item() * len(rows) / len(t)
-        return total
-
-    def share_near(self, model, cache, samples):
-        """Share of the sampled images that are nearer to a training image, by their tokens, than
-        99 % of the held-out images are: about 0.01 if they are no copies."""
-        queries = torch.cat([model.embed(samples), self.tokens]).flatten(1)
-        nearest = queries.new_full((len(queries),), math.inf)
-        for rows in np.array_split(cache.tokens, math.ceil(len(cache.tokens) / 1024)):
-            tokens = torch.from_numpy(np.array(rows)).to(queries.device)
-            distances = torch.cdist(queries, model.standardise(tokens).flatten(1))
-            nearest = torch.minimum(nearest, distances.amin(1))
-        limit = nearest[len(samples):].quantile(0.01)
-        return (nearest[:len(samples)] < limit).float().mean().item()
-
-    def measure(self, run, model, cache, samples, step, is_last):
-        """Print and log the loss and the share; at the end, the loss by noise level too."""
-        last = model.schedule.num_train_timesteps - 1
-        row = {"stage": "unet" + HELD_OUT, "step": step, "loss": self.loss(model, 0, last)}
-        text = f"held-out loss {row['loss']:.4f} at step {step}"
-        if model.config.vit:  # else samples have no tokens
-            row["near"] = self.share_near(model, cache, samples)
-            text += f"; samples nearer to a training image than held-out ones: {row['near']:.0%}"
-        if is_last:
-            width = (last + 1) // 10
-            row["levels"] = [self.loss(model, low, low + width - 1)
-                             for low in range(0, 10 * width, width)]
-            middles = [low + width / 2 for low in range(0, 10 * width, width)]
-            line_chart(run.folder / "noise_levels.png", {row["stage"]: (middles, row["levels"])},
-                       "loss by noise level", "timestep", "loss")
-        run.log(**row)
-        print(text)
 
 
 def preview(run, model, dataset, labels, step, refined=False):

@@ -117,6 +117,11 @@ def test_previews_change_nothing(finished, tmp_path):
     assert rows[-1] == held_out_rows(finished)[-1]
 
 
+def held_out_of(model, images, training, test):
+    dataset = TrainingSet(images, training, test)
+    return train.HeldOut(model, *train.conditions_of(model, dataset, None, test), seed=0)
+
+
 def test_held_out_loss_is_that_of_unseen_images_at_all_timesteps(finished):
     """The same at every call. A U-Net that answers 0 has the loss a_t + (1 - a_t) E[x0^2] of the
     held-out images, over all timesteps and in each tenth of them (4 % for chance)."""
@@ -125,8 +130,7 @@ def test_held_out_loss_is_that_of_unseen_images_at_all_timesteps(finished):
     torch.nn.init.zeros_(model.unet.conv_out.bias)
     model.scale.mul_(2)  # so that E[x0^2] is far from 1
     images = open_dataset("phantoms", 32, count=40)
-    held_out = train.HeldOut(model, TrainingSet(images, torch.arange(20), torch.arange(20, 40)),
-                             None, seed=0)
+    held_out = held_out_of(model, images, torch.arange(20), torch.arange(20, 40))
     mean, std = model.posterior(images.batch(range(20, 40)))
     power = (((mean - model.shift).square() + std ** 2) * model.scale ** 2).mean()
     assert power > 2
@@ -145,7 +149,7 @@ def test_samples_that_are_copies_are_counted(finished):
     split = {r["file"]: r["split"] for r in csv.DictReader(open(finished / "split.csv"))}
     parts = {part: torch.tensor([i for i, file in enumerate(images.files) if split[file] == part])
              for part in ("train", "test")}
-    held_out = train.HeldOut(model, TrainingSet(images, parts["train"], parts["test"]), None, 0)
+    held_out = held_out_of(model, images, parts["train"], parts["test"])
     cache = Latents(finished / "cache")
     assert held_out.share_near(model, cache, images.batch(parts["train"][:8])) == 1
     assert held_out.share_near(model, cache, images.batch(parts["test"])) < 0.5

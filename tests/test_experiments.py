@@ -1,7 +1,6 @@
 """experiments/: the front door and what they share; then each against stand-ins with known answers.
 """
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +10,9 @@ from torch import nn
 
 from evaluate import RandomFeatures
 from experiments import __main__ as front_door
-from experiments import common, privacy, probe
-from experiments.common import OpenedRun, binary_labels
-from experiments.privacy import pixel_distances, read_samples, share_below, token_distances
+from experiments import common, privacy
+from experiments.common import OpenedRun
+from experiments.privacy import open_samples, pixel_distances, share_below, token_distances
 from experiments.resemble import first_share, resemblance
 from support.command import UserError
 from support.datasets import ImageSet, open_dataset
@@ -45,27 +44,32 @@ def test_every_experiment_has_its_own_help(name, capsys):
     assert f"python -m experiments {name}" in capsys.readouterr().out
 
 
-def test_labels_for_the_probe():
+def read_labels(columns, names, parts, least):
+    """common.read_labels of a set with these columns; parts: of training and held-out images."""
+    count = len(columns["finding"])
+    images = ImageSet("table", "", 8, [f"{i}.png" for i in range(count)], columns)
+    rows = torch.arange(count)
+    return common.read_labels(images, names, rows[:parts], rows[parts:], least)
+
+
+def test_labels():
     """0/1 columns are one label, lists are cut at |, and rare values are left out."""
     columns = {"nodule": ["0", "1"] * 50, "finding": ["A|B", "B", "C|A", "D"] * 25}
-    parts = np.arange(60), np.arange(60, 100)
-    names, train, test = binary_labels(columns, ["nodule", "finding"], *parts, least=15)
-    assert names == ["nodule", "A", "B"] and train.shape == (60, 3) and test.shape == (40, 3)
-    assert train[:4, 1].tolist() == [1, 0, 1, 0] and train[:4, 2].tolist() == [1, 1, 0, 0]
+    names, train, test, labels = read_labels(columns, ["nodule", "finding"], 60, least=15)
+    assert names == ["nodule", "A", "B"] and len(train) == 60 and len(test) == 40
+    assert labels[:4, 1].tolist() == [1, 0, 1, 0] and labels[:4, 2].tolist() == [1, 1, 0, 0]
     with pytest.raises(UserError, match="no label of finding"):
-        binary_labels(columns, ["finding"], *parts, least=40)
+        read_labels(columns, None, 60, least=40)
 
 
 def test_images_without_a_sure_label_are_left_out(capsys):
     """An uncertain answer and an empty cell are unknown."""
-    columns = {"nodule": ["1", "0", "-1", "", "1.0", "1"], "finding": ["A", "", "A", "B", "A", "A"]}
-    images = ImageSet("six", "", 8, list("abcdef"), columns)
-    train, test = common.with_known_labels(images, ["nodule", "finding"], torch.arange(3),
-                                           torch.arange(3, 6))
-    assert train.tolist() == [0] and test.tolist() == [4, 5]
-    assert "training images without a label, left out: 2" in capsys.readouterr().out
+    columns = {"nodule": ["1", "0", "-1", "", "1.0", "0"], "finding": ["A", "A", "", "B", "A", "A"]}
+    _, train, test, _ = read_labels(columns, ["nodule"], 3, least=1)
+    assert train.tolist() == [0, 1] and test.tolist() == [4, 5]
+    assert "left out: 1 for training, 1 held out" in capsys.readouterr().out
     with pytest.raises(UserError, match="no column 'nothing'"):
-        common.with_known_labels(images, ["nothing"], torch.arange(3), torch.arange(3, 6))
+        read_labels(columns, ["nothing"], 3, least=1)
 
 
 def ask(name, run, *arguments):
@@ -95,15 +99,13 @@ def test_a_run_is_opened_whole(labelled_run, tmp_path):
         common.open_run(args, tmp_path)
 
 
-def test_probe_command(labelled_run, capsys, monkeypatch):
+def test_probe_command(labelled_run):
     """A row for the embedder, each set of random weights, and pixels; AUCs of each label."""
-    monkeypatch.setattr(probe, "binary_labels", partial(binary_labels, least=5))  # of 60 images
-    table = ask("probe", labelled_run, "--seeds", "0", "--label-column", "kind")
+    table = ask("probe", labelled_run, "--seeds", "0", "--label-column", "kind", "--least", "5")
     assert list(table) == ["embedder", "random weights, seed 0", "16x16 grey pixels"]
     for row in table.values():
-        assert 0 <= row["interval"][0] <= row["mean"] <= row["interval"][1] <= 1
-        assert row["mean"] == pytest.approx(np.mean(list(row["labels"].values())))
-    assert "95 %" in capsys.readouterr().out
+        assert 0 <= row["95 %"][0] <= row["mean"] <= row["95 %"][1] <= 1
+        assert row["mean"] == pytest.approx((row["even"] + row["odd"]) / 2)
 
 
 def test_resemble_command(labelled_run):
@@ -205,14 +207,11 @@ def test_sources_of_samples(chests, split, tmp_path):
             ("interpolate", "41.png|a/7.png"), ("reconstruct", "other.png"),
             ("prototype", "prototype 0 of 2")]
     write_samples(tmp_path, chests[:5], rows)
-    samples, sources = read_samples(tmp_path, split[0])
+    samples, sources = open_samples(tmp_path, split[0])
     assert sources == [[3], [], [41, 7], [], []] and samples.files == [f"{i}.png" for i in range(5)]
     save_png(tmp_path / "images" / "unknown.png", chests[0])
-    with pytest.raises(UserError, match="names no source for 1 images.*unknown.png"):
-        read_samples(tmp_path, split[0])
-    (tmp_path / "samples.csv").unlink()
-    with pytest.raises(UserError, match="names no source for 6 images"):
-        read_samples(tmp_path, split[0])
+    with pytest.raises(UserError, match="samples.csv does not list unknown.png"):
+        open_samples(tmp_path, split[0])
 
 
 def test_distances():

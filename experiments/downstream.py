@@ -175,13 +175,15 @@ def main(args):
     def reconstruct(rows, rows_labels):
         """R reconstructions of each row, with its label: (images, labels)."""
         missing = [row for row in rows if row not in made]
-        status = StatusLine(len(missing), "images reconstructed")
-        for done, row in enumerate(missing, start=1):
-            seeds = [step_seed("downstream", row, k) for k in range(args.ratio)]
-            made[row] = shrink(model.sample(tokens[row].repeat(args.ratio, 1, 1), seeds,
-                                            args.sample_steps, batch=args.batch,
-                                            dtype=autocast_dtype(device)))
-            status.update(done, images=args.ratio)
+        status = StatusLine(len(made) + len(missing), "images reconstructed", len(made))
+        at_once = max(1, args.batch // args.ratio)
+        for first in range(0, len(missing), at_once):
+            part = missing[first:first + at_once]
+            seeds = [step_seed("downstream", row, k) for row in part for k in range(args.ratio)]
+            x = model.sample(tokens[part].repeat_interleave(args.ratio, dim=0), seeds,
+                             args.sample_steps, batch=args.batch, dtype=autocast_dtype(device))
+            made.update(zip(part, np.split(shrink(x), len(part))))
+            status.update(len(made), images=len(x))
         status.close()
         return (np.concatenate([made[row] for row in rows]),
                 np.repeat(rows_labels, args.ratio, axis=0))

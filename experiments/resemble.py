@@ -2,10 +2,10 @@
 
 Held-out images are the sources; one sample is made from each with every seed. A sample should
 correlate with its source more than with other images, and a search over all sources should find the
-source first (chance: 1 / N); as a set, samples should be as near to the training images as unseen
+source first (chance: 1 / N). As a set, samples should be as near to the training images as unseen
 real images are (the floor). Distances use a random network's features, never those that condition.
-Beside them: reconstructions of the autoencoder, and a slight blur. Sharpness is the variance of the
-Laplacian, relative to real images.
+Beside them stand reconstructions of the autoencoder, and a slight blur. Sharpness is the variance
+of the Laplacian, relative to real images.
 
 Writes resemble.json and resemble.png into the run's folder.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate import (RandomFeatures, brightness, correlations, describe, frechet_distance,
-                      grey_values, off_diagonal_mean, psnr, sharpness)
+from evaluate import (RandomFeatures, correlations, describe, frechet_distance, off_diagonal_mean,
+                      psnr, sharpness)
 from experiments.common import add_run_flags, batches_of, open_run
 from support.command import UserError, number, print_table, user_errors
 from support.files import write_json
@@ -34,33 +34,28 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
     seed. Distances are of the judge's features to the training images.
     """
     device = next(model.buffers()).device
-    train_features, train_pixels = describe(training, judge, device)
-    sharpness_of_real = sharpness(sources).mean()
+    train_features, _ = describe(training, judge, device)
 
     def in_batches(function, images):
         return torch.cat([function(x.to(device)).cpu() for x in images.split(batch)])
 
     def describe_set(images):
-        """Pixel rows of a set of images, and how it relates to the training images."""
+        """Pixel rows of a set of images, and their distance to the training images."""
         features, pixels = describe(images.split(batch), judge, device)
-        best = correlations(pixels, train_pixels).amax(dim=1).mean().item()
-        figures = {"Frechet to training": frechet_distance(features, train_features),
-                   "sharpness / real": (sharpness(images).mean() / sharpness_of_real).item(),
-                   "best correlation with a training image": best}
-        spread = brightness(grey_values(images))
-        return pixels, figures | {f"brightness {name}": x for name, x in spread.items()}
+        return pixels, frechet_distance(features, train_features)
 
     # References: real images, the autoencoder, a blur.
     tokens = in_batches(model.embed, sources)
     reconstructed = in_batches(lambda x: model.decode(model.encode(x)), sources)
     blurred = F.avg_pool2d(F.pad(sources, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-    source_pixels, reference = describe_set(sources)
-    floor = reference["Frechet to training"]
-    reference["correlation with other sources"] = off_diagonal_mean(
-        correlations(source_pixels, source_pixels))
-    reference["VAE PSNR, dB"] = psnr(sources, reconstructed)
-    for name, images in (("VAE reconstructions", reconstructed), ("3x3-blurred real", blurred)):
-        reference[f"Frechet of {name}"] = describe_set(images)[1]["Frechet to training"]
+    source_pixels, floor = describe_set(sources)
+    reference = {
+        "Frechet to training": floor,
+        "Frechet of VAE reconstructions": describe_set(reconstructed)[1],
+        "Frechet of 3x3-blurred real": describe_set(blurred)[1],
+        "VAE PSNR, dB": psnr(sources, reconstructed),
+        "correlation with other sources": off_diagonal_mean(
+            correlations(source_pixels, source_pixels))}
 
     # Samples.
     results = []
@@ -70,7 +65,7 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
         noise_seeds = [seed * 1_000_003 + i for i in range(len(sources))]
         samples = model.sample(condition, noise_seeds, guidance_scale=guidance_scale, batch=batch,
                                refine=refine).cpu()
-        pixels, figures = describe_set(samples)
+        pixels, distance = describe_set(samples)
         by_pixels = correlations(pixels, source_pixels)  # (N, N)
         again = F.normalize(in_batches(model.embed, samples).flatten(1), dim=1)
         by_tokens = again @ F.normalize(tokens.flatten(1), dim=1).T  # (N, N)
@@ -79,8 +74,9 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
             "correlation with other sources": off_diagonal_mean(by_pixels),
             "own source first, by pixels": first_share(by_pixels),
             "own source first, by the model's own tokens": first_share(by_tokens),
-            **figures,
-            "Frechet, times the real floor": figures["Frechet to training"] / floor})
+            "Frechet to training": distance,
+            "Frechet, times the real floor": distance / floor,
+            "sharpness / real": (sharpness(samples).mean() / sharpness(sources).mean()).item()})
         pictures.append(samples[:8])
     return reference, results, pictures
 

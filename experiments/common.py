@@ -78,8 +78,7 @@ def open_run(args, checkpoint=None):
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
                         "2 of each are needed", "train with a larger --holdout")
-    print(f"{path}: {images.note}; held-out images are sources, {model.config.tokens} tokens, "
-          f"condition {model.config.condition}")
+    print(f"{path}: {images.note}")
     return OpenedRun(path.parent, model, flags, images, choose(train, args.train_limit),
                      choose(test, args.count))
 

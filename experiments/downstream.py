@@ -15,16 +15,15 @@ CNN is trained on each arm and tested on real images of other patients:
     pseudo-labels, synthetic    the same, and R reconstructions of each of these images
 
 All arms of a pool start from the same weights and take the same number of steps. The baseline is
-that ridge regression, which needs neither a generator nor a CNN; with all training labels it shows
-what is left to gain.
+that ridge regression, without a CNN; with all training labels it shows what is left to gain.
 
 Intervals come from the paired t test over pools. Without --folds all pools are tested on the same
-held-out images. With --folds K, pool p is tested on fold p % K of all labelled images, so that the
-interval includes the choice of test images; the model may then have seen test images, unlabelled.
+held-out images. With --folds K, pool p is tested on fold p % K of all labelled images; the model
+may then have seen test images, without labels.
 
-Sources: DiNO-Diffusion (2024) for pools and ratios; RoentGen-v2 for "synthetic first". The network,
-the controls and the baseline are ours. Writes downstream.json and downstream.png (images above
-their reconstructions) into the run's folder.
+Sources: DiNO-Diffusion (2024) for pools and ratios; RoentGen-v2 for "synthetic first". The rest is
+ours. Writes downstream.json and downstream.png (images above their reconstructions) into the run's
+folder.
 """
 import numpy as np
 import torch

@@ -26,11 +26,6 @@ def token_distances(a, b):
     return torch.cdist(a, b, compute_mode=exact) / a.shape[1] ** 0.5
 
 
-def pixel_distances(a, b):
-    """1 - correlation of each row of (N, P) and each of (M, P): (N, M)."""
-    return 1 - correlations(a, b)
-
-
 def share_below(held_out, x):
     """Share of distances x (M,) below the 1st percentile of held_out (N,): 0.01 if alike."""
     return (x < np.quantile(held_out, 0.01)).mean().item()
@@ -94,9 +89,10 @@ def main(args):
         is_source = torch.stack([torch.isin(run.train, torch.tensor(row, dtype=torch.int64))
                                  for row in sources])  # (M, N)
         queries = features_of(images, indices)
-        measures = zip(tables, (token_distances, pixel_distances), queries, training)
-        for space, distances, a, b in measures:
-            nearest = distances(a, b).masked_fill(is_source, torch.inf).min(dim=1)
+        distances = {"tokens": token_distances(queries[0], training[0]),
+                     "pixels": 1 - correlations(queries[1], training[1])}
+        for space, x in distances.items():
+            nearest = x.masked_fill(is_source, torch.inf).min(dim=1)
             x = nearest.values.numpy()
             tables[space][name] = summarise(x, held_out.setdefault(space, x), rng)
 

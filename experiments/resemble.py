@@ -27,7 +27,7 @@ def first_share(similarity):
     return (similarity.diagonal() > others).double().mean().item()
 
 
-def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refine=True, batch=64):
+def resemblance(model, sources, training, seeds, judge, refine=True, batch=64):
     """The figures: (dict of references, list of one dict per seed, rows of pictures).
 
     sources (N, 3, H, W) held out; training: iterator of image batches. One sample per source and
@@ -63,8 +63,7 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
     condition = None if model.config.condition == "none" else tokens
     for seed in seeds:
         noise_seeds = [seed * 1_000_003 + i for i in range(len(sources))]
-        samples = model.sample(condition, noise_seeds, guidance_scale=guidance_scale, batch=batch,
-                               refine=refine).cpu()
+        samples = model.sample(condition, noise_seeds, batch=batch, refine=refine).cpu()
         pixels, distance = describe_set(samples)
         by_pixels = correlations(pixels, source_pixels)  # (N, N)
         again = F.normalize(in_batches(model.embed, samples).flatten(1), dim=1)
@@ -85,7 +84,6 @@ def add_flags(parser):
     add_run_flags(parser, count=256, train_limit=2000)
     add = parser.add_argument
     add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="of the samples")
-    add("--guidance-scale", type=number(float, 0), default=1.0, help="1.0 = off")
     add("--no-refine", action="store_true", help="the decoder alone")
 
 
@@ -100,12 +98,11 @@ def main(args):
     training = batches_of(run.images, run.train, args.batch)
     with user_errors():
         reference, results, pictures = resemblance(model, sources, training, args.seeds, judge,
-                                                   args.guidance_scale, not args.no_refine,
-                                                   args.batch)
+                                                   not args.no_refine, args.batch)
 
     # A column for real images, then the mean and the deviation over the seeds.
     print(f"{len(sources)} held-out sources, one sample each for {len(results)} seeds; "
-          f"{len(run.train)} training images; guidance {args.guidance_scale:g}")
+          f"{len(run.train)} training images")
     table = {name: {"real": value} for name, value in reference.items()}
     summary = {}
     for name in results[0]:
@@ -121,6 +118,5 @@ def main(args):
     print(f"wrote {run.folder / 'resemble.png'}")
     write_json(run.folder / "resemble.json", {
         "sources": len(sources), "training_images": len(run.train), "refined": not args.no_refine,
-        "guidance_scale": args.guidance_scale, "tokens": model.config.tokens,
-        "data": run.flags["data"], "real": reference, "summary": summary,
+        "real": reference, "summary": summary,
         "seeds": dict(zip(map(str, args.seeds), results))})

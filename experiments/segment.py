@@ -255,12 +255,11 @@ def masks_by_kmeans(model, args, training, images):
 def known_masks(images, indices):
     """(those of the indices that have a mask, their masks (N, side, side) bool)."""
     masks = {i: images.mask(i) for i in indices.tolist() if images.masks.get("masks")}
-    masks = {i: mask.bool() for i, mask in masks.items() if mask is not None}
-    blank = sum(bool(mask.all() or not mask.any()) for mask in masks.values())
-    if blank or len(masks) < 2:
-        raise UserError(f"{len(masks)} of {len(indices)} images have masks, {blank} of them of one "
-                        "colour", "2 that show lungs are needed, in training and held out",
-                        "put one for each image into masks/ beside the images")
+    masks = {i: mask.bool() for i, mask in masks.items() if mask is not None and mask.any()}
+    if len(masks) < 2:
+        raise UserError(f"{len(masks)} of {len(indices)} images have a mask that is not empty",
+                        "2 are needed, in training and held out", "put them into masks/ beside "
+                        "the images")
     return [*masks], torch.cat([*masks.values()])
 
 

@@ -49,7 +49,7 @@ class Labelled(Dataset):
 
 def strong_augment(images, generator):
     """Augment images (B, 3, H, W) in [-1, 1]: rotation up to 15 degrees, scale 15 %, shift 10 %,
-    gamma 0.7 to 1.4, contrast 30 %, brightness 10 %, noise."""
+    gamma 0.7 to 1.4, contrast 30 %, brightness 10 %."""
     B = len(images)
     draw = 2 * torch.rand(7, B, generator=generator, device=images.device) - 1  # in [-1, 1]
 
@@ -62,13 +62,12 @@ def strong_augment(images, generator):
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     x = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
-    # Grey values and noise.
+    # Grey values.
     gamma = 1.4 ** draw[4].view(B, 1, 1, 1)
     contrast = 1 + 0.3 * draw[5].view(B, 1, 1, 1)
     brightness = 0.2 * draw[6].view(B, 1, 1, 1)
     x = contrast * (2 * ((x.clamp(-1, 1) + 1) / 2) ** gamma - 1) + brightness
-    noise = torch.randn(B, 1, *x.shape[2:], generator=generator, device=x.device)
-    return (x + 0.05 * noise).clamp(-1, 1)
+    return x.clamp(-1, 1)
 
 
 class SmallCNN(nn.Sequential):

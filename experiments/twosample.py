@@ -4,9 +4,9 @@ A small CNN is trained to separate equal numbers of both, and tested on images o
 An AUC of 0.5 means that it cannot tell them apart, 1 that it always can. REAL is a folder, or a run
 (its held-out images).
 
-A synthetic image belongs to the patients of its sources, if samples.csv names them. It is left out
-if its sources are in both halves. Each seed draws new halves and initial weights. Writes
-SYNTHETIC/twosample.json.
+All images are resized to the run's side, or to that of the first real image. A synthetic image
+belongs to the patients of its sources, if samples.csv names them. It is left out if its sources are
+in both halves. Each seed draws new halves and initial weights. Writes SYNTHETIC/twosample.json.
 """
 from pathlib import Path
 
@@ -36,7 +36,6 @@ def add_flags(parser):
     add("real", help="a run (its held-out images), or a folder")
     add("synthetic", help="a folder, e.g. of a run's samples")
     add_run_flags(parser)
-    add("--size", type=number(int, 1), help="resize to this side (default: keep the size)")
     add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="of halves and networks")
     add("--cnn-steps", type=number(int, 1), default=600, help="steps of the small CNN")
 
@@ -47,17 +46,14 @@ def main(args):
         run = open_run(args, args.real)
         real, real_indices = run.images, run.test
     else:
-        real = open_dataset(args.real, args.size)
+        size = open_dataset(args.real, None)[0].shape[-1]
+        real = open_dataset(args.real, size)
         real_indices = choose(range(len(real)), args.count)
-    synthetic = open_dataset(args.synthetic, args.size or real.size)
+    synthetic = open_dataset(args.synthetic, real.size)
     indices = choose(range(len(synthetic)), args.count)
     count = min(len(real_indices), len(indices))
     real_indices = real_indices[:count].tolist()
     indices = indices[:count].tolist()
-    sides = {real[i].shape[-1] for i in real_indices} | {synthetic[i].shape[-1] for i in indices}
-    if len(sides) > 1:
-        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed",
-                        f"pass --size {min(sides)}")
 
     # The patients of each image; a synthetic one without known sources is its own patient.
     groups = real.groups or real.files
@@ -65,7 +61,7 @@ def main(args):
     sources = read_sources(args.synthetic, synthetic)
     patients = [{groups[i]} for i in real_indices]
     for i in indices:
-        known = {patient_of[stem] for stem in sources[i] or () if stem in patient_of}
+        known = {patient_of[name] for name in sources[i] or () if name in patient_of}
         patients.append(known or {f"sample {i}"})
 
     # Synthetic images have label 1.

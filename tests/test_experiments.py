@@ -12,7 +12,7 @@ from evaluate import RandomFeatures
 from experiments import __main__ as front_door
 from experiments import common, privacy
 from experiments.common import OpenedRun
-from experiments.privacy import open_samples, pixel_distances, share_below, token_distances
+from experiments.privacy import open_samples, share_below, token_distances
 from experiments.resemble import first_share, resemblance
 from support.command import UserError
 from support.datasets import ImageSet, open_dataset
@@ -158,7 +158,7 @@ class Copier(nn.Module):
     def embed(self, x):
         return nn.functional.adaptive_avg_pool2d(x, 8).flatten(2)
 
-    def sample(self, tokens, seeds, guidance_scale, batch, refine):
+    def sample(self, tokens, seeds, batch, refine):
         if tokens is None:
             tokens = torch.stack([normal(3, 64, seed=s).float() for s in seeds])
         return nn.functional.interpolate(tokens.view(-1, 3, 8, 8), size=64, mode="bilinear")
@@ -219,8 +219,6 @@ def test_distances():
     a, b = normal(7, 5), normal(9, 5, seed=1)
     want = (a[:, None] - b).square().mean(dim=2).sqrt()
     assert torch.allclose(token_distances(a, b), want, atol=1e-12)
-    want = 1 - np.corrcoef(a.numpy(), b.numpy())[:7, 7:]
-    assert np.allclose(pixel_distances(a, b).numpy(), want, atol=1e-12)
     held_out = np.arange(1000.0)
     assert share_below(held_out, held_out) == 0.01 and share_below(held_out, held_out + 500) == 0
     assert share_below(held_out, np.zeros(3)) == 1

@@ -168,8 +168,7 @@ def test_command(command, chests, tmp_path, capsys):
 
 def test_masks_that_cannot_serve(command, chests):
     """No masks, and masks that show nothing, are refused."""
-    for masks, words in (([torch.zeros(1, 32, 32)] * 18, "8 of 8 images have masks, 8 of them of"),
-                         (None, "0 of 8 images have masks")):
+    for masks in None, [torch.zeros(1, 32, 32)] * 18:
         chests.masks["masks"] = masks
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match="0 of 8 images have a mask that is not empty"):
             command()

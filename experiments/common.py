@@ -30,14 +30,14 @@ class OpenedRun:
 
 
 def add_run_flags(parser, count=5000, train_limit=None):
-    """Add the flags that open_run reads, which mean the same in every experiment."""
+    """Add the flags that open_run reads; they mean the same in every experiment."""
     add = parser.add_argument
     add("--checkpoint", help="run folder, model.pt or box (default: the newest run, else the box)")
     add("--data", help="where the run's images are now (default: as trained)")
     add("--batch", type=number(int, 1), default=64, help="images at once")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--count", type=number(int, 1), default=count,
-        help="at most this many images: held out, or of each set")
+        help="at most this many held-out images, or images of each set")
     add("--train-limit", type=number(int, 1), default=train_limit,
         help="at most this many training images")
 

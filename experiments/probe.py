@@ -1,7 +1,7 @@
 """What can a linear model read from the embedder's tokens?
 
-Ridge regression on the tokens of training images, tested on held-out images. It prints the AUC of
-each label, next to that of the same network with random weights and of 16x16 raw pixels. A sample
+Ridge regression on the tokens of training images, tested on held-out images. Prints the AUC of each
+label, next to those of the same network with random weights and of 16x16 raw pixels. A sample
 cannot follow its source in anything that the tokens do not encode.
 
 Writes probe.json into the run's folder.

@@ -20,7 +20,6 @@ exposure.
 Prints Dice on held-out images after each step. Writes segment.json and segment.png (truth green,
 ours red) into the run's folder.
 """
-import copy
 import math
 
 import numpy as np
@@ -35,7 +34,6 @@ from support.command import UserError, number, print_table, user_errors
 from support.fast import attention_weights
 from support.files import write_json
 from support.pictures import save_grid
-from unet import UNet
 
 SEEDS = ((-0.4, -0.15), (0.4, -0.15))  # x, y in [-1, 1]: the middle of either lung, in most chests
 THRESHOLDS = [x / 100 for x in range(30, 62, 2)]  # of the score; 0.5 is halfway between clusters
@@ -221,7 +219,7 @@ def masks_by_kmeans(model, args, training, images):
     A K is missing if none or all of its clusters are lung.
     """
     features, own_features = (
-        torch.cat([decoder_features(model, x.to(model.shift.device), args.timestep, args.seed)
+        torch.cat([decoder_features(model, x.to(model.shift.device), seed=args.seed)
                    for x in part.split(args.batch)]).cpu() for part in (training, images))
     grey, own_grey = ((part.mean(1) + 1) / 2 for part in (training, images))
 
@@ -273,9 +271,8 @@ def add_flags(parser):
     add = parser.add_argument
     add("--fit", type=number(int, 1), default=150, help="training images of K-means at most")
     add("--clusters", type=number(int, 2), nargs="+", default=[6, 8, 10], help="K, each tried")
-    add("--timestep", type=number(int, 0, 999), default=150, help="of the features")
     add("--threshold", type=number(float, 0), default=0.03, help="KL of DiffSeg, nats (paper: 0.9)")
-    add("--seed", type=number(int, 0), default=0, help="of noise, K-means, the untrained U-Net")
+    add("--seed", type=number(int, 0), default=0, help="of noise and K-means")
 
 
 def main(args):
@@ -298,13 +295,8 @@ def main(args):
     rows = {name: masks for _, _, steps in by_k.values() for name, masks in steps.items()}
     rows[f"K by edges: {best}"] = ours
 
-    # The paper's way, and floors.
+    # The paper's way, and the floor: one mask for all.
     rows["DiffSeg"] = masks_by_diffseg(run.model, args, images)
-    untrained = copy.deepcopy(run.model)
-    torch.manual_seed(args.seed)
-    untrained.unet = UNet(run.model.config.unet).to(run.model.shift.device).eval()
-    for _, _, steps in masks_by_kmeans(untrained, args, training, images).values():
-        rows |= {f"floor, untrained U-Net, {step}": masks for step, masks in steps.items()}
     rows["floor, mean of training masks"] = (training_masks.float().mean(0) >= 0.5).expand_as(truth)
 
     table = {}

@@ -223,6 +223,12 @@ def masks_by_kmeans(model, args, training, images):
                    for x in part.split(args.batch)]).cpu() for part in (training, images))
     grey, own_grey = ((part.mean(1) + 1) / 2 for part in (training, images))
 
+    # The 48 directions in which features vary most: K-means is fast there, and more stable in K.
+    points = features.transpose(0, 1).flatten(1)                  # (D, B*h*w), of mean 0
+    axes = torch.linalg.eigh(points @ points.T)[1][:, -48:]
+    features, own_features = (torch.einsum("bdhw,dc->bchw", x, axes)
+                              for x in (features, own_features))
+
     results = {}
     for k in args.clusters:
         with user_errors():

@@ -1,7 +1,7 @@
 """What experiments share: a trained run with its data and flags, and a fixed choice of images.
 
     add_run_flags(parser)               # --checkpoint --data --batch --device --count --train-limit
-    run = open_run(args)                # .folder .model .flags .images .train .test
+    run = open_run(args)                # .folder .model .images .train .test
     for x in batches_of(run.images, run.test, args.batch): ...   # (B, 3, H, W) in [-1, 1]
 """
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ class OpenedRun:
     """A trained model with the images it was trained on, and those it has never seen."""
     folder: Path
     model: DinoDiffusion  # on the device, in eval mode
-    flags: dict  # of its training
     images: ImageSet
     train: torch.Tensor  # indices of at most --train-limit training images, int64, shuffled
     test: torch.Tensor  # indices of at most --count held-out images, int64, shuffled
@@ -79,7 +78,7 @@ def open_run(args, checkpoint=None):
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
                         "2 of each are needed", "train with a larger --holdout")
     print(f"{path}: {images.note}")
-    return OpenedRun(path.parent, model, flags, images, choose(train, args.train_limit),
+    return OpenedRun(path.parent, model, images, choose(train, args.train_limit),
                      choose(test, args.count))
 
 

@@ -196,7 +196,7 @@ def main(args):
         print(f"pool {pool_seed}: {len(pool)} images of {len({groups[i] for i in pool})} "
               f"patients; {counts}")
 
-        # The linear baseline, and the labels that it gives to the unlabelled images.
+        # The linear baseline, and the labels that it gives the unlabelled images.
         aucs.setdefault("ridge on tokens", []).append(mean_auc(
             labels[test], ridge_scores(features[pool], labels[pool], features[test])))
         aucs.setdefault("ridge, all labels", []).append(mean_auc(

@@ -86,7 +86,7 @@ def test_a_run_is_opened_whole(labelled_run, tmp_path):
     """Model, flags and both parts of the data, at most as many as asked for, always the same."""
     args = run_flags(labelled_run)
     run = common.open_run(args)
-    assert run.folder == labelled_run and run.flags["seed"] == 0
+    assert run.folder == labelled_run
     assert not run.model.training and len(run.images) == 60 and len(run.test) == 5
     assert set(run.train.tolist()).isdisjoint(run.test.tolist())
     assert torch.equal(run.test, common.open_run(args).test)
@@ -228,7 +228,7 @@ def test_privacy_finds_copies(chests, split, tmp_path, monkeypatch):
     """Copies of a training image are found unless it is their source; others look like real."""
     images, train, test = split
     run = tmp_path / "run"
-    opened = OpenedRun(run, Copier(), {}, images, train, test)
+    opened = OpenedRun(run, Copier(), images, train, test)
     monkeypatch.setattr(privacy, "open_run", lambda args: opened)
     sets = {"declared": range(20), "held": range(40, 60), "stolen": range(10)}
     for name, indices in sets.items():

@@ -138,7 +138,7 @@ def command(model, chests, tmp_path, monkeypatch):
     """Runs the experiment on phantoms: 10 to train, 8 held out, no mask for number 17."""
     chests.masks["masks"] = list(chests.masks["masks"])
     chests.masks["masks"][17] = None
-    opened = OpenedRun(tmp_path, model, {}, chests, torch.arange(10), torch.arange(10, 18))
+    opened = OpenedRun(tmp_path, model, chests, torch.arange(10), torch.arange(10, 18))
     monkeypatch.setattr(segment, "open_run", lambda args: opened)
 
     def run(*arguments):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate import (RandomFeatures, correlations, describe, frechet_distance, off_diagonal_mean,
-                      psnr, sharpness)
+from evaluate import (RandomFeatures, brightness, correlations, describe, frechet_distance,
+                      off_diagonal_mean, psnr, sharpness)
 from experiments.common import add_run_flags, batches_of, open_run
 from support.command import UserError, number, print_table, user_errors
 from support.files import write_json
@@ -55,7 +55,8 @@ def resemblance(model, sources, training, seeds, judge, refine=True, batch=64):
         "Frechet of 3x3-blurred real": describe_set(blurred)[1],
         "VAE PSNR, dB": psnr(sources, reconstructed),
         "correlation with other sources": off_diagonal_mean(
-            correlations(source_pixels, source_pixels))}
+            correlations(source_pixels, source_pixels)),
+        "brightness": brightness(sources).mean().item()}
 
     # Samples.
     results = []
@@ -75,7 +76,8 @@ def resemblance(model, sources, training, seeds, judge, refine=True, batch=64):
             "own source first, by the model's own tokens": first_share(by_tokens),
             "Frechet to training": distance,
             "Frechet, times the real floor": distance / floor,
-            "sharpness / real": (sharpness(samples).mean() / sharpness(sources).mean()).item()})
+            "sharpness / real": (sharpness(samples).mean() / sharpness(sources).mean()).item(),
+            "brightness": brightness(samples).mean().item()})
         pictures.append(samples[:8])
     return reference, results, pictures
 

@@ -1,4 +1,4 @@
-"""train.py --init, and the model in the box: where a training starts, and what is refused."""
+"""train.py --init, the bundled model, and packed models."""
 import numpy as np
 import pytest
 import torch
@@ -27,8 +27,8 @@ def distance(a, b):
     return sum((a[name].float() - b[name].float()).abs().sum().item() for name in a)
 
 
-def test_it_goes_on_from_the_other_model(small_run, tmp_path):
-    """At a learning rate of nothing, weights and statistics are those of before."""
+def test_training_starts_from_the_other_model(small_run, tmp_path):
+    """With almost no learning rate, weights and statistics do not change."""
     before = load_checkpoint(small_run / "model.pt")
     after = train_from(small_run, tmp_path / "same", "--lr", 1e-12)
     for part in ("unet", "projection", "vae", "statistics"):
@@ -40,19 +40,8 @@ def test_it_goes_on_from_the_other_model(small_run, tmp_path):
     assert distance(before["unet"], moved["unet"]) > 0.1
 
 
-def test_the_decoder_alone_may_go_on(small_run, tmp_path):
-    """Latents stay as they are, and their statistics."""
-    before = load_checkpoint(small_run / "model.pt")
-    after = train_from(small_run, tmp_path / "run", "--vae", "decoder", "--lr", 1e-12,
-                       settings=["vae_steps=2"])
-    for name, was in before["vae"].items():
-        same = torch.equal(was, after["vae"][name])
-        assert same == name.startswith(("encoder.", "quant_conv.")), name
-    assert distance(before["statistics"], after["statistics"]) == 0
-
-
-def test_the_embedder_may_go_on(small_run, tmp_path):
-    """A few steps away from --init's it is still near it, and tokens are measured anew."""
+def test_the_embedder_can_be_fine_tuned(small_run, tmp_path):
+    """After a few steps it is close to that of --init; token statistics are remeasured."""
     before = load_checkpoint(small_run / "model.pt")
     after = train_from(small_run, tmp_path / "run", "--embedder", "tiny",
                        settings=["embedder_steps=3", "embedder_batch=4"])
@@ -65,11 +54,11 @@ def test_the_embedder_may_go_on(small_run, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     (["--size", "48"], "image_size 32, this run has 48"),
     (["--condition", "none"], "condition dino, this run has none"),
-    (["--set", "tokens=patch2"], "tokens global, this run has patch2"),
+    (["--set", "tokens=cls"], "tokens global, this run has cls"),
     (["--vae", "OTHER"], "latents of another shape"),
     (["--set", "prediction=eps"], "prediction v, this run has eps"),
 ])
-def test_what_does_not_fit_is_refused(small_run, tmp_path, flags, said):
+def test_a_mismatch_is_refused(small_run, tmp_path, flags, said):
     """In one line, before a folder is there."""
     if "OTHER" in flags:
         from vae import AutoencoderKL, VAEConfig
@@ -82,16 +71,11 @@ def test_what_does_not_fit_is_refused(small_run, tmp_path, flags, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_decoder_needs_a_start(tmp_path):
-    with pytest.raises(UserError, match="pass --init"):
-        train.main(["--vae", "decoder", "--out", str(tmp_path / "run"), *FLAGS])
-
-
 # ---- the box -----------------------------------------------------------------------------------
 
 def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
-    """No run, no flag: two sharp images that follow a source, into samples/; a photograph gets a
-    note; --no-refine gives softer ones."""
+    """Without a run or flags, samples go to samples/; a photograph gets a note; with --no-refine,
+    samples are softer."""
     monkeypatch.chdir(tmp_path)
     assert BOX.stat().st_size < 30e6
     photograph = np.random.default_rng(0).integers(0, 255, (140, 150, 3), np.uint8)
@@ -116,7 +100,7 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
 
 
 def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
-    """Half precision, no paths of the run, centres in place of the cache."""
+    """Half precision, no paths of the run, prototypes instead of the cache."""
     from experiments import __main__ as experiments
     path = tmp_path / "p" / "model.pt"
     experiments.main(["pack", str(small_run), str(path), "--prototypes", "6"])
@@ -128,15 +112,3 @@ def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
     images = [m.sample(None, [3], steps=2) for m in (seen, again)]
     assert (images[0] - images[1]).abs().mean() < 0.02
     assert len(make(tmp_path / "p", tmp_path / "out", "--prototypes", "4")) == 4
-
-
-def test_embed_writes_what_the_model_sees(small_run, tmp_path):
-    from experiments import __main__ as experiments
-    from support.images import load_image
-    experiments.main(["embed", str(small_run / "held_out"), "--checkpoint", str(small_run), "--out",
-                      str(tmp_path / "x.npz"), "--device", "cpu"])
-    found = np.load(tmp_path / "x.npz")
-    model = DinoDiffusion.from_checkpoint(load_checkpoint(small_run / "model.pt"))
-    first = load_image(small_run / "held_out" / str(found["files"][0]), 32)
-    np.testing.assert_allclose(found["tokens"][0], model.embedder.tokens(first[None])[0],
-                               atol=1e-4)

@@ -1,11 +1,11 @@
-"""Questions to ask of a trained model, one file each; every answer ends with a number.
+"""Questions to ask of a trained model, one file each; each answer is a number.
 
     python -m experiments                    # the list
     python -m experiments resemble --help    # what one of them does, and its flags
     python -m experiments resemble           # ask it of the newest run
 
 An experiment is a file of this folder whose docstring starts with its question, with two functions:
-`add_flags(parser)` and `main(args)`. It is imported only when it is asked for.
+`add_flags(parser)` and `main(args)`. It is imported only when it is run.
 """
 import argparse
 import ast
@@ -19,7 +19,7 @@ from support.command import Help, UserError, run_script
 
 
 class ExperimentHelp(Help, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the lines of a docstring."""
+    """Shows defaults, and keeps the line breaks of a docstring."""
 
 
 def find_experiments():

@@ -1,7 +1,7 @@
-"""What experiments share: a trained run with its data, flags, and a fixed choice of images.
+"""What experiments share: a trained run with its data and flags, and a fixed choice of images.
 
     add_run_flags(parser)               # --checkpoint --data --batch --device --count --train-limit
-    run = open_run(args)                # .folder .model .flags .images .train .test
+    run = open_run(args)                # .folder .model .images .train .test
     for x in batches_of(run.images, run.test, args.batch): ...   # (B, 3, H, W) in [-1, 1]
 """
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from dinodiff import DinoDiffusion
 from support.command import UserError, number, pick_device, user_errors
 from support.datasets import ImageSet, label_matrix, open_dataset
-from support.files import load_checkpoint, resolve_checkpoint
+from support.files import load_checkpoint, read_csv, resolve_checkpoint
 from support.phantoms import CHEST_LABELS
 from support.splits import read_split
 
@@ -23,21 +23,20 @@ class OpenedRun:
     """A trained model with the images it was trained on, and those it has never seen."""
     folder: Path
     model: DinoDiffusion  # on the device, in eval mode
-    flags: dict  # of its training
     images: ImageSet
     train: torch.Tensor  # indices of at most --train-limit training images, int64, shuffled
     test: torch.Tensor  # indices of at most --count held-out images, int64, shuffled
 
 
 def add_run_flags(parser, count=5000, train_limit=None):
-    """Add the flags that open_run reads, which mean the same in every experiment."""
+    """Add the flags that open_run reads; they mean the same in every experiment."""
     add = parser.add_argument
     add("--checkpoint", help="run folder, model.pt or box (default: the newest run, else the box)")
     add("--data", help="where the run's images are now (default: as trained)")
     add("--batch", type=number(int, 1), default=64, help="images at once")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--count", type=number(int, 1), default=count,
-        help="at most this many images: held out, or of each set")
+        help="at most this many held-out images, or images of each set")
     add("--train-limit", type=number(int, 1), default=train_limit,
         help="at most this many training images")
 
@@ -78,39 +77,43 @@ def open_run(args, checkpoint=None):
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
                         "2 of each are needed", "train with a larger --holdout")
-    print(f"{path}: {images.note}; held-out images are sources, {model.config.tokens} tokens, "
-          f"condition {model.config.condition}")
-    return OpenedRun(path.parent, model, flags, images, choose(train, args.train_limit),
+    print(f"{path}: {images.note}")
+    return OpenedRun(path.parent, model, images, choose(train, args.train_limit),
                      choose(test, args.count))
 
 
-def finding_columns(images):
-    """The columns of the labels that experiments ask about by default."""
-    return list(CHEST_LABELS) if set(CHEST_LABELS) <= set(images.columns) else ["finding"]
+def read_sources(folder, samples):
+    """For each image of a folder of sample.py: names of the images it was made from, without their
+    suffixes; None if its samples.csv does not list it."""
+    path = Path(folder, "samples.csv")
+    rows = read_csv(path) if path.is_file() else []
+    sources = {Path(row["file"]).stem: [Path(name).stem for name in row["sources"].split("|")]
+               for row in rows if row.get("sources") is not None}
+    return [sources.get(Path(file).stem) for file in samples.files]
 
 
-def with_known_labels(images, names, train, test):
-    """The indices (train, test) of images whose labels in these columns are all known."""
-    _, values = label_matrix(images.columns, names)
-    known = ~np.isnan(values).any(axis=1)
-    for part, title in (train, "training"), (test, "held-out"):
-        print(f"{title} images without a label, left out: {(~known[part]).sum()}")
-    return train[known[train]], test[known[test]]
+def read_labels(images, columns, train, test, least=20):
+    """(label names, train, test, labels (len(images), L) of 1, 0, and NaN where unknown).
 
-
-def binary_labels(columns, names, train, test, least=20):
-    """Columns of str -> (list of label names, train (N, L), test (M, L)) of 0.0 and 1.0.
-
-    A column of 0 and 1 is one label; any other is cut at "|" into one label per value. Labels need
-    `least` images with and without them in both parts.
+    columns: of the table, or None for the findings. A column of 0 and 1 is one label; any other is
+    cut at "|" into one label per value. Images with an unknown label leave train and test. A label
+    needs `least` images with and without it in both. Raises UserError if there is none.
     """
-    labels, values = label_matrix(columns, names)
-    common = [j for j in range(len(labels))
+    if not columns:
+        columns = CHEST_LABELS if set(CHEST_LABELS) <= set(images.columns) else ["finding"]
+    names, values = label_matrix(images.columns, columns)
+    known = torch.from_numpy(~np.isnan(values).any(axis=1))
+    print(f"images without a label, left out: {(~known[train]).sum()} for training, "
+          f"{(~known[test]).sum()} held out")
+    train, test = train[known[train]], test[known[test]]
+
+    common = [j for j in range(len(names))
               if all(least <= values[part, j].sum() <= len(part) - least for part in (train, test))]
     if not common:
-        raise UserError(f"no label of {', '.join(names)} is in {least} images, and not in {least}, "
-                        "of both parts", "an AUC needs both", "pass another --label-column")
-    rare = [label for j, label in enumerate(labels) if j not in common]
+        raise UserError(f"no label of {', '.join(columns)} is in {least} images, and not in "
+                        f"{least}, of both parts", "an AUC needs both",
+                        "pass another --label-column")
+    rare = [name for j, name in enumerate(names) if j not in common]
     if rare:
         print(f"left out, too rare or too common: {', '.join(rare)}")
-    return [labels[j] for j in common], values[train][:, common], values[test][:, common]
+    return [names[j] for j in common], train, test, values[:, common]

@@ -1,35 +1,38 @@
 """Do synthetic images help a classifier that has few real ones?
 
-Several pools of N labelled images are drawn, patient by patient. The run's model makes R
-reconstructions of each image of a pool, which inherit the labels of their source. A small CNN is
-trained on each arm and tested on real images of other patients:
+Several pools of N labelled images are drawn, patient by patient; the other training images count as
+unlabelled. The run's model makes R reconstructions of an image, which inherit its label. A small
+CNN is trained on each arm and tested on real images of other patients:
 
-    real              the pool
-    duplicates        the pool, and R N plain copies of it
-    classical         the pool, and R N augmented copies
-    synthetic         the pool, and R N synthetic images
-    synthetic first   3/4 of the steps on synthetic images, then the pool at a third of the rate
+    real                        the pool
+    augmented                   the pool, augmented anew in each batch
+    duplicates                  the pool, and R plain copies of each image
+    synthetic                   the pool, and R reconstructions of each image
+    synthetic first             3/4 of the steps on reconstructions, then the pool at a third of
+                                the learning rate
+    pseudo-labels               the pool, and the third of the unlabelled images that a ridge
+                                regression on the pool's tokens is surest of, as it labels them
+    pseudo-labels, synthetic    the same, and R reconstructions of each of these images
 
 All arms of a pool start from the same weights and take the same number of steps. The baseline is
-ridge regression on the tokens of the pool, which needs neither generator nor CNN.
+that ridge regression, without a CNN; with all training labels it shows what is left to gain.
 
 Intervals come from the paired t test over pools. Without --folds all pools are tested on the same
-held-out images. With --folds K, pool p is tested on fold p % K of all labelled images, so that the
-interval includes the choice of test images; the model may then have seen test images, unlabelled.
+held-out images. With --folds K, pool p is tested on fold p % K of all labelled images; the model
+may then have seen test images, without labels.
 
-Sources: DiNO-Diffusion (2024) for pools and ratios; RoentGen-v2 for "synthetic first". The network,
-the duplicates and the baseline are ours. Writes downstream.json and downstream.png (images of pools
-above their reconstructions) into the run's folder.
+Sources: DiNO-Diffusion (2024) for pools and ratios; RoentGen-v2 for "synthetic first". The rest is
+ours. Writes downstream.json and downstream.png (images above their reconstructions) into the run's
+folder.
 """
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import t as student
 
-from experiments.common import (add_run_flags, binary_labels, finding_columns, open_run,
-                                with_known_labels)
-from experiments.small_cnn import (from_bytes, load_bytes, predict, strong_augment, to_bytes,
-                                   train_classifier)
-from experiments.statistics import linear_probe, mean_auc
+from experiments.common import add_run_flags, batches_of, open_run, read_labels
+from experiments.small_cnn import from_bytes, predict, strong_augment, to_bytes, train_classifier
+from experiments.statistics import mean_auc, ridge_scores
 from support.command import StatusLine, UserError, autocast_dtype, number, print_table
 from support.files import write_json
 from support.pictures import save_grid
@@ -38,73 +41,59 @@ from support.seeds import step_seed
 
 # ---------------------------------------------------------------- pools
 
-def shuffled_patients(indices, groups, seed):
-    """The patients of these images in a seeded order, a list."""
-    patients = sorted({groups[i] for i in indices})
+def shuffled_patients(groups, seed):
+    """The patients in a seeded order, a list."""
+    patients = sorted(set(groups))
     order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed))
     return [patients[j] for j in order.tolist()]
 
 
-def draw_pool(indices, groups, size, seed):
-    """`size` of these images, whole patients in a seeded order; the last patient may be cut."""
-    rank = {patient: k for k, patient in enumerate(shuffled_patients(indices, groups, seed))}
-    return sorted(indices, key=lambda i: rank[groups[i]])[:size]
+def draw_pool(rows, groups, size, seed):
+    """`size` of these rows, whole patients in a seeded order; the last patient may be cut."""
+    rank = {patient: k for k, patient in enumerate(shuffled_patients(groups, seed))}
+    return sorted(rows, key=lambda i: rank[groups[i]])[:size]
 
 
-def split_pools(train, test, groups, folds):
-    """[(indices to draw a pool from, indices to test on)]: pool p uses entry p % len.
+def split_pools(groups, train_count, folds):
+    """[(rows to draw a pool from, rows to test on)]: pool p uses entry p % len.
 
-    folds 0: the run's own split; else all images in that many folds by patient.
+    groups: the patient of each row. folds 0: the first train_count rows are for training; else all
+    rows are split by patient into that many folds.
     """
+    rows = range(len(groups))
     if not folds:
-        return [(train, test)]
-    fold_of = {patient: k % folds
-               for k, patient in enumerate(shuffled_patients(train + test, groups, seed=0))}
-    return [([i for i in train + test if fold_of[groups[i]] != fold],
-             [i for i in train + test if fold_of[groups[i]] == fold]) for fold in range(folds)]
+        return [([*rows[:train_count]], [*rows[train_count:]])]
+    fold_of = {patient: k % folds for k, patient in enumerate(shuffled_patients(groups, seed=0))}
+    return [([i for i in rows if fold_of[groups[i]] != fold],
+             [i for i in rows if fold_of[groups[i]] == fold]) for fold in range(folds)]
 
 
-# ---------------------------------------------------------------- images and arms
+# ---------------------------------------------------------------- arms
 
-def reconstruct(model, tokens, count, seed, steps, batch):
-    """uint8 images (count, 3, H, W); image j is made from row j % N of the tokens (N, G, D)."""
-    parts = []
-    status = StatusLine(count, f"synthetic images of pool {seed}")
-    for rows in torch.arange(count).split(batch):
-        seeds = [step_seed("downstream", seed, row) for row in rows.tolist()]
-        x = model.sample(tokens[rows % len(tokens)], seeds, steps=steps, eta=0.5, batch=batch,
-                         dtype=autocast_dtype(model.shift.device))
-        parts.append(to_bytes(x))
-        status.update(rows[-1].item() + 1, images=len(rows))
-    status.close()
-    return np.concatenate(parts)
+def surest_third(scores):
+    """Scores (N, L) of ridge_scores -> (rows of the third farthest from 0, their labels)."""
+    rows = np.argsort(-np.abs(scores).mean(axis=1), kind="stable")[:len(scores) // 3]
+    return rows, (scores[rows] > 0).astype(float)
 
 
-def augmented_copies(pool, count, seed):
-    """uint8 images (count, 3, H, W); image j is a variant of pool[j % N]."""
-    generator = torch.Generator().manual_seed(step_seed("classical", seed))
-    parts = torch.arange(count).split(256)
-    images = from_bytes(pool)
-    return np.concatenate([to_bytes(strong_augment(images[rows % len(pool)], generator))
-                           for rows in parts])
-
-
-def arms_of(pool, y, classical, synthetic, steps):
+def arms_of(pool, made, named, made_of_named, steps):
     """{arm: stages [(images, labels, steps), ...]}, as train_classifier takes them.
 
-    pool, classical, synthetic: uint8 images; image j of the latter two is made from pool[j % N];
-    y (N, L): labels of the pool.
+    Each argument is a pair: images (N, 3, H, W) uint8 and labels (N, L). made, made_of_named: R
+    reconstructions of each image of pool and named, one image after the other.
     """
-    source = np.arange(len(synthetic)) % len(pool)
+    def together(*sets):
+        images, labels = map(np.concatenate, zip(*sets))
+        return [(images, labels, steps)]
 
-    def with_pool(images):
-        return [(np.concatenate([pool, images]), np.concatenate([y, y[source]]), steps)]
-
-    return {"real": [(pool, y, steps)],
-            "duplicates": with_pool(pool[source]),
-            "classical": with_pool(classical),
-            "synthetic": with_pool(synthetic),
-            "synthetic first": [(synthetic, y[source], steps - steps // 4), (pool, y, steps // 4)]}
+    copies = tuple(np.repeat(x, len(made[0]) // len(pool[0]), axis=0) for x in pool)
+    return {"real": together(pool),
+            "augmented": together(pool),
+            "duplicates": together(pool, copies),
+            "synthetic": together(pool, made),
+            "synthetic first": [(*made, steps - steps // 4), (*pool, steps // 4)],
+            "pseudo-labels": together(pool, named),
+            "pseudo-labels, synthetic": together(pool, named, made_of_named)}
 
 
 # ---------------------------------------------------------------- statistics
@@ -131,18 +120,19 @@ def summarise(aucs):
 # ---------------------------------------------------------------- the experiment
 
 def add_flags(parser):
-    add_run_flags(parser, train_limit=2000)
+    add_run_flags(parser)
     add = parser.add_argument
-    add("--n", type=number(int, 2), default=50, help="real images in a pool")
+    add("--n", type=number(int, 5), default=50, help="real images in a pool")
     add("--pools", type=number(int, 2), default=5, help="how many pools to draw")
-    add("--ratio", type=number(float, 0.01), default=10, help="synthetic images for each real one")
+    add("--ratio", type=number(int, 1), default=10, help="reconstructions of each image")
     add("--folds", type=number(int), default=0, help="test on folds by patient of all labelled "
         "images, one a pool in turn (0: on the run's held-out images)")
     add("--label-column", nargs="+", help="of labels.csv (default: the findings)")
     add("--least", type=number(int, 1), default=20, help="leave out labels with fewer images on "
         "either side, in training or held-out images")
-    add("--cnn-steps", type=number(int, 4), default=600, help="steps of each arm, batch 32")
-    add("--sample-steps", type=number(int, 1), default=10, help="DDIM steps")
+    add("--cnn-size", type=number(int, 8), default=64, help="pixels a side that the CNN sees")
+    add("--cnn-steps", type=number(int, 4), default=300, help="steps of each arm, batch 32")
+    add("--sample-steps", type=number(int, 1), default=10, help="of the sampler")
 
 
 def main(args):
@@ -153,60 +143,88 @@ def main(args):
         raise UserError(f"this model was trained with --condition {model.config.condition}",
                         "one that follows images is needed", "pass another --checkpoint")
 
-    # Labels of all images, and the candidates for pools and for tests.
-    columns = args.label_column or finding_columns(images)
-    train, test = with_known_labels(images, columns, run.train, run.test)
-    names, train_y, test_y = binary_labels(images.columns, columns, train, test, args.least)
-    labels = np.zeros((len(images), len(names)))
-    labels[train], labels[test] = train_y, test_y
-    groups = images.groups or list(images.files)
-    splits = split_pools(train.tolist(), test.tolist(), groups, args.folds)
+    # All labelled images, by row: the run's training part, then its held-out part.
+    names, train, test, labels = read_labels(images, args.label_column, run.train, run.test,
+                                             args.least)
+    indices = torch.cat([train, test])
+    labels = labels[indices]
+    groups = [(images.groups or images.files)[i] for i in indices]
+    splits = split_pools(groups, len(train), args.folds)
     smallest = min(len(candidates) for candidates, _ in splits)
     if args.n > smallest:
         raise UserError(f"--n {args.n}", f"there are {smallest} labelled images to draw from",
                         "pass a smaller --n, or a larger --train-limit")
-    for _, test in splits:
-        if not (0 < labels[test].sum(axis=0)).all() or (labels[test].min(axis=0) == 1).any():
+    for _, rows in splits:
+        if (labels[rows].min(axis=0) == labels[rows].max(axis=0)).any():
             raise UserError(f"--folds {args.folds}", "a fold has images of one class only",
                             "pass fewer folds")
 
-    def tokens_of(indices):
-        """Standardised tokens (N, G, D) on the CPU."""
-        return torch.cat([model.embed(images.batch(rows.tolist()).to(device),
-                                      [images.files[i] for i in rows.tolist()]).cpu()
-                          for rows in torch.tensor(indices).split(args.batch)])
+    def shrink(x):
+        size = min(args.cnn_size, x.shape[-1])
+        return to_bytes(F.interpolate(x, size, mode="area"))
+
+    # Pixels and tokens of each row; reconstructions are made when a pool first needs them.
+    pixels = np.concatenate([shrink(x) for x in batches_of(images, indices, args.batch)])
+    tokens = torch.cat([
+        model.embed(images.batch(part.tolist()).to(device), [images.files[i] for i in part]).cpu()
+        for part in indices.split(args.batch)])
+    features = tokens.flatten(1)
+    made = {}
+
+    def reconstruct(rows, rows_labels):
+        """R reconstructions of each row, with its label: (images, labels)."""
+        missing = [row for row in rows if row not in made]
+        status = StatusLine(len(made) + len(missing), "images reconstructed", len(made))
+        at_once = max(1, args.batch // args.ratio)
+        for first in range(0, len(missing), at_once):
+            part = missing[first:first + at_once]
+            seeds = [step_seed("downstream", row, k) for row in part for k in range(args.ratio)]
+            x = model.sample(tokens[part].repeat_interleave(args.ratio, dim=0), seeds,
+                             args.sample_steps, batch=args.batch, dtype=autocast_dtype(device))
+            made.update(zip(part, np.split(shrink(x), len(part))))
+            status.update(len(made), images=len(x))
+        status.close()
+        return (np.concatenate([made[row] for row in rows]),
+                np.repeat(rows_labels, args.ratio, axis=0))
 
     aucs = {}
-    rows_of_grid = []
-    count = max(1, round(args.ratio * args.n))
     for pool_seed in range(args.pools):
         candidates, test = splits[pool_seed % len(splits)]
-        indices = draw_pool(candidates, groups, args.n, pool_seed)
-        pool, y = load_bytes(images, indices), labels[indices]
-        counts = ", ".join(f"{n:.0f} {name}" for name, n in zip(names, y.sum(axis=0)))
-        print(f"pool {pool_seed}: {len(indices)} images of "
-              f"{len({groups[i] for i in indices})} patients; {counts}")
+        pool = draw_pool(candidates, groups, args.n, pool_seed)
+        others = np.setdiff1d(candidates, pool)
+        counts = ", ".join(f"{n:.0f} {name}" for name, n in zip(names, labels[pool].sum(axis=0)))
+        print(f"pool {pool_seed}: {len(pool)} images of {len({groups[i] for i in pool})} "
+              f"patients; {counts}")
 
-        tokens = tokens_of(indices)
-        classical = augmented_copies(pool, count, pool_seed)
-        synthetic = reconstruct(model, tokens, count, pool_seed, args.sample_steps, args.batch)
-        rows_of_grid += [from_bytes(pool[:8]), from_bytes(synthetic[:8])]
+        # The linear baseline, and the labels that it gives the unlabelled images.
+        aucs.setdefault("ridge on tokens", []).append(mean_auc(
+            labels[test], ridge_scores(features[pool], labels[pool], features[test])))
+        aucs.setdefault("ridge, all labels", []).append(mean_auc(
+            labels[test], ridge_scores(features[candidates], labels[candidates], features[test])))
+        surest, named_labels = surest_third(
+            ridge_scores(features[pool], labels[pool], features[others]))
+        named = others[surest]
+        print(f"pseudo-labels of {len(named)} images, "
+              f"{np.mean(named_labels == labels[named]):.0%} right")
 
-        # The arms, and the baseline.
-        test_images = load_bytes(images, test)
-        for arm, stages in arms_of(pool, y, classical, synthetic, args.cnn_steps).items():
-            net = train_classifier(stages, pool_seed, device,
-                                   name=f"pool {pool_seed}, {arm}")
-            scores = predict(net, test_images, device, args.batch)
+        # The arms.
+        arms = arms_of((pixels[pool], labels[pool]), reconstruct(pool, labels[pool]),
+                       (pixels[named], named_labels), reconstruct(named, named_labels),
+                       args.cnn_steps)
+        for arm, stages in arms.items():
+            augment = strong_augment if arm == "augmented" else None
+            net = train_classifier(stages, pool_seed, device, augment, f"pool {pool_seed}, {arm}")
+            scores = predict(net, pixels[test], device, args.batch)
             aucs.setdefault(arm, []).append(mean_auc(labels[test], scores))
-        ridge, _ = linear_probe(tokens.flatten(1), y, tokens_of(test).flatten(1), labels[test])
-        aucs.setdefault("ridge on tokens", []).append(float(np.mean(ridge)))
+        print("AUC: " + ", ".join(f"{arm} {values[-1]:.3f}" for arm, values in aucs.items()))
 
     rows = summarise(aucs)
     print(f"AUC of {', '.join(names)}: mean and sd over {args.pools} pools of {args.n}; "
-          f"1:{args.ratio:g}, {args.cnn_steps} CNN steps; differences with 95 % over pools")
+          f"1:{args.ratio}, {args.cnn_steps} CNN steps; differences with 95 % over pools")
     print_table(rows)
-    save_grid(run.folder / "downstream.png", rows_of_grid[:4])
+    shown = list(made)[:8]
+    save_grid(run.folder / "downstream.png", [
+        from_bytes(pixels[shown]), from_bytes(np.stack([made[row][0] for row in shown]))])
     write_json(run.folder / "downstream.json",
                {"n": args.n, "pools": args.pools, "ratio": args.ratio, "folds": args.folds,
                 "labels": names, "pool by pool": aucs, "arms": rows})

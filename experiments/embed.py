@@ -4,8 +4,7 @@
     x = np.load("FOLDER.npz"); x["tokens"].mean(1)  # (N, D): one vector an image
 
 Writes a .npz with files (N names) and tokens (N, G, D) float32, not standardised: the file that
-`train.py --embedder` and `sample.py --from-vector` read. Prints how far apart two images are, and
-an image and its mirror.
+`train.py --embedder` and `sample.py --from-vector` read. Prints how far apart two images are.
 """
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from experiments.common import batches_of, load_model
-from support.command import UserError, number, print_table
+from support.command import UserError, number
 from support.datasets import open_dataset
 from support.files import atomic_file, resolve_checkpoint
 
@@ -36,19 +35,12 @@ def main(args):
         raise UserError(f"{len(images)} images, {'a ViT' if model.config.vit else 'no ViT'}",
                         "2 images and a ViT are needed", "add images, or pass --checkpoint box")
 
-    # Raw tokens of each image, and of its mirror.
-    pairs = []
-    for x in batches_of(images, torch.arange(len(images)), args.batch):
-        x = x.to(model.shift.device)
-        pairs.append([model.embedder.tokens(image).cpu() for image in (x, x.flip(-1))])
-    tokens, mirrored = map(torch.cat, zip(*pairs))
+    tokens = torch.cat([model.embedder.tokens(x.to(model.shift.device)).cpu()
+                        for x in batches_of(images, torch.arange(len(images)), args.batch)])
     path = Path(args.out or f"{Path(args.data).resolve().stem}.npz")
     with atomic_file(path) as file:
         np.savez(file, files=np.array(images.files), tokens=tokens.numpy())
-    print(f"wrote {path}: files, tokens {tuple(tokens.shape)}")
-
-    model.cpu()
-    x, mirror = (model.standardise(part).flatten(1) for part in (tokens, mirrored))
-    print_table({"mean distance": {
-        "of two images": (x - x.roll(1, 0)).norm(dim=1).mean().item(),
-        "of an image and its mirror": (x - mirror).norm(dim=1).mean().item()}})
+    x = model.cpu().standardise(tokens).flatten(1)
+    distance = (x - x.roll(1, 0)).norm(dim=1).mean().item()
+    print(f"wrote {path}: files, tokens {tuple(tokens.shape)}; mean distance of two images "
+          f"{distance:.2f}, standardised")

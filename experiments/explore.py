@@ -1,11 +1,11 @@
-"""What lies between the training images? A page on which one walks through the model's samples.
+"""What lies between the training images? A page on which to walk through the model's samples.
 
     python -m experiments explore                          # the newest run, or the bundled model
     python -m experiments explore box --data /path/to/xrays --grid 8      # a quarter of the time
 
-Writes one HTML file: training images on the plane of the two principal directions of their tokens,
-over a grid of samples of that plane; a sample step by step; guidance; what the autoencoder keeps.
-Its 256 samples take minutes on a CPU.
+Writes one HTML file: training images on the plane of the first two principal directions of their
+tokens, over a grid of samples from that plane; a sample step by step; guidance; what the
+autoencoder keeps. The 256 samples take minutes on a CPU.
 """
 import base64
 import html
@@ -106,7 +106,7 @@ def main(args):
         groups = ["typical sample"] * len(tokens)
         source = thumbnails[:1]
 
-    # The plane between the outermost hundredths, in cells from the upper left; one seed for all.
+    # The plane between the outermost hundredths, from the upper left; one seed for all samples.
     x = tokens.flatten(1)
     mean = x.mean(0)
     _, scales, directions = torch.linalg.svd(x - mean, full_matrices=False)
@@ -115,11 +115,11 @@ def main(args):
     low, high = places.quantile(torch.tensor([0.01, 0.99]), dim=0)
     centres = (torch.arange(args.grid) + 0.5) / args.grid
     cells = low + (high - low) * torch.cartesian_prod(1 - centres, centres).flip(1)
-    status = StatusLine(len(cells), "samples")
+    status = StatusLine(args.grid, "rows of samples")
     samples = []
     for row in (mean + cells @ directions[:2]).view(-1, *tokens.shape[1:]).split(args.grid):
         samples.append(model.sample(row, [0] * args.grid, args.steps).cpu())
-        status.update(len(samples) * args.grid, images=args.grid)
+        status.update(len(samples), images=args.grid)
     status.close()
 
     # What the sampler holds at each step, then what the network predicts; the sample ends both.
@@ -161,8 +161,7 @@ def main(args):
     }
     page = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
     write_text_atomic(args.out, page)
-    print(f"{args.out}: {len(page):,} bytes, {len(names)} dots, {len(cells)} samples; the plane "
-          f"shows {share:.1%} of the tokens' variance")
+    print(f"{args.out}: {len(names)} dots, {len(cells)} samples, {share:.0%} of the variance")
 
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">

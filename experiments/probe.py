@@ -1,7 +1,7 @@
 """What can a linear model read from the embedder's tokens?
 
-Ridge regression on the tokens of training images, tested on held-out images. It prints the AUC of
-each label, next to that of the same network with random weights and of 16x16 raw pixels. A sample
+Ridge regression on the tokens of training images, tested on held-out images. Prints the AUC of each
+label, next to those of the same network with random weights and of 16x16 raw pixels. A sample
 cannot follow its source in anything that the tokens do not encode.
 
 Writes probe.json into the run's folder.
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
 from evaluate import bootstrap_interval, describe
-from experiments.common import (add_run_flags, batches_of, binary_labels, finding_columns, open_run,
-                                with_known_labels)
-from experiments.statistics import linear_probe, mean_auc
+from experiments.common import add_run_flags, batches_of, open_run, read_labels
+from experiments.statistics import label_aucs, mean_auc, ridge_scores
 from support.command import UserError, number, pick_device, print_table
 from support.files import write_json
 
@@ -26,6 +25,8 @@ def add_flags(parser):
     add = parser.add_argument
     add("--tokens", choices=TOKEN_KINDS, default="global", help="kind of tokens")
     add("--label-column", nargs="+", help="of labels.csv (default: the findings)")
+    add("--least", type=number(int, 1), default=20, help="leave out labels with fewer images on "
+        "either side, in training or held-out images")
     add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="of the random weights")
 
 
@@ -34,9 +35,8 @@ def main(args):
     if run.model.config.vit is None:
         raise UserError("this model was trained on a file of vectors", "a probe needs a ViT",
                         "pass another --checkpoint")
-    columns = args.label_column or finding_columns(run.images)
-    train, test = with_known_labels(run.images, columns, run.train, run.test)
-    names, train_y, test_y = binary_labels(run.images.columns, columns, train, test)
+    names, train, test, labels = read_labels(run.images, args.label_column, run.train, run.test,
+                                             args.least)
     device = pick_device(args.device)
 
     # Feature extractors, each a function of images (B, 3, H, W).
@@ -53,13 +53,13 @@ def main(args):
     for name, extract in features.items():
         train_x, _ = describe(batches_of(run.images, train, args.batch), extract, device)
         test_x, _ = describe(batches_of(run.images, test, args.batch), extract, device)
-        aucs, scores = linear_probe(train_x, train_y, test_x, test_y)
+        scores = ridge_scores(train_x, labels[train], test_x)
+        aucs = label_aucs(labels[test], scores)
         table[name] = {"mean": float(np.mean(aucs)),
-                       "interval": bootstrap_interval(mean_auc, test_y, scores, rounds=200),
-                       "labels": dict(zip(names, aucs))}
+                       "95 %": bootstrap_interval(mean_auc, labels[test], scores, rounds=200),
+                       **dict(zip(names, aucs))}
 
     print(f"AUC of ridge on {args.tokens} tokens: {len(train)} training, {len(test)} held-out "
           "images")
-    print_table({name: {"mean": row["mean"], "95 %": row["interval"], **row["labels"]}
-                 for name, row in table.items()})
+    print_table(table)
     write_json(run.folder / "probe.json", table)

@@ -1,15 +1,15 @@
 """Can people tell synthetic images from real ones? A blind reading (a visual Turing test).
 
-    python -m experiments readers --make REAL SYNTHETIC --out DIR    # DIR/readers.html and the key
-    python -m experiments readers --score answers*.csv --key DIR/key/key.csv
+    python -m experiments readers --out DIR --make REAL SYNTHETIC    # DIR/readers.html and the key
+    python -m experiments readers --out DIR --score answers*.csv     # DIR/key/readers.json
 
 The page does not reveal the truth. All images have the same size and are encoded without
 compression, so that even their lengths are equal; their names are hashes with a secret seed. Only
-the key contains the truth. Readers open the page from disk and return the file that it saves.
+DIR/key/key.csv contains the truth. Readers open the page from disk and return the file that it
+saves.
 
 Positive means synthetic. --score prints the sensitivity, specificity and accuracy of each reader,
-with intervals over images, and the mean Cohen's kappa over pairs of readers. It writes readers.json
-next to the key.
+with an interval over images, and the mean Cohen's kappa over pairs of readers.
 """
 import base64
 import io
@@ -67,11 +67,11 @@ def encode(image, side, is_grey):
     return base64.b64encode(content.getvalue()).decode()
 
 
-def make(args):
+def make(args, key):
     """Write the page for the readers, without the truth, and the key, with it."""
-    key = Path(args.out, "key", "key.csv")
     if key.exists():
         raise UserError(f"{key} exists", "a key must not be lost", "pass another --out")
+
     # Choose equal numbers of both by a secret seed.
     seed = secrets.randbits(63)
     sets = {"real": open_dataset(args.make[0], None), "synthetic": open_dataset(args.make[1], None)}
@@ -87,78 +87,65 @@ def make(args):
     is_grey = all(image.eq(image[0]).all() for truth, _, image in chosen if truth == "real")
     rows = sorted([f"{step_seed(seed, 'name', truth, source):016x}", truth, source,
                    encode(image, side, is_grey)] for truth, source, image in chosen)
-    pictures = {truth: {row[-1] for row in rows if row[1] == truth} for truth in sets}
-    if pictures["real"] & pictures["synthetic"]:
-        raise UserError("a picture is on both sides", "each must be real or synthetic",
-                        "name other folders")
-
     figures = "".join(FIGURE.format(name=row[0], picture=row[-1]) for row in rows)
-    page = PAGE.format(count=len(rows), figures=figures)
     write_csv(key, [["file", "truth", "source"], *(row[:-1] for row in rows)])
-    write_text_atomic(Path(args.out, "readers.html"), page)
-    print(f"{args.out}/readers.html: {count} real and {count} synthetic images, {side} px; give "
-          f"readers only this file\n{key}: the truth; keep it from the readers")
+    page = Path(args.out, "readers.html")
+    write_text_atomic(page, PAGE.format(count=len(rows), figures=figures))
+    print(f"{page}: {count} real and {count} synthetic images, {side} px; give readers only this "
+          f"file\n{key}: the truth; keep it from the readers")
 
 
 def read_column(path, column):
-    """{file: real or synthetic} of a CSV with the columns `file` and this one."""
+    """{file: True if synthetic} of a CSV with the columns `file` and this one."""
     rows = read_csv(path)
     cells = {row.get("file"): row.get(column) for row in rows}
-    if len(cells) < len(rows) or not rows or set(cells.values()) - {"real", "synthetic"}:
-        raise UserError(f"{path} is no table of files, each once, and {column}, real or synthetic",
-                        "one is needed", "pass a key.csv of --make and files saved by its page")
-    return cells
+    if len(cells) < len(rows) or set(cells.values()) - {"real", "synthetic"}:
+        raise UserError(f"{path} is not a table of files, each once, and {column}, real or "
+                        "synthetic", "one is needed", "pass files saved by the page of this --out")
+    return {file: cell == "synthetic" for file, cell in cells.items()}
 
 
-def score(args):
+def score(args, key):
     """Print each reader's figures and the agreement of readers; write them as JSON."""
-    key = read_column(args.key, "truth")
-    truth = np.array([kind == "synthetic" for kind in key.values()])
+    truth_of = read_column(key, "truth")
+    truth = np.array([*truth_of.values()])
     answers = {}
-    for path in args.score:
-        cells = read_column(path, "answer")
-        if cells.keys() != key.keys() or truth.all() or not truth.any():
-            raise UserError(f"{path} and {args.key} do not name the same images, real and "
-                            "synthetic", "one answer to each image is needed",
-                            "pass the key of that page")
-        answers[Path(path).stem] = np.array([cells[file] == "synthetic" for file in key])
-
-    figures = {"sensitivity": truth, "specificity": ~truth, "accuracy": truth | True}
     table = {}
-    for reader, said in answers.items():
-        table[reader] = {}
-        for figure, part in figures.items():
-            hits = (said == truth)[part]
-            table[reader][figure] = float(hits.mean())
-            table[reader][f"{figure}, 95 %"] = bootstrap_interval(np.mean, hits)
-    table["median"] = {figure: float(np.median([table[reader][figure] for reader in answers]))
-                       for figure in figures}
+    for path in args.score:
+        said_of = read_column(path, "answer")
+        if said_of.keys() != truth_of.keys():
+            raise UserError(f"{path} and {key} do not name the same images", "one answer to each "
+                            "image is needed", "pass files saved by the page of this --out")
+        said = np.array([said_of[file] for file in truth_of])
+        right = said == truth
+        answers[Path(path).stem] = said
+        table[Path(path).stem] = {
+            "sensitivity": right[truth].mean().item(), "specificity": right[~truth].mean().item(),
+            "accuracy": right.mean().item(), "95 %": bootstrap_interval(np.mean, right)}
 
-    # Kappa is undefined for two readers who both gave the same answer to all images.
+    accuracy = float(np.median([row["accuracy"] for row in table.values()]))
     kappas = [cohen_kappa(a, b) for a, b in combinations(answers.values(), 2)]
-    kappas = [kappa for kappa in kappas if np.isfinite(kappa)]
-    table["mean of pairs"] = {"kappa": float(np.mean(kappas)) if kappas else None}
+    if kappas:
+        table["mean of pairs"] = {"kappa": float(np.nanmean(kappas))}
     print_table(table)
-    write_json(Path(args.key).parent / "readers.json", table)
-    print(f"{len(answers)} readers, {len(truth)} images: median accuracy "
-          f"{table['median']['accuracy']:.3f} (0.5: chance)")
+    write_json(key.with_name("readers.json"), table)
+    print(f"{len(answers)} readers, {len(truth)} images: median accuracy {accuracy:.3f} "
+          "(0.5: chance)")
 
 
 def add_flags(parser):
-    add = parser.add_argument
-    add("--make", nargs=2, metavar=("REAL", "SYNTHETIC"), help="two folders of images")
-    add("--out", help="folder of the new test")
-    add("--count", type=number(int, 1), default=50, help="images of each kind, at most")
-    add("--score", nargs="+", metavar="CSV", help="files of answers, one a reader")
-    add("--key", help="the key.csv of these answers")
+    parser.add_argument("--out", required=True, help="folder of the test")
+    parser.add_argument("--count", type=number(int, 1), default=50,
+                        help="images of each kind, at most")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--make", nargs=2, metavar=("REAL", "SYNTHETIC"),
+                       help="make a test of two folders of images")
+    group.add_argument("--score", nargs="+", metavar="CSV", help="files of answers, one a reader")
 
 
 def main(args):
-    if args.make and args.out and not (args.score or args.key):
-        make(args)
-    elif args.score and args.key and not (args.make or args.out):
-        score(args)
+    key = Path(args.out, "key", "key.csv")
+    if args.make:
+        make(args, key)
     else:
-        raise UserError("got half of a command, or two",
-                        "readers needs --make and --out, or --score and --key",
-                        "pass one of these pairs")
+        score(args, key)

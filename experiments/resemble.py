@@ -2,10 +2,10 @@
 
 Held-out images are the sources; one sample is made from each with every seed. A sample should
 correlate with its source more than with other images, and a search over all sources should find the
-source first (chance: 1 / N); as a set, samples should be as near to the training images as unseen
+source first (chance: 1 / N). As a set, samples should be as near to the training images as unseen
 real images are (the floor). Distances use a random network's features, never those that condition.
-Beside them: reconstructions of the autoencoder, and a slight blur. Sharpness is the variance of the
-Laplacian, relative to real images.
+Beside them stand reconstructions of the autoencoder, and a slight blur. Sharpness is the variance
+of the Laplacian, relative to real images.
 
 Writes resemble.json and resemble.png into the run's folder.
 """
@@ -27,40 +27,36 @@ def first_share(similarity):
     return (similarity.diagonal() > others).double().mean().item()
 
 
-def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refine=True, batch=64):
+def resemblance(model, sources, training, seeds, judge, refine=True, batch=64):
     """The figures: (dict of references, list of one dict per seed, rows of pictures).
 
     sources (N, 3, H, W) held out; training: iterator of image batches. One sample per source and
     seed. Distances are of the judge's features to the training images.
     """
     device = next(model.buffers()).device
-    train_features, train_pixels = describe(training, judge, device)
-    sharpness_of_real = sharpness(sources).mean()
+    train_features, _ = describe(training, judge, device)
 
     def in_batches(function, images):
         return torch.cat([function(x.to(device)).cpu() for x in images.split(batch)])
 
     def describe_set(images):
-        """Pixel rows of a set of images, and how it relates to the training images."""
+        """Pixel rows of a set of images, and their distance to the training images."""
         features, pixels = describe(images.split(batch), judge, device)
-        best = correlations(pixels, train_pixels).amax(dim=1).mean().item()
-        figures = {"Frechet to training": frechet_distance(features, train_features),
-                   "sharpness / real": (sharpness(images).mean() / sharpness_of_real).item(),
-                   "brightness": brightness(images).mean().item(),
-                   "best correlation with a training image": best}
-        return pixels, figures
+        return pixels, frechet_distance(features, train_features)
 
     # References: real images, the autoencoder, a blur.
     tokens = in_batches(model.embed, sources)
     reconstructed = in_batches(lambda x: model.decode(model.encode(x)), sources)
     blurred = F.avg_pool2d(F.pad(sources, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-    source_pixels, reference = describe_set(sources)
-    floor = reference["Frechet to training"]
-    reference["correlation with other sources"] = off_diagonal_mean(
-        correlations(source_pixels, source_pixels))
-    reference["VAE PSNR, dB"] = psnr(sources, reconstructed)
-    for name, images in (("VAE reconstructions", reconstructed), ("3x3-blurred real", blurred)):
-        reference[f"Frechet of {name}"] = describe_set(images)[1]["Frechet to training"]
+    source_pixels, floor = describe_set(sources)
+    reference = {
+        "Frechet to training": floor,
+        "Frechet of VAE reconstructions": describe_set(reconstructed)[1],
+        "Frechet of 3x3-blurred real": describe_set(blurred)[1],
+        "VAE PSNR, dB": psnr(sources, reconstructed),
+        "correlation with other sources": off_diagonal_mean(
+            correlations(source_pixels, source_pixels)),
+        "brightness": brightness(sources).mean().item()}
 
     # Samples.
     results = []
@@ -68,9 +64,8 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
     condition = None if model.config.condition == "none" else tokens
     for seed in seeds:
         noise_seeds = [seed * 1_000_003 + i for i in range(len(sources))]
-        samples = model.sample(condition, noise_seeds, guidance_scale=guidance_scale, batch=batch,
-                               refine=refine).cpu()
-        pixels, figures = describe_set(samples)
+        samples = model.sample(condition, noise_seeds, batch=batch, refine=refine).cpu()
+        pixels, distance = describe_set(samples)
         by_pixels = correlations(pixels, source_pixels)  # (N, N)
         again = F.normalize(in_batches(model.embed, samples).flatten(1), dim=1)
         by_tokens = again @ F.normalize(tokens.flatten(1), dim=1).T  # (N, N)
@@ -79,8 +74,10 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
             "correlation with other sources": off_diagonal_mean(by_pixels),
             "own source first, by pixels": first_share(by_pixels),
             "own source first, by the model's own tokens": first_share(by_tokens),
-            **figures,
-            "Frechet, times the real floor": figures["Frechet to training"] / floor})
+            "Frechet to training": distance,
+            "Frechet, times the real floor": distance / floor,
+            "sharpness / real": (sharpness(samples).mean() / sharpness(sources).mean()).item(),
+            "brightness": brightness(samples).mean().item()})
         pictures.append(samples[:8])
     return reference, results, pictures
 
@@ -89,7 +86,6 @@ def add_flags(parser):
     add_run_flags(parser, count=256, train_limit=2000)
     add = parser.add_argument
     add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="of the samples")
-    add("--guidance-scale", type=number(float, 0), default=1.0, help="1.0 = off")
     add("--no-refine", action="store_true", help="the decoder alone")
 
 
@@ -104,12 +100,11 @@ def main(args):
     training = batches_of(run.images, run.train, args.batch)
     with user_errors():
         reference, results, pictures = resemblance(model, sources, training, args.seeds, judge,
-                                                   args.guidance_scale, not args.no_refine,
-                                                   args.batch)
+                                                   not args.no_refine, args.batch)
 
     # A column for real images, then the mean and the deviation over the seeds.
     print(f"{len(sources)} held-out sources, one sample each for {len(results)} seeds; "
-          f"{len(run.train)} training images; guidance {args.guidance_scale:g}")
+          f"{len(run.train)} training images")
     table = {name: {"real": value} for name, value in reference.items()}
     summary = {}
     for name in results[0]:
@@ -125,6 +120,5 @@ def main(args):
     print(f"wrote {run.folder / 'resemble.png'}")
     write_json(run.folder / "resemble.json", {
         "sources": len(sources), "training_images": len(run.train), "refined": not args.no_refine,
-        "guidance_scale": args.guidance_scale, "tokens": model.config.tokens,
-        "data": run.flags["data"], "real": reference, "summary": summary,
+        "real": reference, "summary": summary,
         "seeds": dict(zip(map(str, args.seeds), results))})

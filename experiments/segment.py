@@ -1,6 +1,6 @@
-"""How well do lung masks that the U-Net makes fit the true ones, if nobody showed it a mask?
+"""How well do lung masks from the U-Net match the true ones, if it never saw a mask?
 
-Two ways to read masks off the U-Net, each from noised latents of the image itself:
+Two ways to read masks off the U-Net while it denoises the image's own noised latents:
 - DiffSeg, the paper's way (Tian et al. 2024, "Diffuse, Attend, and Segment", arXiv 2308.12469):
   maps of self-attention are merged while their symmetric KL divergence is small, in each image.
 - K-means on features of the U-Net's decoder (after Baranchuk et al. 2022, arXiv 2112.03126, who
@@ -8,18 +8,18 @@ Two ways to read masks off the U-Net, each from noised latents of the image itse
 In both, labels at two fixed points of the image are lung.
 
 K-means masks are as coarse as the latents. So a border step follows (ours): the distance to the
-lung clusters as a soft score, enlarged, snapped to edges by a guided filter, then the largest piece
-on each side. The threshold, and K, are those whose contours lie on the strongest edges of training
-images. No mask is used.
+lung clusters is a soft score, which is enlarged and snapped to edges by a guided filter; the
+largest piece on each side stays. Among thresholds, and among K, those are chosen whose contours lie
+on the strongest edges of training images. No mask is used.
 
 Images are (B, 3, H, W) in [-1, 1], square; `model` is a DinoDiffusion; masks are (B, H, W) bool.
-Differences: DiffSeg is conditioned by the image's own embedding and does no K-means refinement;
-decoder features are centred in each image, which takes off exposure.
+Differences: DiffSeg uses only the finest self-attention, is conditioned by the image's own
+embedding and does no K-means refinement; decoder features are centred in each image, which removes
+exposure.
 
 Prints Dice on held-out images after each step. Writes segment.json and segment.png (truth green,
 ours red) into the run's folder.
 """
-import copy
 import math
 
 import numpy as np
@@ -33,9 +33,7 @@ from prompts import kmeans
 from support.command import UserError, number, print_table, user_errors
 from support.fast import attention_weights
 from support.files import write_json
-from support.images import otsu_level
 from support.pictures import save_grid
-from unet import UNet
 
 SEEDS = ((-0.4, -0.15), (0.4, -0.15))  # x, y in [-1, 1]: the middle of either lung, in most chests
 THRESHOLDS = [x / 100 for x in range(30, 62, 2)]  # of the score; 0.5 is halfway between clusters
@@ -60,16 +58,14 @@ def record(model, images, t, seed, modules, function):
     results = []
     hooks = [module.register_forward_hook(lambda *call: results.append(function(*call)))
              for module in modules]
-    try:
-        model.unet(xt, steps, context, mask)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    model.unet(xt, steps, context, mask)
+    for hook in hooks:
+        hook.remove()
     return results
 
 
-def attention_maps(model, images, t=300, seed=0):
-    """Self-attention of all resolutions, mean of heads: list of (B, N, N), N = h*w of its block."""
+def finest_attention(model, images, t=300, seed=0):
+    """Self-attention of the finest resolution, mean of heads and blocks: (B, N, N), N = h*w."""
     def weights(attn, inputs, output):
         x, source = inputs[:2]
         q = attn.split_heads(attn.to_q(x))
@@ -77,14 +73,16 @@ def attention_maps(model, images, t=300, seed=0):
         return attention_weights(q, k).mean(1)
 
     modules = [module for name, module in model.unet.named_modules() if name.endswith(".attn1")]
-    return record(model, images, t, seed, modules, weights)
+    maps = record(model, images, t, seed, modules, weights)
+    finest = max(x.shape[-1] for x in maps)
+    return torch.stack([x for x in maps if x.shape[-1] == finest]).mean(0)
 
 
 def decoder_features(model, images, t=150, seed=0):
     """Outputs of the decoder's two finest levels, joined: (B, D, h, w).
 
-    Each block's is scaled to unit norm at every position, so that wide blocks do not outweigh the
-    others; the mean over an image's positions is taken off, so that clusters are of tissue.
+    Each block's output is scaled to unit norm at every position, so that wide blocks do not
+    outweigh the others; the mean over an image's positions is subtracted.
     """
     blocks = [block for level in model.unet.up_blocks[-2:]
               for block in level.attentions or level.resnets]
@@ -95,24 +93,23 @@ def decoder_features(model, images, t=150, seed=0):
     return x - x.mean((2, 3), keepdim=True)
 
 
+def under_seeds(labels, k):
+    """Which of k labels fill a quarter or more of small squares around the seeds, (k,) bool.
+
+    labels: (B, H, W) int64, of one image or of many that share labels.
+    """
+    side = labels.shape[-1]
+    half = max(1, side // 16)
+    squares = []
+    for seed_x, seed_y in SEEDS:
+        x = round((seed_x + 1) / 2 * side)
+        y = round((seed_y + 1) / 2 * side)
+        squares.append(labels[:, y - half:y + half, x - half:x + half])
+    count = torch.cat(squares).flatten().bincount(minlength=k)
+    return count >= count.sum() / 4
+
+
 # ---- DiffSeg -----------------------------------------------------------------------------------
-
-def join_attention(maps):
-    """Maps of all resolutions (B, N, N) -> one of the largest N: keys are enlarged bilinearly,
-    queries repeated, weights are proportional to sides (section 3.2). Rows sum to 1."""
-    largest = max(math.isqrt(x.shape[-1]) for x in maps)
-    total = 0
-    for x in maps:
-        B, N, _ = x.shape
-        side = math.isqrt(N)
-        keys = x.view(B, N, side, side)                           # (B, N, N) -> (B, N, h, w)
-        keys = F.interpolate(keys, (largest, largest), mode="bilinear").flatten(2)
-        keys = keys / keys.sum(-1, keepdim=True)
-        grid = keys.transpose(1, 2).reshape(B, -1, side, side)    # (B, N, K) -> (B, K, h, w)
-        queries = F.interpolate(grid, (largest, largest)).flatten(2).transpose(1, 2)
-        total = total + side * queries                            # (B, K, K), K = largest^2
-    return total / total.sum(-1, keepdim=True)
-
 
 def symmetric_kl(a, b):
     """Half of KL(a|b) + KL(b|a) for rows of (N, D) and (M, D) distributions -> (N, M), nats."""
@@ -122,8 +119,8 @@ def symmetric_kl(a, b):
     return (entropies - a @ log_b.T - log_a @ b.T).clamp_min(0) / 2
 
 
-def diffseg(attention, size, threshold=0.9, grid=16, rounds=3):
-    """Segments of one image by merging its joined attention (N, N): (size, size) int64.
+def diffseg(attention, size, threshold, grid=16, rounds=3):
+    """Segments of one image by merging its attention maps (N, N): (size, size) int64.
 
     threshold: the KL below which two maps are merged. grid: anchors a side. Source: section 3.3.
     """
@@ -135,7 +132,7 @@ def diffseg(attention, size, threshold=0.9, grid=16, rounds=3):
     near = (symmetric_kl(attention[anchors], attention) < threshold).float()
     proposals = near @ attention / near.sum(1, keepdim=True)
 
-    # Later rounds: each proposal that is not taken yet takes those near it.
+    # Later rounds: each proposal that is still free absorbs the free ones near it.
     for _ in range(rounds - 1):
         near = symmetric_kl(proposals, proposals) < threshold
         free = torch.ones(len(proposals), dtype=torch.bool, device=proposals.device)
@@ -151,23 +148,17 @@ def diffseg(attention, size, threshold=0.9, grid=16, rounds=3):
     return F.interpolate(pictures, (size, size), mode="bilinear")[0].argmax(0)
 
 
-# ---- K-means and which labels are lung ---------------------------------------------------------
-
-def under_seeds(labels, k, least=0.25):
-    """Which of k labels fill a share of `least` or more of small squares around two seeds, (k,)
-    bool. labels: (B, H, W) int64, of one image or of many that share labels."""
-    side = labels.shape[-1]
-    half = max(1, side // 16)
-    squares = []
-    for seed_x, seed_y in SEEDS:
-        x = round((seed_x + 1) / 2 * side)
-        y = round((seed_y + 1) / 2 * side)
-        squares.append(labels[:, y - half:y + half, x - half:x + half])
-    count = torch.cat(squares).flatten().bincount(minlength=k)
-    return count >= least * count.sum()
+def masks_by_diffseg(model, args, images):
+    """Lung masks of the images by DiffSeg."""
+    masks = []
+    for x in images.split(args.batch):
+        for attention in finest_attention(model, x.to(model.shift.device), seed=args.seed):
+            labels = diffseg(attention, x.shape[-1], args.threshold).cpu()
+            masks.append(under_seeds(labels[None], int(labels.max()) + 1)[labels])
+    return torch.stack(masks)
 
 
-# ---- the border step ---------------------------------------------------------------------------
+# ---- K-means and the border step ---------------------------------------------------------------
 
 def lung_score(features, centers, lungs, size):
     """Features (B, D, h, w), centers (k, D), lungs (k,) bool -> (B, size, size) in [0, 1]; above
@@ -222,18 +213,18 @@ def edge_strength(masks, grey):
     return gradient[contours(masks)].mean().nan_to_num(0).item()
 
 
-# ---- the question ------------------------------------------------------------------------------
-
 def masks_by_kmeans(model, args, training, images):
-    """{K: (edge strength, threshold, {step: masks of the images})}, each step on top of the last;
-    without a K of which no cluster lies under the seeds."""
+    """{K: (edge strength, threshold, {step: masks of the images})}, each step after the previous.
+
+    A K is missing if none or all of its clusters are lung.
+    """
     features, own_features = (
-        torch.cat([decoder_features(model, x.to(model.shift.device), args.timestep, args.seed)
+        torch.cat([decoder_features(model, x.to(model.shift.device), seed=args.seed)
                    for x in part.split(args.batch)]).cpu() for part in (training, images))
     grey, own_grey = ((part.mean(1) + 1) / 2 for part in (training, images))
 
-    # The 48 directions in which features vary most, where K-means is fast; their mean is 0.
-    points = features.transpose(0, 1).flatten(1)                  # (D, B*h*w)
+    # The 48 directions in which features vary most: K-means is fast there, and more stable in K.
+    points = features.transpose(0, 1).flatten(1)                  # (D, B*h*w), of mean 0
     axes = torch.linalg.eigh(points @ points.T)[1][:, -48:]
     features, own_features = (torch.einsum("bdhw,dc->bchw", x, axes)
                               for x in (features, own_features))
@@ -263,21 +254,17 @@ def masks_by_kmeans(model, args, training, images):
     return results
 
 
-def masks_by_diffseg(model, args, images):
-    masks = []
-    for x in images.split(args.batch):
-        maps = attention_maps(model, x.to(model.shift.device), seed=args.seed)
-        for attention in join_attention(maps):
-            labels = diffseg(attention, x.shape[-1], args.threshold).cpu()
-            masks.append(under_seeds(labels[None], int(labels.max()) + 1)[labels])
-    return torch.stack(masks)
+# ---- the question ------------------------------------------------------------------------------
 
-
-def otsu(images):
-    """Dark pixels (B, H, W) bool of images: 5x5 means up to each image's own otsu_level."""
-    grey = F.avg_pool2d(images.mean(1), 5, stride=1, padding=2, count_include_pad=False)
-    levels = ((grey + 1) * 127.5).round().long().clamp(0, 255)
-    return torch.stack([level <= otsu_level(level) for level in levels])
+def known_masks(images, indices):
+    """(those of the indices that have a mask, their masks (N, side, side) bool)."""
+    masks = {i: images.mask(i) for i in indices.tolist() if images.masks.get("masks")}
+    masks = {i: mask.bool() for i, mask in masks.items() if mask is not None and mask.any()}
+    if len(masks) < 2:
+        raise UserError(f"{len(masks)} of {len(indices)} images have a mask that is not empty",
+                        "2 are needed, in training and held out", "put them into masks/ beside "
+                        "the images")
+    return [*masks], torch.cat([*masks.values()])
 
 
 def outlined(images, masks, colour):
@@ -285,60 +272,38 @@ def outlined(images, masks, colour):
     return torch.where(contours(masks)[:, None], torch.tensor(colour)[:, None, None], images)
 
 
-def known_masks(images, kind, indices):
-    """(those of the indices that have a mask, their masks (N, side, side) bool)."""
-    if kind not in images.masks:
-        raise UserError(f"{images.name} has no {kind}", f"a folder {kind}/ is needed (it has "
-                        f"{', '.join(images.masks) or 'no masks'})", "pass another --mask-kind")
-    known = [i for i in indices.tolist() if images.masks[kind][i] is not None]
-    masks = [images.mask(i, kind).bool() for i in known]
-    blank = sum(bool(mask.all() or not mask.any()) for mask in masks)
-    if blank or len(known) < 2:
-        raise UserError(f"{len(known)} of {len(indices)} images have {kind}, {blank} of "
-                        "them of one colour", "2 that show lungs are needed, in training and held "
-                        "out", "correct the masks, or pass another --mask-kind")
-    return known, torch.cat(masks)
-
-
 def add_flags(parser):
     add_run_flags(parser, train_limit=2000)
     add = parser.add_argument
-    add("--mask-kind", default="masks", help="folder of the masks in the data")
     add("--fit", type=number(int, 1), default=150, help="training images of K-means at most")
     add("--clusters", type=number(int, 2), nargs="+", default=[6, 8, 10], help="K, each tried")
-    add("--timestep", type=number(int, 0, 999), default=150, help="of the features")
-    add("--threshold", type=number(float, 0), default=0.01, help="KL of DiffSeg, nats (paper: 0.9)")
-    add("--seed", type=number(int, 0), default=0, help="of noise, K-means, the untrained U-Net")
+    add("--threshold", type=number(float, 0), default=0.03, help="KL of DiffSeg, nats (paper: 0.9)")
+    add("--seed", type=number(int, 0), default=0, help="of noise and K-means")
 
 
 def main(args):
     run = open_run(args)
-    indices, truth = known_masks(run.images, args.mask_kind, run.test)
-    _, training_masks = known_masks(run.images, args.mask_kind, run.train)
+    indices, truth = known_masks(run.images, run.test)
+    _, training_masks = known_masks(run.images, run.train)
     images = run.images.batch(indices)
     training = run.images.batch(run.train[:args.fit].tolist())
-    print(f"Dice with {args.mask_kind} of {len(images)} held-out images at {images.shape[-1]} px; "
-          f"{len(run.test) - len(images)} without one left out; clusters and thresholds of "
+    print(f"Dice of {len(images)} held-out images at {images.shape[-1]} px, "
+          f"{len(run.test) - len(images)} without a mask left out; clusters and thresholds of "
           f"{len(training)} training images, no mask used; seed {args.seed}")
 
-    # Masks of each K, of the K that edges choose, and of an untrained U-Net; floors.
-    untrained = copy.deepcopy(run.model)
-    torch.manual_seed(args.seed)
-    untrained.unet = UNet(run.model.config.unet).to(run.model.shift.device).eval()
-    rows = {}
-    ours = torch.zeros_like(truth)
+    # Masks of each K, of which edges choose one.
     by_k = masks_by_kmeans(run.model, args, training, images)
-    for _, _, steps in by_k.values():
-        rows |= steps
-    for _, _, steps in masks_by_kmeans(untrained, args, training, images).values():
-        rows |= {f"floor, untrained U-Net, {step}": masks for step, masks in steps.items()}
-    if by_k:
-        best = max(by_k, key=lambda k: by_k[k][0])
-        ours = list(by_k[best][2].values())[-1]
-        rows[f"K by edges: {best}"] = ours
+    if not by_k:
+        raise UserError(f"--clusters {args.clusters}: none or all clusters lie on the lungs",
+                        "some of them must", "pass other --clusters")
+    best = max(by_k, key=lambda k: by_k[k][0])
+    ours = [*by_k[best][2].values()][-1]
+    rows = {name: masks for _, _, steps in by_k.values() for name, masks in steps.items()}
+    rows[f"K by edges: {best}"] = ours
+
+    # The paper's way, and the floor: one mask for all.
     rows["DiffSeg"] = masks_by_diffseg(run.model, args, images)
     rows["floor, mean of training masks"] = (training_masks.float().mean(0) >= 0.5).expand_as(truth)
-    rows["floor, Otsu's threshold"] = otsu(images)
 
     table = {}
     for name, masks in rows.items():

@@ -1,7 +1,8 @@
 """Statistics used only by the experiments. The metrics themselves are in evaluate.py.
 
-    linear_probe(train_x, train_y, test_x, test_y)      # AUC of a ridge regression on features
-    subsample_interval(metric, a, b)     # 95 % interval of a distance
+    scores = ridge_scores(train_x, train_y, test_x)    # (M, L), of a linear model on features
+    label_aucs(test_y, scores)                         # AUC of each label
+    subsample_interval(metric, a, b)                   # 95 % interval of a distance
 
 All compute in float64 on the CPU. Deliberate choice: intervals of distances come from subsampling
 without replacement, because the duplicates of a bootstrap bias distances.
@@ -11,10 +12,17 @@ import torch
 
 from evaluate import as_features, roc_auc
 
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # of ridge regression
+
+
+def label_aucs(labels, scores):
+    """AUC of each label: labels (N, L) of 0 and 1, scores (N, L)."""
+    return [roc_auc(*column) for column in zip(labels.T, scores.T)]
+
 
 def mean_auc(labels, scores):
-    """Mean over labels of the AUC of labels (N, L) of 0 and 1 and scores (N, L)."""
-    return float(np.mean([roc_auc(*column) for column in zip(labels.T, scores.T)]))
+    """Mean of label_aucs."""
+    return float(np.mean(label_aucs(labels, scores)))
 
 
 def ridge_weights(x, y, strength):
@@ -26,21 +34,19 @@ def ridge_weights(x, y, strength):
     return x.T @ torch.linalg.solve(x @ x.T + penalty, y)
 
 
-def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 1.0, 10.0)):
-    """(AUC of each label, scores (M, L)) of a ridge regression on frozen features.
+def ridge_scores(train_x, train_y, test_x):
+    """Ridge regression on features: predicted labels minus their training means, (M, L), NumPy.
 
-    train_x (N, D), train_y (N, L) of 0 and 1. Features are standardised with training statistics.
-    Each label gets the strength with the least squared error on a fifth of the training set.
+    train_x (N, D), train_y (N, L) of 0 and 1, test_x (M, D). Features are standardised with
+    training statistics. Each label gets the strength with the least squared error on a fifth of
+    the training set.
     """
     train_x, test_x = as_features(train_x, test_x)
-    train_y = torch.as_tensor(train_y).double()
-    test_y = torch.as_tensor(test_y)
-
-    # Standardise with the statistics of the training set.
     mean = train_x.mean(dim=0)
     std = train_x.std(dim=0).clamp(min=1e-8)
     train_x = (train_x - mean) / std
     test_x = (test_x - mean) / std
+    train_y = torch.as_tensor(train_y).double()
     train_y = train_y - train_y.mean(dim=0)
 
     # Choose the best strength for each label.
@@ -49,16 +55,15 @@ def linear_probe(train_x, train_y, test_x, test_y, strengths=(0.001, 0.01, 0.1, 
     validation = order[:fifth]
     fit = order[fifth:]
     errors = []
-    for strength in strengths:
+    for strength in STRENGTHS:
         predicted = train_x[validation] @ ridge_weights(train_x[fit], train_y[fit], strength)
         errors.append((predicted - train_y[validation]).square().mean(dim=0))
     best = torch.stack(errors).argmin(dim=0).tolist()  # (strengths, L) -> (L,)
 
     # Fit each label again, on the whole training set.
-    scores = [test_x @ ridge_weights(train_x, train_y[:, label], strengths[index])
+    scores = [test_x @ ridge_weights(train_x, train_y[:, label], STRENGTHS[index])
               for label, index in enumerate(best)]
-    aucs = [roc_auc(*column) for column in zip(test_y.T, scores)]
-    return aucs, torch.stack(scores, dim=1).numpy()
+    return torch.stack(scores, dim=1).numpy()
 
 
 def subsample_interval(metric, a, b, rounds=50, seed=0):

@@ -4,37 +4,22 @@ A small CNN is trained to separate equal numbers of both, and tested on images o
 An AUC of 0.5 means that it cannot tell them apart, 1 that it always can. REAL is a folder, or a run
 (its held-out images).
 
-A synthetic image belongs to the patients of its sources, if samples.csv names them. It is left out
-if its sources are in both halves. Each seed draws new halves and initial weights. Writes
-SYNTHETIC/twosample.json.
+All images are resized to the run's side, or to that of the first real image. A synthetic image
+belongs to the patients of its sources, if samples.csv names them. It is left out if its sources are
+in both halves. Each seed draws new halves and initial weights. Writes SYNTHETIC/twosample.json.
 """
 from pathlib import Path
 
 import numpy as np
 
 from evaluate import roc_auc
-from experiments.common import add_run_flags, choose, open_run
+from experiments.common import add_run_flags, choose, open_run, read_sources
 from experiments.small_cnn import load_bytes, predict, train_classifier
 from support.command import UserError, number, pick_device, print_table
 from support.datasets import open_dataset
-from support.files import read_csv, write_json
+from support.files import write_json
 
 LEAST = 6  # real, and synthetic, images in each half
-
-
-def patients_of_samples(folder, samples, patients):
-    """The set of patients of each sample; a sample without sources is its own patient.
-
-    patients: {stem of a file name: patient}
-    """
-    path = Path(folder, "samples.csv")
-    rows = read_csv(path) if path.is_file() else []
-    sources = {Path(row["file"]).stem: row.get("sources", "").split("|") for row in rows}
-    owners = []
-    for file in samples.files:
-        stems = [Path(source).stem for source in sources.get(Path(file).stem, [])]
-        owners.append({patients[stem] for stem in stems if stem in patients} or {f"sample {file}"})
-    return owners
 
 
 def halves_of(patients, seed):
@@ -51,7 +36,6 @@ def add_flags(parser):
     add("real", help="a run (its held-out images), or a folder")
     add("synthetic", help="a folder, e.g. of a run's samples")
     add_run_flags(parser)
-    add("--size", type=number(int, 1), help="resize to this side (default: keep the size)")
     add("--seeds", type=number(int), nargs="+", default=[0, 1, 2], help="of halves and networks")
     add("--cnn-steps", type=number(int, 1), default=600, help="steps of the small CNN")
 
@@ -62,28 +46,30 @@ def main(args):
         run = open_run(args, args.real)
         real, real_indices = run.images, run.test
     else:
-        real = open_dataset(args.real, args.size)
+        size = open_dataset(args.real, None)[0].shape[-1]
+        real = open_dataset(args.real, size)
         real_indices = choose(range(len(real)), args.count)
-    synthetic = open_dataset(args.synthetic, args.size or real.size)
+    synthetic = open_dataset(args.synthetic, real.size)
     indices = choose(range(len(synthetic)), args.count)
     count = min(len(real_indices), len(indices))
-    real_indices, indices = real_indices[:count].tolist(), indices[:count].tolist()
-    sides = {real[i].shape[-1] for i in real_indices} | {synthetic[i].shape[-1] for i in indices}
-    if len(sides) > 1:
-        raise UserError(f"got images of {sorted(sides)} pixels a side", "one side is needed",
-                        f"pass --size {min(sides)}")
+    real_indices = real_indices[:count].tolist()
+    indices = indices[:count].tolist()
 
-    # Join equal numbers of both, each image with its patients; synthetic images have label 1.
-    patients = real.groups or real.files
-    by_stem = {Path(file).stem: patient for file, patient in zip(real.files, patients)}
-    owners = patients_of_samples(args.synthetic, synthetic, by_stem)
-    owners = [{patients[i]} for i in real_indices] + [owners[i] for i in indices]
+    # The patients of each image; a synthetic one without known sources is its own patient.
+    groups = real.groups or real.files
+    patient_of = {Path(file).stem: patient for file, patient in zip(real.files, groups)}
+    sources = read_sources(args.synthetic, synthetic)
+    patients = [{groups[i]} for i in real_indices]
+    for i in indices:
+        known = {patient_of[name] for name in sources[i] or () if name in patient_of}
+        patients.append(known or {f"sample {i}"})
+
+    # Synthetic images have label 1.
     pixels = np.concatenate([load_bytes(real, real_indices), load_bytes(synthetic, indices)])
     labels = np.repeat([0.0, 1.0], count)
-
     aucs = {}
     for seed in args.seeds:
-        half = halves_of(owners, seed)
+        half = halves_of(patients, seed)
         train, test = half == 0, half == 1
         fewest = min(np.sum(labels[part] == y) for part in (train, test) for y in (0, 1))
         if fewest < LEAST:

@@ -7,11 +7,13 @@ from scipy.stats import ttest_rel
 
 from experiments import small_cnn
 from experiments.__main__ import main as experiments
-from experiments.downstream import arms_of, difference, draw_pool, split_pools, summarise
+from experiments.downstream import (arms_of, difference, draw_pool, split_pools, summarise,
+                                    surest_third)
 from experiments.small_cnn import SmallCNN
 from support.command import UserError
 
-FLAGS = ["--device", "cpu", "--least", "2", "--sample-steps", "1", "--cnn-steps", "4"]
+FLAGS = ["--device", "cpu", "--least", "2", "--sample-steps", "1", "--cnn-steps", "4",
+         "--cnn-size", "16"]
 GROUPS = [f"p{i // 5}" for i in range(70)]
 
 
@@ -26,31 +28,42 @@ def test_pools_are_drawn_by_patient():
 
 
 def test_folds_keep_patients_apart():
-    """Every image is tested once, never beside its patient; without folds the split stays."""
-    train, test = list(range(50)), list(range(50, 70))
-    assert split_pools(train, test, GROUPS, 0) == [(train, test)]
-    folds = split_pools(train, test, GROUPS, 5)
-    assert sorted(i for _, tested in folds for i in tested) == train + test
+    """Every row is tested once, never beside its patient; without folds the split stays."""
+    rows = list(range(70))
+    assert split_pools(GROUPS, 50, 0) == [(rows[:50], rows[50:])]
+    folds = split_pools(GROUPS, 50, 5)
+    assert sorted(i for _, tested in folds for i in tested) == rows
     for drawn, tested in folds:
-        assert sorted(drawn + tested) == train + test and tested
+        assert sorted(drawn + tested) == rows and tested
         assert not {GROUPS[i] for i in drawn} & {GROUPS[i] for i in tested}
 
 
+def test_the_surest_third():
+    """The third farthest from zero, labelled by its sign."""
+    rows, labels = surest_third(np.array([[0.1], [-0.9], [0.5], [-0.2], [0.3], [-0.4]]))
+    assert rows.tolist() == [1, 2] and labels.tolist() == [[0.0], [1.0]]
+
+
 def test_arms_take_equal_steps_and_inherit_labels():
-    """The five arms; steps add up; labels follow the sources; duplicates are the pool's pixels."""
-    pool = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * np.ones((1, 3, 8, 8), np.uint8)
-    y = np.array([[0.0], [1.0], [0.0]])
-    made = pool[[0, 1, 2, 0, 1]] + 100
-    arms = arms_of(pool, y, made + 50, made, 10)
-    assert list(arms) == ["real", "duplicates", "classical", "synthetic", "synthetic first"]
-    for stages in arms.values():
+    """Steps add up; labels follow the sources; each arm has the images that it should have."""
+    def pair(*values):
+        x = np.array(values, np.uint8)
+        return x.reshape(-1, 1, 1, 1) * np.ones((1, 3, 8, 8), np.uint8), (x[:, None] % 2) * 1.0
+
+    pool, made, named, made_of_named = pair(0, 1, 2), pair(*range(10, 16)), pair(20, 21), pair(30)
+    arms = arms_of(pool, made, named, made_of_named, 10)
+    wanted = {"real": [[0, 1, 2]], "augmented": [[0, 1, 2]],
+              "duplicates": [[0, 1, 2, 0, 0, 1, 1, 2, 2]],
+              "synthetic": [[0, 1, 2, *range(10, 16)]],
+              "synthetic first": [[*range(10, 16)], [0, 1, 2]],
+              "pseudo-labels": [[0, 1, 2, 20, 21]],
+              "pseudo-labels, synthetic": [[0, 1, 2, 20, 21, 30]]}
+    assert list(arms) == list(wanted)
+    for arm, stages in arms.items():
         assert sum(steps for *_, steps in stages) == 10
-        for images, labels, _ in stages:
-            source = images[:, 0, 0, 0] % 50
-            assert np.array_equal(labels[:, 0], source == 1)
-    (duplicates, _, _), (synthetic, _, _) = arms["duplicates"][0], arms["synthetic"][0]
-    assert len(duplicates) == len(synthetic) == 8 and duplicates.max() == 2
-    assert [len(images) for images, *_ in arms["synthetic first"]] == [5, 3]
+        for (images, labels, _), values in zip(stages, wanted[arm], strict=True):
+            assert images[:, 0, 0, 0].tolist() == values
+            assert np.array_equal(labels[:, 0], np.array(values) % 2)
 
 
 def test_interval_is_that_of_the_paired_t_test():
@@ -69,10 +82,10 @@ def test_command(labelled_run, capsys, monkeypatch):
     """A table, JSON with every pool, a picture, and one figure in the last line."""
     monkeypatch.setattr(small_cnn, "SmallCNN", lambda labels: SmallCNN(labels, width=8))
     experiments(["downstream", "--checkpoint", str(labelled_run), *FLAGS, "--n", "6", "--pools",
-                 "2", "--ratio", "1.5", "--folds", "2"])
+                 "2", "--ratio", "2", "--folds", "2"])
     result = json.loads((labelled_run / "downstream.json").read_text())
-    assert list(result["arms"]) == ["real", "duplicates", "classical", "synthetic",
-                                    "synthetic first", "ridge on tokens"]
+    assert list(result["arms"])[:3] == ["ridge on tokens", "ridge, all labels", "real"]
+    assert len(result["arms"]) == 9
     assert all(len(values) == 2 for values in result["pool by pool"].values())
     assert (labelled_run / "downstream.png").stat().st_size > 1000
     out = capsys.readouterr().out

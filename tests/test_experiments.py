@@ -1,7 +1,6 @@
 """experiments/: the front door and what they share; then each against stand-ins with known answers.
 """
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +10,9 @@ from torch import nn
 
 from evaluate import RandomFeatures
 from experiments import __main__ as front_door
-from experiments import common, privacy, probe
-from experiments.common import OpenedRun, binary_labels
-from experiments.privacy import pixel_distances, read_samples, share_below, token_distances
+from experiments import common, privacy
+from experiments.common import OpenedRun
+from experiments.privacy import open_samples, share_below, token_distances
 from experiments.resemble import first_share, resemblance
 from support.command import UserError
 from support.datasets import ImageSet, open_dataset
@@ -45,27 +44,32 @@ def test_every_experiment_has_its_own_help(name, capsys):
     assert f"python -m experiments {name}" in capsys.readouterr().out
 
 
-def test_labels_for_the_probe():
+def read_labels(columns, names, parts, least):
+    """common.read_labels of a set with these columns; parts: of training and held-out images."""
+    count = len(columns["finding"])
+    images = ImageSet("table", "", 8, [f"{i}.png" for i in range(count)], columns)
+    rows = torch.arange(count)
+    return common.read_labels(images, names, rows[:parts], rows[parts:], least)
+
+
+def test_labels():
     """0/1 columns are one label, lists are cut at |, and rare values are left out."""
     columns = {"nodule": ["0", "1"] * 50, "finding": ["A|B", "B", "C|A", "D"] * 25}
-    parts = np.arange(60), np.arange(60, 100)
-    names, train, test = binary_labels(columns, ["nodule", "finding"], *parts, least=15)
-    assert names == ["nodule", "A", "B"] and train.shape == (60, 3) and test.shape == (40, 3)
-    assert train[:4, 1].tolist() == [1, 0, 1, 0] and train[:4, 2].tolist() == [1, 1, 0, 0]
+    names, train, test, labels = read_labels(columns, ["nodule", "finding"], 60, least=15)
+    assert names == ["nodule", "A", "B"] and len(train) == 60 and len(test) == 40
+    assert labels[:4, 1].tolist() == [1, 0, 1, 0] and labels[:4, 2].tolist() == [1, 1, 0, 0]
     with pytest.raises(UserError, match="no label of finding"):
-        binary_labels(columns, ["finding"], *parts, least=40)
+        read_labels(columns, None, 60, least=40)
 
 
 def test_images_without_a_sure_label_are_left_out(capsys):
     """An uncertain answer and an empty cell are unknown."""
-    columns = {"nodule": ["1", "0", "-1", "", "1.0", "1"], "finding": ["A", "", "A", "B", "A", "A"]}
-    images = ImageSet("six", "", 8, list("abcdef"), columns)
-    train, test = common.with_known_labels(images, ["nodule", "finding"], torch.arange(3),
-                                           torch.arange(3, 6))
-    assert train.tolist() == [0] and test.tolist() == [4, 5]
-    assert "training images without a label, left out: 2" in capsys.readouterr().out
+    columns = {"nodule": ["1", "0", "-1", "", "1.0", "0"], "finding": ["A", "A", "", "B", "A", "A"]}
+    _, train, test, _ = read_labels(columns, ["nodule"], 3, least=1)
+    assert train.tolist() == [0, 1] and test.tolist() == [4, 5]
+    assert "left out: 1 for training, 1 held out" in capsys.readouterr().out
     with pytest.raises(UserError, match="no column 'nothing'"):
-        common.with_known_labels(images, ["nothing"], torch.arange(3), torch.arange(3, 6))
+        read_labels(columns, ["nothing"], 3, least=1)
 
 
 def ask(name, run, *arguments):
@@ -82,7 +86,7 @@ def test_a_run_is_opened_whole(labelled_run, tmp_path):
     """Model, flags and both parts of the data, at most as many as asked for, always the same."""
     args = run_flags(labelled_run)
     run = common.open_run(args)
-    assert run.folder == labelled_run and run.flags["seed"] == 0
+    assert run.folder == labelled_run
     assert not run.model.training and len(run.images) == 60 and len(run.test) == 5
     assert set(run.train.tolist()).isdisjoint(run.test.tolist())
     assert torch.equal(run.test, common.open_run(args).test)
@@ -95,15 +99,13 @@ def test_a_run_is_opened_whole(labelled_run, tmp_path):
         common.open_run(args, tmp_path)
 
 
-def test_probe_command(labelled_run, capsys, monkeypatch):
+def test_probe_command(labelled_run):
     """A row for the embedder, each set of random weights, and pixels; AUCs of each label."""
-    monkeypatch.setattr(probe, "binary_labels", partial(binary_labels, least=5))  # of 60 images
-    table = ask("probe", labelled_run, "--seeds", "0", "--label-column", "kind")
+    table = ask("probe", labelled_run, "--seeds", "0", "--label-column", "kind", "--least", "5")
     assert list(table) == ["embedder", "random weights, seed 0", "16x16 grey pixels"]
     for row in table.values():
-        assert 0 <= row["interval"][0] <= row["mean"] <= row["interval"][1] <= 1
-        assert row["mean"] == pytest.approx(np.mean(list(row["labels"].values())))
-    assert "95 %" in capsys.readouterr().out
+        assert 0 <= row["95 %"][0] <= row["mean"] <= row["95 %"][1] <= 1
+        assert row["mean"] == pytest.approx((row["even"] + row["odd"]) / 2)
 
 
 def test_resemble_command(labelled_run):
@@ -156,7 +158,7 @@ class Copier(nn.Module):
     def embed(self, x):
         return nn.functional.adaptive_avg_pool2d(x, 8).flatten(2)
 
-    def sample(self, tokens, seeds, guidance_scale, batch, refine):
+    def sample(self, tokens, seeds, batch, refine):
         if tokens is None:
             tokens = torch.stack([normal(3, 64, seed=s).float() for s in seeds])
         return nn.functional.interpolate(tokens.view(-1, 3, 8, 8), size=64, mode="bilinear")
@@ -205,14 +207,11 @@ def test_sources_of_samples(chests, split, tmp_path):
             ("interpolate", "41.png|a/7.png"), ("reconstruct", "other.png"),
             ("prototype", "prototype 0 of 2")]
     write_samples(tmp_path, chests[:5], rows)
-    samples, sources = read_samples(tmp_path, split[0])
+    samples, sources = open_samples(tmp_path, split[0])
     assert sources == [[3], [], [41, 7], [], []] and samples.files == [f"{i}.png" for i in range(5)]
     save_png(tmp_path / "images" / "unknown.png", chests[0])
-    with pytest.raises(UserError, match="names no source for 1 images.*unknown.png"):
-        read_samples(tmp_path, split[0])
-    (tmp_path / "samples.csv").unlink()
-    with pytest.raises(UserError, match="names no source for 6 images"):
-        read_samples(tmp_path, split[0])
+    with pytest.raises(UserError, match="samples.csv does not list unknown.png"):
+        open_samples(tmp_path, split[0])
 
 
 def test_distances():
@@ -220,8 +219,6 @@ def test_distances():
     a, b = normal(7, 5), normal(9, 5, seed=1)
     want = (a[:, None] - b).square().mean(dim=2).sqrt()
     assert torch.allclose(token_distances(a, b), want, atol=1e-12)
-    want = 1 - np.corrcoef(a.numpy(), b.numpy())[:7, 7:]
-    assert np.allclose(pixel_distances(a, b).numpy(), want, atol=1e-12)
     held_out = np.arange(1000.0)
     assert share_below(held_out, held_out) == 0.01 and share_below(held_out, held_out + 500) == 0
     assert share_below(held_out, np.zeros(3)) == 1
@@ -231,7 +228,7 @@ def test_privacy_finds_copies(chests, split, tmp_path, monkeypatch):
     """Copies of a training image are found unless it is their source; others look like real."""
     images, train, test = split
     run = tmp_path / "run"
-    opened = OpenedRun(run, Copier(), {}, images, train, test)
+    opened = OpenedRun(run, Copier(), images, train, test)
     monkeypatch.setattr(privacy, "open_run", lambda args: opened)
     sets = {"declared": range(20), "held": range(40, 60), "stolen": range(10)}
     for name, indices in sets.items():

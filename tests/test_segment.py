@@ -12,9 +12,8 @@ from evaluate import dice
 from experiments import segment
 from experiments.__main__ import main as experiments
 from experiments.common import OpenedRun
-from experiments.segment import (attention_maps, decoder_features, diffseg, edge_strength,
-                                 guided_filter, join_attention, largest_pieces, lung_score,
-                                 otsu, symmetric_kl)
+from experiments.segment import (decoder_features, diffseg, edge_strength, finest_attention,
+                                 guided_filter, largest_pieces, lung_score, symmetric_kl)
 from support.command import UserError
 from support.datasets import open_dataset
 from unet import UNetConfig
@@ -47,11 +46,11 @@ def discs(*centres, radius=0.3, size=64):
                         for a, b in centres]).any(0, keepdim=True)
 
 
-def planted_attention(side, contrast):
-    """Maps (1, N, N): each position looks `contrast` times more at its own quarter."""
-    own = QUARTERS[::SIDE // side, ::SIDE // side].flatten()
+def planted_attention(contrast):
+    """Maps (64, 64): each position looks `contrast` times more at its own quarter."""
+    own = QUARTERS.flatten()
     scores = 1 + (contrast - 1) * (own[:, None] == own).float()
-    return (scores / scores.sum(1, keepdim=True))[None]
+    return scores / scores.sum(1, keepdim=True)
 
 
 def test_symmetric_kl_equals_scipy():
@@ -63,33 +62,16 @@ def test_symmetric_kl_equals_scipy():
     assert symmetric_kl(torch.tensor(a), torch.tensor(a)).diagonal().max() < 1e-12
 
 
-def test_join_attention():
-    """Rows are distributions; one map stays as it is; weights follow the sides."""
-    maps = [torch.rand(2, n, n, generator=torch.Generator().manual_seed(n)).softmax(-1)
-            for n in (16, 64)]
-    joint = join_attention(maps)
-    assert joint.shape == (2, 64, 64)
-    assert torch.allclose(joint.sum(-1), torch.ones(2, 64), atol=1e-5)  # float32 sums of 64
-    assert torch.allclose(join_attention(maps[1:]), maps[1], atol=1e-6)
-    flat = torch.full((2, 64, 64), 1 / 64)
-    alone = join_attention([maps[0], flat])
-    assert torch.allclose(joint - alone, 2 / 3 * (maps[1] - flat), atol=1e-6)  # 8 of 4 + 8
-    queries = alone.view(2, 8, 8, 64)
-    assert torch.equal(queries[:, ::2, ::2], queries[:, 1::2, 1::2])  # queries are repeated
-
-
 def test_diffseg_finds_planted_segments():
     """Four quarters that look at themselves are four segments; without contrast there is one."""
-    sharp = planted_attention(8, 1000)
-    labels = diffseg(sharp[0], SIDE)
+    sharp = planted_attention(1000)
+    labels = diffseg(sharp, SIDE, 0.9)
     pairs = set(zip(labels.flatten().tolist(), QUARTERS.flatten().tolist()))
     assert labels.shape == (SIDE, SIDE) and len(pairs) == len(labels.unique()) == 4
-    joint = join_attention([sharp, planted_attention(4, 1000)])[0]
-    assert len(diffseg(joint, SIDE).unique()) == 4
-    flat = planted_attention(8, 1.1)[0]
-    assert len(diffseg(flat, SIDE).unique()) == 1
-    assert len(diffseg(flat, SIDE, threshold=1e-4).unique()) == 4
-    assert len(diffseg(joint, SIDE, grid=1).unique()) == 1  # one anchor, one proposal
+    assert len(diffseg(sharp, SIDE, 0.9, grid=1).unique()) == 1  # one anchor, one proposal
+    flat = planted_attention(1.1)
+    assert len(diffseg(flat, SIDE, 0.9).unique()) == 1
+    assert len(diffseg(flat, SIDE, 1e-4).unique()) == 4
 
 
 def test_features_and_maps_of_the_model(model, chests):
@@ -103,8 +85,9 @@ def test_features_and_maps_of_the_model(model, chests):
     assert (means > 0).all() and (means < 1).all()
     assert torch.allclose(decoder_features(model, images[1:2]), features[1:2], atol=1e-5)
     assert not torch.allclose(decoder_features(model, images, seed=1), features, atol=1e-3)
-    sides = [tuple(x.shape) for x in attention_maps(model, images)]
-    assert sides == [(3, 64, 64)] * 4  # attention at the lower level only: down, middle, up, up
+    attention = finest_attention(model, images)
+    assert attention.shape == (3, 64, 64)  # at the lower level only, of 8 x 8
+    assert torch.allclose(attention.sum(-1), torch.ones(3, 64), atol=1e-5)
     assert not any(module._forward_hooks for module in model.unet.modules())  # taken off again
 
 
@@ -150,21 +133,12 @@ def test_edges_are_strongest_on_the_true_contour():
     assert edge_strength(image > 2, image) == 0  # no contour
 
 
-def test_otsu_parts_two_greys():
-    """A dark disc with noise is found to the blur of the 5x5 mean, whatever gain and offset."""
-    disc = discs((0, 0), radius=0.63)[0]
-    noise = 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    for gain, offset in ((0.8, 0), (0.3, 0.4)):
-        image = gain * torch.where(disc, -1.0, 1.0) + gain * noise + offset
-        assert dice(otsu(image.expand(1, 3, -1, -1))[0], disc) > 0.97
-
-
 @pytest.fixture
 def command(model, chests, tmp_path, monkeypatch):
     """Runs the experiment on phantoms: 10 to train, 8 held out, no mask for number 17."""
     chests.masks["masks"] = list(chests.masks["masks"])
     chests.masks["masks"][17] = None
-    opened = OpenedRun(tmp_path, model, {}, chests, torch.arange(10), torch.arange(10, 18))
+    opened = OpenedRun(tmp_path, model, chests, torch.arange(10), torch.arange(10, 18))
     monkeypatch.setattr(segment, "open_run", lambda args: opened)
 
     def run(*arguments):
@@ -178,7 +152,7 @@ def test_command(command, chests, tmp_path, capsys):
     """Held-out images with a mask are judged, others counted; floors are what they should be."""
     result = command()
     said = capsys.readouterr().out
-    assert result["images"] == 7 and "; 1 without one left out" in said
+    assert result["images"] == 7 and ", 1 without a mask left out" in said
     truth = torch.cat([chests.mask(i) for i in range(10, 17)]).bool()
     mean = torch.cat([chests.mask(i) for i in range(10)]).float().mean(0) >= 0.5
     rows = result["dice"]
@@ -188,15 +162,13 @@ def test_command(command, chests, tmp_path, capsys):
     assert rows[f"K-means 3 + threshold {threshold}"] == rows["K by edges: 3"]
     for row in rows.values():
         assert row["95 %"][0] <= row["Dice"] <= row["95 %"][1]
-    assert {"K-means 3", "DiffSeg", "floor, Otsu's threshold"} <= set(rows)
+    assert {"K-means 3", "DiffSeg"} <= set(rows)
     assert (tmp_path / "segment.png").stat().st_size > 10_000
 
 
 def test_masks_that_cannot_serve(command, chests):
-    """An absent kind of mask, and masks that show nothing, are refused with their names."""
-    with pytest.raises(UserError, match=r"no masks_manual: .*\(it has masks\): pass"):
-        command("--mask-kind", "masks_manual")
-    chests.masks["blank"] = [torch.zeros(1, 32, 32, dtype=torch.bool)] * 18
-    with pytest.raises(UserError, match="8 of 8 images have blank, 8 of them of one colour"):
-        command("--mask-kind", "blank")
-    del chests.masks["blank"]
+    """No masks, and masks that show nothing, are refused."""
+    for masks in None, [torch.zeros(1, 32, 32)] * 18:
+        chests.masks["masks"] = masks
+        with pytest.raises(UserError, match="0 of 8 images have a mask that is not empty"):
+            command()

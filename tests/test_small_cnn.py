@@ -8,18 +8,16 @@ from support.phantoms import chest_phantoms
 
 
 def test_strong_augmentation():
-    """Each image varies in its own way, by seed, in range; the picture stays recognisable; flips
-    and any angle only with turns."""
+    """Each image varies in its own way, by seed, in range; the picture stays recognisable and is
+    never mirrored."""
     image = chest_phantoms(1, 64, 0)[0].expand(20, 3, -1, -1)
     x, again = (strong_augment(image, torch.Generator().manual_seed(0)) for _ in range(2))
     assert torch.equal(x, again) and x.shape == image.shape and x.abs().max() <= 1
     assert not torch.allclose(x[0], x[1], atol=0.1)
-    like = [correlations(pixel_rows(y), pixel_rows(image[:1])).min()
-            for y in (x, strong_augment(image, torch.Generator().manual_seed(0), turns=True))]
-    assert like[0] > 0.25 > like[1]
+    assert correlations(pixel_rows(x), pixel_rows(image[:1])).min() > 0.25
     half = torch.cat([torch.full((20, 3, 64, 32), -1.0), torch.ones(20, 3, 64, 32)], dim=3)
     right = strong_augment(half, torch.Generator().manual_seed(0))[..., 48:].mean(dim=(1, 2, 3))
-    assert (right > 0).all()  # never mirrored
+    assert (right > 0).all()
 
 
 def test_the_network_learns():

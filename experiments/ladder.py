@@ -1,26 +1,29 @@
 """Known damage to real images, to read a distance by: JPEG, blur, and a model's reconstructions."""
+import io
+
 import torch
 import torch.nn.functional as F
-from torchvision.io import decode_jpeg, encode_jpeg
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from evaluate import frechet_distance
 from experiments.radiomics import frd
+from support.pictures import to_picture
 
 
-def to_bytes(images):
-    """[-1, 1] -> 0 to 255, uint8 on the CPU."""
-    return ((images + 1) * 127.5).round().to("cpu", torch.uint8)
-
-
-def from_bytes(pixels):
-    """The inverse of to_bytes."""
-    return pixels / 127.5 - 1
+def as_stored(images, **options):
+    """Images (B, 3, H, W) in [-1, 1] after Pillow's save(**options) and open, on the CPU."""
+    stored = []
+    for image in images:
+        file = io.BytesIO()
+        to_picture(image).save(file, **options)
+        stored.append(pil_to_tensor(Image.open(file)) / 127.5 - 1)
+    return torch.stack(stored)
 
 
 def jpeg(images, quality=90):
     """Images (B, 3, H, W) in [-1, 1], compressed and decompressed."""
-    files = [encode_jpeg(pixels, quality=quality) for pixels in to_bytes(images)]
-    return from_bytes(torch.stack([decode_jpeg(file) for file in files]))
+    return as_stored(images, format="JPEG", quality=quality)
 
 
 def blur(images):
@@ -60,8 +63,8 @@ def ladder(by_name, part, features, judge, device, batch):
         measured = []
         for rows in indices[:count].split(batch):
             x = damage(images.batch(rows.tolist()).to(device), rows.tolist())
-            x = from_bytes(to_bytes(x))  # as a PNG holds it
-            measured.append(judge(x.to(device)).flatten(1).cpu())
+            x = as_stored(x, format="PNG").to(device)  # 256 levels, as the other images have
+            measured.append(judge(x).flatten(1).cpu())
         rungs[name] = torch.cat(measured)
     rungs["synthetic"] = fake
 

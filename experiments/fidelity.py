@@ -1,9 +1,8 @@
 """How far apart are two sets of images, with intervals?
 
 Prints the table of `python evaluate.py REAL SYNTHETIC`, with more options. REAL may be a run; its
-training and held-out images then give the floor. The judge may be Inception, a ViT, or radiomic
-features, z-scored by the first half of REAL; their FRD is log d, the Frechet distance d^2. Each
-distance between all images gets a 95 % interval by subsampling.
+training and held-out images then give the floor. The judge may be Inception, a ViT, or radiomics,
+z-scored by REAL's first half. Distances between all images get 95 % intervals by subsampling.
 
 Writes SYNTHETIC/fidelity.json.
 """
@@ -119,8 +118,7 @@ def add_flags(parser):
         help="a random network, FID's Inception, a ViT (not the one that conditioned), radiomics")
     add("--weights", help="inception: a file; dino: a published ViT's name or a file (default: the "
         "embedder of --checkpoint)")
-    add("--ladder", action="store_true",
-        help="also real images after JPEG, after blur and, if REAL is a run, reconstructed")
+    add("--ladder", action="store_true", help="also JPEG, blur and, of a run, reconstructions")
     add("--rounds", type=number(int, 2), default=20, help="subsamples of each interval")
     add("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
 

@@ -117,14 +117,14 @@ def radiomics(images):
 
     Bands: LL is the mean of each 2 x 2 square; differences across are HL, down LH, both HH.
     """
-    grey = (images.mean(dim=1, keepdim=True).to("cpu", torch.float64) + 1) / 2
+    grey = (images.mean(dim=1, keepdim=True).cpu().double() + 1) / 2
     even = grey[..., :grey.shape[2] // 2 * 2, :grey.shape[3] // 2 * 2]
     bands = [grey[:, 0], *(to_bands(even) / 2).unbind(dim=1)]
     features = {}
     for band, x in zip(("image", "LL", "HL", "LH", "HH"), bands):
         levels = to_levels(x, *(GREY if band in ("image", "LL") else DETAIL))
         values = first_order(x.flatten(1), levels.flatten(1))
-        textures = [{**co_occurrence(sequence), **run_lengths(sequence, max(x.shape))}
+        textures = [{**co_occurrence(sequence), **run_lengths(sequence, max(x.shape[1:]))}
                     for sequence in read_lines(levels)]
         for name in textures[0]:
             values[name] = torch.stack([texture[name] for texture in textures]).mean(dim=0)
@@ -139,7 +139,7 @@ def radiomic_features(images):
 
 def z_score(real, features):
     """(N, D) with the mean and deviation of the real (M, D); constants are only centred."""
-    real, features = as_features(real, features)
+    real, features = as_features(real, features, least=1)
     std = real.std(dim=0)
     return (features - real.mean(dim=0)) / torch.where(std > 1e-8, std, 1)
 

@@ -122,6 +122,7 @@ def test_frd_has_closed_forms():
     assert frd(5 + x * units, 5 + shifted * units) == pytest.approx(math.log(3))
     assert frechet_distance(z_score(x, x), z_score(x, x)) == pytest.approx(0, abs=1e-9)
     assert frd(x, x) < -8
+    assert torch.equal(z_score(x, x[:1]), z_score(x, x)[:1])  # a last batch may hold one image
 
     constant = torch.cat([x, torch.ones(200, 1)], dim=1)  # a deviation of zero divides nothing
     assert frd(constant, constant + torch.tensor([0, 0, 0, 0, 2])) == pytest.approx(math.log(2))

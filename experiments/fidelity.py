@@ -1,13 +1,13 @@
 """How far apart are two sets of images, with intervals?
 
 Prints the table of `python evaluate.py REAL SYNTHETIC`, with more options. REAL may be a run; its
-training and held-out images then give the floor. The judge may be Inception or a ViT. Each distance
-between all images gets a 95 % interval by subsampling.
+training and held-out images then give the floor. The judge may be Inception, a ViT, or radiomics,
+z-scored by REAL's first half. Distances between all images get 95 % intervals by subsampling.
 
 Writes SYNTHETIC/fidelity.json.
 """
 import hashlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ import evaluate
 from dino import conditioning_tokens, load_dino
 from evaluate import METRICS, FIDInception, RandomFeatures, compare
 from experiments.common import add_run_flags, choose, load_model, open_run
+from experiments.ladder import damages, ladder
+from experiments.radiomics import radiomic_features, z_score
 from experiments.statistics import subsample_interval
 from support.command import UserError, number, pick_device, print_table, user_errors
 from support.datasets import open_dataset
@@ -24,7 +26,7 @@ from support.files import resolve_checkpoint, write_json
 from support.splits import split_holdout
 
 
-JUDGES = ("random", "inception", "dino")
+JUDGES = ("random", "inception", "dino", "radiomics")
 FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 
@@ -56,6 +58,9 @@ def feature_extractor(kind, weights, device, model=None):
     if kind == "random":
         return RandomFeatures.NAME, RandomFeatures().to(device)
 
+    if kind == "radiomics":
+        return "radiomics, 32 levels, no resize", radiomic_features
+
     if kind == "inception":
         net = load_judge(FIDInception(), weights or FID_WEIGHTS)
         rule = "plain bilinear to 299 px"
@@ -86,12 +91,14 @@ def feature_extractor(kind, weights, device, model=None):
 
 
 def open_parts(args):
-    """(ImageSet, indices) of real, other real and synthetic images, at most --count of each."""
+    """(ImageSet, indices) of real, other real and synthetic images; the model if REAL is a run."""
     if Path(args.synthetic, "model.pt").is_file():
         raise UserError(f"{args.synthetic} is a run", "its samples are needed",
                         "pass a folder of them")
+    model = None
     if Path(args.real, "model.pt").is_file():
         run = open_run(args, args.real)
+        model = run.model
         real = run.images
         halves = [run.train, run.test]
     else:
@@ -100,7 +107,7 @@ def open_parts(args):
     synthetic = open_dataset(args.synthetic, args.size)
     every = torch.arange(len(synthetic))
     return [(real, choose(halves[0], args.count)), (real, choose(halves[1], args.count)),
-            (synthetic, choose(every, args.count))]
+            (synthetic, choose(every, args.count))], model
 
 
 def add_flags(parser):
@@ -108,9 +115,10 @@ def add_flags(parser):
     add_run_flags(parser)
     add = parser.add_argument
     add("--features", choices=JUDGES, default="random",
-        help="a random network, FID's Inception, or a ViT (not the one that conditioned)")
+        help="a random network, FID's Inception, a ViT (not the one that conditioned), radiomics")
     add("--weights", help="inception: a file; dino: a published ViT's name or a file (default: the "
         "embedder of --checkpoint)")
+    add("--ladder", action="store_true", help="also JPEG, blur and, of a run, reconstructions")
     add("--rounds", type=number(int, 2), default=20, help="subsamples of each interval")
     add("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
 
@@ -121,7 +129,18 @@ def main(args):
     if args.features == "dino" and not args.weights:
         _, model = load_model(resolve_checkpoint(args.checkpoint), args.device)
     name, judge = feature_extractor(args.features, args.weights, device, model)
-    results, features = evaluate.fidelity(open_parts(args), name, judge, device, args.batch)
+    parts, reconstructor = open_parts(args)
+    if args.features == "radiomics":  # one scale for all parts, measured when sizes are checked
+        reference = cache(partial(evaluate.measure, *parts[0], judge, device, args.batch))
+
+        def judge(x):
+            return z_score(reference()[0], radiomic_features(x))
+
+    results, features = evaluate.fidelity(parts, name, judge, device, args.batch)
+    if args.ladder or args.features == "radiomics":
+        rungs = damages(reconstructor) if args.ladder else {}
+        results["ladder"] = ladder(rungs, parts[1], features, judge, device, args.batch)
+        print_table(results["ladder"])
 
     # Intervals of the distances between all images; shares stay in [0, 1].
     half, other, fake = features

@@ -1,5 +1,6 @@
 """evaluate.py and experiments fidelity: two folders; the judges."""
 import json
+import math
 
 import pytest
 import torch
@@ -71,3 +72,16 @@ def test_a_foreign_judge_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="cannot load .*FIDInception is needed.*--weights"):
         feature_extractor("inception", str(tmp_path / "w.pth"), "cpu")
+
+
+def test_radiomics_with_a_ladder(folders, capsys):
+    """Distances by radiomic features, and known damage beside them; FRD is log d."""
+    result = fidelity(folders, "dark", "--features", "radiomics", "--ladder")
+    rungs = result["ladder"]
+    assert list(rungs) == ["real", "JPEG 90", "blur 3 x 3", "synthetic"]
+    assert rungs["real"]["frechet"] == pytest.approx(result["frechet"]["floor"])
+    assert rungs["synthetic"]["frechet"] == pytest.approx(result["frechet"]["equal"])
+    assert rungs["synthetic"]["floors"] > 2
+    for figures in rungs.values():
+        assert figures["FRD"] == pytest.approx(math.log(figures["frechet"]) / 2)
+    assert "blur 3 x 3" in capsys.readouterr().out

@@ -28,20 +28,6 @@ from support.files import write_json
 from support.seeds import step_seed
 
 
-class Standardiser(nn.Module):
-    """Instances (n, D) in deviations of those it was made of. Features that hardly vary there are
-    only centred, and all are clipped at 10 deviations, so that none can explode."""
-
-    def __init__(self, instances):
-        super().__init__()
-        deviation = instances.std(dim=0)
-        self.register_buffer("shift", instances.mean(dim=0))
-        self.register_buffer("scale", torch.where(deviation < 1e-3, 1, deviation))
-
-    def forward(self, x):
-        return ((x - self.shift) / self.scale).clamp(-10, 10)
-
-
 class ClassicABMIL(nn.Module):
     """A bag (n, D), standardised -> logit."""
 
@@ -54,9 +40,8 @@ class ClassicABMIL(nn.Module):
         self.mil.embed = nn.Identity()  # the encoder makes the tokens
 
     def forward(self, x):
-        tokens = self.encoder(x)
         present = torch.ones(1, len(x), dtype=torch.bool)
-        return self.mil.pool(tokens[None], present)[0][0]
+        return self.mil.pool(self.encoder(x)[None], present)[0][0]
 
 
 def read_bags(path):
@@ -86,6 +71,15 @@ def draw_folds(labels, count, seed):
     return fold
 
 
+def standardise(bags, known):
+    """Bags in deviations of the instances of `known` bags. Features that hardly vary there are only
+    centred, and all are clipped at 10 deviations, so that none can explode."""
+    instances = torch.cat(known)
+    deviation = instances.std(dim=0)
+    deviation = torch.where(deviation < 1e-3, 1, deviation)
+    return [((bag - instances.mean(dim=0)) / deviation).clamp(-10, 10) for bag in bags]
+
+
 def train(bags, labels, test, epochs, lr, weight_decay, seed):
     """Logits (epochs, len(test)) of the bags of `test` after each epoch of training on the rest."""
     torch.manual_seed(seed % 2 ** 31)
@@ -107,24 +101,22 @@ def train(bags, labels, test, epochs, lr, weight_decay, seed):
     return logits.numpy()
 
 
-def set_kernel(bags):
-    """(B, B): Gaussian kernel of width sqrt(D / 2), mean over pairs of instances, normalised."""
+def set_kernel(bags, labels, test):
+    """Scores (len(test),) of ridge regression (weight 0.1) on the other bags, by the normalised
+    mean over pairs of instances of a Gaussian kernel, exp(-distance^2 / D)."""
     x = torch.cat(bags)
-    member = torch.repeat_interleave(torch.arange(len(bags)), torch.tensor(list(map(len, bags))))
-    mean = F.one_hot(member).float()
-    mean /= mean.sum(dim=0)
-    kernel = mean.T @ torch.exp(-torch.cdist(x, x).square() / x.shape[1]) @ mean
+    member = torch.repeat_interleave(torch.arange(len(bags)), torch.tensor([*map(len, bags)]))
+    share = F.one_hot(member).float()
+    share /= share.sum(dim=0)
+    kernel = share.T @ torch.exp(-torch.cdist(x, x).square() / x.shape[1]) @ share
     scale = kernel.diag().rsqrt()
-    return kernel * scale * scale[:, None]
+    kernel = kernel * scale * scale[:, None]
 
-
-def ridge_scores(kernel, labels, test):
-    """Scores (len(test),) of kernel ridge regression (weight 0.1) on the other bags."""
-    training = np.setdiff1d(np.arange(len(labels)), test)
-    targets = torch.tensor(labels[training] - 0.5).float()
-    inner = kernel[training][:, training] + 0.1 * torch.eye(len(training))
+    rest = np.setdiff1d(np.arange(len(labels)), test)
+    targets = torch.tensor(labels[rest] - 0.5).float()
+    inner = kernel[rest][:, rest] + 0.1 * torch.eye(len(rest))
     weights = torch.linalg.solve(inner, targets - targets.mean())
-    return (kernel[test][:, training] @ weights + targets.mean()).numpy()
+    return kernel[test][:, rest] @ weights + targets.mean()
 
 
 def add_flags(parser):
@@ -155,15 +147,13 @@ def main(args):
         for fold in range(args.folds):
             test = np.flatnonzero(folds == fold)
             known = bags if args.whole_set else [bags[i] for i in np.flatnonzero(folds != fold)]
-            standardise = Standardiser(torch.cat(known))
-            standard = [standardise(bag) for bag in bags]
-
+            standard = standardise(bags, known)
             epochs = train(standard, labels, test, args.epochs, args.lr, args.weight_decay,
                            step_seed(args.seed, repeat, fold))
             best = ((epochs > 0) == labels[test]).sum(axis=1).argmax()
             logits["last epoch"][repeat, test] = epochs[-1]
             logits["best epoch on the test fold"][repeat, test] = epochs[best]
-            logits["set kernel"][repeat, test] = ridge_scores(set_kernel(standard), labels, test)
+            logits["set kernel"][repeat, test] = set_kernel(standard, labels, test)
             status.update(repeat * args.folds + fold + 1)
     status.close()
 

@@ -69,14 +69,6 @@ def test_missing_neighbours_are_masked(windows):
     assert not torch.allclose(model(x, present), model(other, present | True), atol=1e-3)
 
 
-def test_attention_sums_to_one_over_patches():
-    """Shares of all levels multiply out: each region's patches sum to its attention."""
-    for windows in ((2,), (2, 2, 2)):
-        _, seen, attention, first = predict(model_of(windows), slide_of(), 256)
-        assert attention.sum().item() == pytest.approx(1, abs=1e-5)  # rounding of 256 terms
-        assert (attention[seen < 0] == 0).all() and first == len(seen)
-
-
 def test_positions_are_relative_and_matter():
     """Equal offsets share a bias; patches that swap places change the result; without biases
     they do not."""

@@ -4,7 +4,6 @@ import csv
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from support.command import UserError
 from support.slides import Slide, open_slides, read_features, split_slides, to_grid
@@ -141,45 +140,3 @@ def test_folds_keep_patients_together_and_test_every_slide_once():
         slide.is_test = True
     (train, test), = split_slides(bags, 3, 0)
     assert test == bags[:4] and train == bags[4:]
-
-
-# ---- images ----
-
-def picture(path, tissue, side=32):
-    """White paper; the tiles of a grid that are named hold pink noise."""
-    pixels = np.full((4 * side + 5, 5 * side + 9, 3), 240, np.uint8)
-    pixels[:] += np.random.default_rng(0).integers(0, 4, pixels.shape, dtype=np.uint8)
-    for i, j in tissue:
-        noise = np.random.default_rng(i * 5 + j).integers(0, 60, (side, side, 3))
-        pixels[i * side:(i + 1) * side, j * side:(j + 1) * side] = np.uint8(noise + [180, 80, 150])
-    Image.fromarray(pixels).save(path)
-
-
-def test_images_are_tiled_once(tmp_path, capsys):
-    """Tissue tiles get features, places and thumbnails; paper does not; a second run reads the
-    cache; another tile side does not; an image of paper only is named."""
-    (tmp_path / "x").mkdir()
-    tissue = [(0, 0), (1, 2), (3, 4)]
-    picture(tmp_path / "x/a.png", tissue), picture(tmp_path / "x/b.png", [(2, 2), (2, 3)])
-    picture(tmp_path / "x/paper.png", [])
-    (tmp_path / "labels.csv").write_text("file,label,patient\nx/a.png,0,p\nx/b.png,1,q\n"
-                                         "x/paper.png,1,r\n")
-    calls = []
-
-    def embed(images):
-        calls.append(1)
-        return mean_colour(images)
-
-    tiling = Tiling(embed, "colour", tmp_path / "out/features", 32)
-    found = open_slides(tmp_path / "x", tiling)
-    said = capsys.readouterr().out
-    assert "left out, without a label or tissue: 1 (paper)" in said and "; 5 patches;" in said
-    assert [s.grid.tolist() for s in found] == [[[0, 0], [1, 2], [3, 4]], [[0, 0], [0, 1]]]
-    assert [s.patient for s in found] == ["p", "q"] and found[0].take(torch.arange(3)).shape[1] > 5
-    assert found[0].read()[1].shape == (3, 3, 8, 8) and calls
-    calls.clear()
-    open_slides(tmp_path / "x", tiling)
-    assert not calls
-    read_features.cache_clear()
-    finer = Tiling(embed, "colour", tmp_path / "out/features", 16)
-    assert sum(len(s.grid) for s in open_slides(tmp_path / "x", finer)) == 20 and calls

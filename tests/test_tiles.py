@@ -9,7 +9,8 @@ from PIL import Image
 from test_slides import mean_colour, tiling_of
 
 from support.command import UserError
-from support.tiles import read_tile, tile_image
+from support.slides import open_slides, read_features
+from support.tiles import Tiling, read_tile, tile_image
 
 
 def tissue_pixels():
@@ -52,6 +53,33 @@ def test_plain_images(tmp_path, monkeypatch):
         Image.new("RGB", (size, size), "white").save(tmp_path / f"{name}.png")
         tile_image(tmp_path / f"{name}.png", tmp_path / f"{name}.npz", tiling_of(side=32))
         assert len(np.load(tmp_path / f"{name}.npz")["features"]) == 0
+
+
+def test_folders_of_images_are_tiled_once(tmp_path, capsys):
+    """Slides of a folder get features, places and pictures; a second run reads the stored ones;
+    another tile side does not; an image of paper only is named."""
+    (tmp_path / "x").mkdir()
+    for name in "ab":
+        Image.fromarray(tissue_pixels()).save(tmp_path / f"x/{name}.png")
+    Image.new("RGB", (200, 200), "white").save(tmp_path / "x/paper.png")
+    (tmp_path / "labels.csv").write_text("file,label,patient\nx/a.png,0,p\nx/b.png,1,q\n"
+                                         "x/paper.png,1,r\n")
+    calls = []
+
+    def embed(images):
+        calls.append(len(images))
+        return mean_colour(images)
+
+    def patches(side):
+        read_features.cache_clear()
+        slides = open_slides(tmp_path / "x", Tiling(embed, "colour", tmp_path / "out", side))
+        assert [slide.patient for slide in slides] == ["p", "q"]
+        assert slides[0].read()[1].shape == (len(slides[0].grid), 3, 8, 8)
+        return len(slides[0].grid)
+
+    assert patches(128) == patches(128) == 6 and calls == [6, 6]
+    assert "left out, without a label or tissue: 1 (paper)" in capsys.readouterr().out
+    assert patches(64) == 24 and calls == [6, 6, 24, 24]
 
 
 class Pyramid:

@@ -28,8 +28,8 @@ from regional import MILConfig, RegionalMIL, draw_regions, predict
 from support.cache import fingerprint
 from support.command import (Help, UserError, number, pick_device, print_table, run_script,
                              user_errors)
-from support.files import load_checkpoint, read_jsonl, write_json
-from support.pictures import line_chart, save_grid
+from support.files import load_checkpoint, write_json
+from support.pictures import save_grid
 from support.run import Run
 from support.seeds import step_seed
 from support.slides import (FOCI, generated_slides, mosaic_slides, open_patches, open_slides,
@@ -55,9 +55,7 @@ MODELS = {
     "mean": Recipe((), "mean", 2e-3, 700),
     "abmil": Recipe((), "attention", 4e-3, 1500),
     "2x2": Recipe((2,), "attention", 2e-3, 700),
-    "4x4": Recipe((2, 2), "attention", 2e-3, 1400),
     "8x8": Recipe((2, 2, 2), "attention", 2e-3, 1400),
-    "8x8flat": Recipe((8,), "attention", 2e-3, 700),
 }
 
 
@@ -157,7 +155,7 @@ def test_model(model, trial, args):
     """A row per slide and sampling: logit, and whether attention peaks in a true focus."""
     samplings = {str(args.patches): (args.patches, False),
                  str(2 * args.patches): (2 * args.patches, False)}
-    if args.focus and model.config.pool == "attention":
+    if model.config.pool == "attention":
         samplings[f"{args.patches} + {args.patches} focused"] = (args.patches, True)
     samplings["all"] = (WHOLE_BAG, False)
 
@@ -174,9 +172,9 @@ def test_model(model, trial, args):
     return rows
 
 
-def write_results(out, scores, log):
-    """Print and write the AUC of each model and sampling (mean over seeds), draw the losses;
-    scores: rows of test_model, log: rows of log.jsonl."""
+def write_results(out, scores):
+    """Print and write the AUC of each model and sampling, mean over seeds; scores: rows of
+    test_model."""
     by_model = {}
     for row in scores:
         by_model.setdefault(f"{row['model']}, {row['patches']}", []).append(row)
@@ -197,13 +195,6 @@ def write_results(out, scores, log):
     print_table(table)
     write_json(out / "metrics.json", {"table": table, "scores": scores})
 
-    chart = {}
-    for stage in list(dict.fromkeys(row["stage"] for row in log))[:5]:
-        losses = [row["loss"] for row in log if row["stage"] == stage]
-        starts = range(0, len(losses), 20)
-        chart[stage] = (starts, [np.mean(losses[i:i + 20]) for i in starts])
-    line_chart(out / "curves.png", chart, "training loss, mean of 20 steps", "step", "loss")
-
 
 def heat_maps(path, model, slides, args, seed):
     """PNG, a column per slide: picture, attention, regions of both passes; true foci outlined."""
@@ -214,7 +205,7 @@ def heat_maps(path, model, slides, args, seed):
         heat = torch.zeros(len(slide.grid))
         heat[seen[seen >= 0]] = (attention / attention.max()).sqrt()[seen >= 0]
 
-        _, seen, _, first = predict(model, slide, args.patches, args.focus, seed)
+        _, seen, _, first = predict(model, slide, args.patches, True, seed)
         passes = torch.zeros(2, len(slide.grid))
         for row, regions in zip(passes, (seen[:first], seen[first:])):
             row[regions[regions >= 0]] = 0.7
@@ -249,7 +240,6 @@ def parse(argv=None):
     add("--count", type=number(int, 10), default=1500, help="generated slides or mosaics")
     add("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "2x2"])
     add("--patches", type=number(int, 1), default=256, help="per pass")
-    add("--focus", action=argparse.BooleanOptionalAction, default=True, help="a second pass")
 
     # Training and the run.
     add("--steps", type=number(int, 1), help="(default: by model, fewer on small sets)")
@@ -354,7 +344,7 @@ def main(argv=None):
                     sides = [[s for s in test if s.label == label] for label in (1, 0)]
                     heat_maps(Path(args.out, f"heat_{name}.png"), model,
                               sides[0][:2] + sides[1][:2], args, seed)
-    write_results(Path(args.out), scores, read_jsonl(Path(args.out, "log.jsonl")))
+    write_results(Path(args.out), scores)
     run.close()
 
 

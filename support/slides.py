@@ -8,7 +8,6 @@ A folder holds images, whole slides (tiled by support/tiles.py) or feature files
 features (N, D), coords (N, 2), x and y, and optionally step, the distance between neighbours.
 labels.csv has the columns file, a label, and optionally patient and split.
 """
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from support.seeds import step_seed
 from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
 
 BANK = 2000          # patches that the generated slides of one part are made of
-PICTURE_SIDE = 1024  # pixels of a slide in heat maps, at most
+PICTURE_SIDE = 1024  # pixels of a slide in heat maps
 GRID_SIDE = 4000     # cells of a grid's side, at most
 FEATURE_SUFFIXES = {".h5", ".npz"}
 
@@ -62,11 +61,7 @@ def to_grid(coords, step=None):
     coordinates must lie. Raises ValueError for two patches in one cell, and for huge grids.
     """
     places = np.asarray(coords, dtype=np.float64)[:, ::-1]
-    if not len(places):
-        return torch.zeros(0, 2, dtype=torch.int64)
-    if not np.isfinite(places).all():
-        raise ValueError("coords are not finite")
-    places = places - places.min(axis=0)
+    places = places - places.min(axis=0, initial=np.inf)
     if step is None:
         differences = np.concatenate([np.diff(np.unique(column)) for column in places.T])
         step = differences.min(initial=np.inf)
@@ -74,10 +69,9 @@ def to_grid(coords, step=None):
             raise ValueError(f"coords lie on no lattice of their smallest difference {step:g}: "
                              "store the distance between neighbours as `step`")
     grid = (places // float(step)).astype(np.int64)
-    if grid.max() >= GRID_SIDE:
-        raise ValueError(f"a grid of step {float(step):g} has over {GRID_SIDE} cells a side")
-    if len(np.unique(grid, axis=0)) < len(grid):
-        raise ValueError("two patches share a cell")
+    if grid.max(initial=0) >= GRID_SIDE or len(np.unique(grid, axis=0)) < len(grid):
+        raise ValueError(f"in steps of {float(step):g} two patches share a cell, or the grid has "
+                         f"over {GRID_SIDE} cells a side")
     return torch.from_numpy(grid)
 
 
@@ -97,28 +91,13 @@ def read_features(path):
         features, coords = content["features"], content["coords"]
         if features.ndim != 2 or coords.shape != (len(features), 2):
             raise ValueError(f"shapes {tuple(features.shape)} and {tuple(coords.shape)}")
-        if not features.isfinite().all():
-            raise ValueError("features are not finite")
+        if not features.isfinite().all() or not coords.isfinite().all():
+            raise ValueError("not finite")
         return features, content.get("pictures"), to_grid(coords, content.get("step"))
-    except ImportError as error:
-        raise UserError(path, "the package h5py is needed", "pip install h5py") from error
     except Exception as error:  # a malformed file can raise anything
         raise UserError(f"{path} cannot be used ({error})", "finite features (N, D) and coords "
-                        "(N, 2) on a grid are needed", "extract them again") from error
-
-
-def list_slides(folder):
-    """Sorted paths of a folder's feature files, or if there are none, of its images."""
-    paths = [path for path in sorted(folder.rglob("*"))
-             if path.is_file() and is_inside(path, folder)]
-    slides = [path for path in paths if path.suffix.lower() in FEATURE_SUFFIXES] or [
-        path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES | SLIDE_SUFFIXES]
-    names = {path.stem for path in slides}
-    if not slides or len(names) < len(slides):
-        raise UserError(f"{folder} has {len(slides)} slides, {len(names)} names",
-                        "feature files, images or whole slides with different names are needed",
-                        "pass another --data")
-    return slides
+                        "(N, 2) on a grid are needed, and for .h5 the package h5py",
+                        "extract them again") from error
 
 
 def open_slides(folder, tiling, label_column="label"):
@@ -126,65 +105,56 @@ def open_slides(folder, tiling, label_column="label"):
 
     Raises UserError unless there are two labels and one feature width.
     """
+    # Feature files, or if there are none, images.
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no data set {folder}", "a folder of slides is needed",
-                        "pass --data slides, mosaic or FOLDER")
+    files = [path for path in sorted(folder.rglob("*"))
+             if path.is_file() and is_inside(path, folder)]
+    paths = ([path for path in files if path.suffix in FEATURE_SUFFIXES]
+             or [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | SLIDE_SUFFIXES])
     table = folder / "labels.csv"
     if not table.is_file():
         table = folder.resolve().parent / "labels.csv"
-    table_rows = read_csv(table)
-    columns = list(table_rows[0]) if table_rows else []
-    if "file" not in columns:
-        raise UserError(f"{table} has the columns {', '.join(columns) or 'none'}",
-                        "file and a label are needed", "rename a column")
-    suffixes = FEATURE_SUFFIXES | IMAGE_SUFFIXES | SLIDE_SUFFIXES
-    files = [Path(row["file"]) for row in table_rows]
-    row_of = {file.stem if file.suffix.lower() in suffixes else file.name: row
-              for file, row in zip(files, table_rows)}
-    if len(row_of) < len(table_rows):
-        raise UserError(f"{table} names a slide twice", "one row per slide is needed", "correct it")
+    row_of = {Path(row.get("file", "")).stem: row for row in read_csv(table)}
+    if not paths or len({path.stem for path in paths}) < len(paths):
+        raise UserError(f"{folder} has {len(paths)} slides", "slides, images or feature files with "
+                        "different names are needed", "pass --data slides, mosaic or FOLDER")
 
     slides = []
-    widths = set()
-    left_out = {"without a label": [], "without tissue": []}
-    blank = 0
-    for path in list_slides(folder):
+    left_out = []
+    for path in paths:
         name = path.stem
         row = row_of.get(name, {})
         if not row.get(label_column):
-            left_out["without a label"].append(name)
+            left_out.append(name)
             continue
         if path.suffix not in FEATURE_SUFFIXES:
             target = Path(tiling.folder, f"{name}.npz")
-            blank += tile_image(path, target, tiling)
+            tile_image(path, target, tiling)
             path = target
-        features, _, grid = read_features(path)
-        if not len(features):
-            left_out["without tissue"].append(name)
+        grid = read_features(path)[2]
+        if not len(grid):
+            left_out.append(name)
             continue
-        widths.add(features.shape[1])
         slides.append(Slide(name, row[label_column], row.get("patient") or name,
                             row.get("split") == "test", grid, torch.arange(len(grid)),
                             lambda path=path: read_features(path)[:2]))
 
-    for reason, names in left_out.items():
-        if names:
-            print(f"left out, {reason}: {len(names)} ({', '.join(names[:3])})")
+    if left_out:
+        print(f"left out, without a label or tissue: {len(left_out)} ({', '.join(left_out[:3])})")
     labels = sorted({slide.label for slide in slides})
+    widths = sorted({slide.read()[0].shape[1] for slide in slides})
     if len(labels) != 2 or len(widths) != 1:
         raise UserError(f"{len(slides)} slides have the labels {labels[:5]} in column "
-                        f"{label_column!r} and features of width {sorted(widths)}",
+                        f"{label_column!r} and features of width {widths}",
                         "two labels and one width are needed",
                         f"correct {table}, or pass --label-column")
     for slide in slides:
         slide.label = labels.index(slide.label)
-    patients = f"{len({slide.patient for slide in slides})} patients"
-    if "patient" not in columns:
-        patients = "no column patient: slides are split one by one"
+    patients = len({slide.patient for slide in slides})
     print(f"{len(slides)} slides, {sum(slide.label for slide in slides)} of them {labels[1]}; "
-          f"{patients}; {sum(len(slide.grid) for slide in slides):,} patches, "
-          f"{blank:,} blank tiles left out")
+          f"{sum(len(slide.grid) for slide in slides):,} patches; {patients} patients")
+    if not any(row.get("patient") for row in row_of.values()):
+        print("no column patient: slides are split one by one")
     return slides
 
 
@@ -193,10 +163,9 @@ def split_slides(slides, folds, seed):
 
     Raises UserError for a patient on both sides, or a training part with one label only.
     """
-    test_patients = {slide.patient for slide in slides if slide.is_test}
-    both = sorted(test_patients & {slide.patient for slide in slides if not slide.is_test})
-    held_out = [test_patients]  # of each fold
-    if not test_patients:
+    held_out = [{slide.patient for slide in slides if slide.is_test}]  # of each fold
+    both = sorted(held_out[0] & {slide.patient for slide in slides if not slide.is_test})
+    if not held_out[0]:
         patients = sorted({slide.patient for slide in slides})
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(patients), generator=generator).tolist()
@@ -227,21 +196,19 @@ def generated_slides(seed, count, embed):
     for part, number, part_seed in (("train", count - count // 5, 2 * seed),
                                     ("test", count // 5, 2 * seed + 1)):
         bank = histology_phantoms(BANK, 64, part_seed)
-        features = torch.cat([embed(images) for images in bank[0].split(64)])
-        pictures = F.adaptive_avg_pool2d(bank[0], THUMB)
-        patches = Patches(features, pictures)
+        patches = embed_patches(bank[0].split(64), embed)
         phantoms = zip(*slide_phantoms(number, bank, seed=part_seed))
-        slides += [slide_of_tiles(part, i, int(label), tiles, foci, patches.read)
+        slides += [slide_of_tiles(part, i, int(label), tiles, foci, patches)
                    for i, (tiles, foci, label) in enumerate(phantoms)]
     return slides
 
 
-def slide_of_tiles(part, i, label, tiles, foci, read):
+def slide_of_tiles(part, i, label, tiles, foci, bank):
     """A Slide of tiles and foci (side, side): rows of the bank, -1 outside the tissue."""
     tissue = tiles >= 0
     name = f"{part}_{i:04d}"
-    return Slide(name, label, name, part == "test", torch.nonzero(tissue), tiles[tissue], read,
-                 foci[tissue])
+    return Slide(name, label, name, part == "test", torch.nonzero(tissue), tiles[tissue],
+                 lambda: (bank.features, bank.pictures), foci[tissue])
 
 
 @dataclass
@@ -253,8 +220,11 @@ class Patches:
     cancer: np.ndarray = None
     patients: np.ndarray = None
 
-    def read(self):
-        return self.features, self.pictures
+
+def embed_patches(images, embed, **known):
+    """The Patches of batches of images (n, 3, 64, 64)."""
+    parts = [(embed(batch), F.adaptive_avg_pool2d(batch, THUMB)) for batch in images]
+    return Patches(*map(torch.cat, zip(*parts)), **known)
 
 
 def open_patches(folder, embed, label_column, positive=None):
@@ -270,10 +240,9 @@ def open_patches(folder, embed, label_column, positive=None):
                         f"{positive}, patients {'un' * (images.groups is None)}known",
                         "two labels, one of them positive, and a patient per patch are needed",
                         "complete labels.csv, or pass --label-column or --positive")
-    batches = [images.batch(rows.tolist()) for rows in torch.arange(len(images)).split(64)]
-    return Patches(torch.cat([embed(batch) for batch in batches]),
-                   torch.cat([F.adaptive_avg_pool2d(batch, THUMB) for batch in batches]),
-                   labels == positive, np.array(images.groups))
+    batches = (images.batch(rows.tolist()) for rows in torch.arange(len(images)).split(64))
+    return embed_patches(batches, embed, cancer=labels == positive,
+                         patients=np.array(images.groups))
 
 
 def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
@@ -325,7 +294,7 @@ def mosaic_slides(bank, seed, count, foci=FOCI):
                             "bring patches of more patients")
         for i in range(number):
             tiles, focus = map(torch.from_numpy, draw_mosaic(healthy, cancer, i % 2, rng, foci))
-            slides.append(slide_of_tiles(part, i, i % 2, tiles, focus, bank.read))
+            slides.append(slide_of_tiles(part, i, i % 2, tiles, focus, bank))
     return slides
 
 
@@ -335,7 +304,7 @@ def paint_patches(slide, shape, heat, passes):
     """Three pictures (3, h, w) of a slide: tissue, heat in red, passes in blue and orange.
 
     shape: rows and columns of the grid to show. heat (N,) in [0, 1]; passes: two (N,) in [0, 1].
-    True foci get a green outline. If patches share a pixel, the hottest is visible.
+    True foci get a green outline.
     """
     picture = slide.read()[1]
     picture = torch.zeros(len(heat), 3, THUMB, THUMB) if picture is None else picture[slide.rows]
@@ -345,18 +314,12 @@ def paint_patches(slide, shape, heat, passes):
     heat_, first, second = (values.view(-1, 1, 1, 1) for values in (heat, *passes))
     pictures = [picture, grey.lerp(red, heat_), grey.lerp(blue, first).lerp(orange, second)]
 
-    # Cells of the canvas; later patches overwrite earlier ones.
-    shrink = math.ceil(max(shape) / PICTURE_SIDE)
-    height, width = (math.ceil(side / shrink) for side in shape)
-    pixels = max(1, min(THUMB, PICTURE_SIDE // max(height, width)))
-    order = heat.argsort()
-    row, column = (slide.grid[order] // shrink).T
+    height, width = shape
+    pixels = max(1, min(THUMB, PICTURE_SIDE // max(shape)))
 
     def paint(patches):
         canvas = torch.full((height, width, 3, pixels, pixels), 0.9)
-        small = F.adaptive_avg_pool2d(patches[order].expand(-1, 3, -1, -1), pixels)
-        for y, x, patch in zip(row.tolist(), column.tolist(), small):
-            canvas[y, x] = patch
+        canvas[tuple(slide.grid.T)] = F.adaptive_avg_pool2d(patches.expand(-1, 3, -1, -1), pixels)
         return canvas.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
     foci = torch.zeros(len(heat)) if slide.foci is None else slide.foci.float()

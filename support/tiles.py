@@ -1,7 +1,7 @@
 """Tiles of images and whole slides: tissue is detected, read tile by tile and embedded.
 
     tiling = Tiling(embed, made_by="a hash of the embedder", folder=Path("features"), side=224)
-    blank = tile_image(Path("slide.svs"), Path("features/slide.npz"), tiling)
+    tile_image(Path("slide.svs"), Path("features/slide.npz"), tiling)
 
 The .npz holds features (N, D), coords (N, 2) x and y of the tiles in full-resolution pixels, step
 (the distance between neighbours), pictures (N, 3, THUMB, THUMB). Whole slides need the package
@@ -57,19 +57,17 @@ def open_pixels(path):
     """An openslide.OpenSlide, or a FlatImage for a plain image."""
     try:
         import openslide
-    except ImportError as error:
+        if openslide.OpenSlide.detect_format(str(path)):
+            return openslide.OpenSlide(str(path))
+    except ImportError:
         if path.suffix.lower() in SLIDE_SUFFIXES:
-            raise UserError(f"{path} is a whole slide", "the package openslide-python is needed",
-                            "pip install openslide-python openslide-bin") from error
-        return FlatImage(path)
-    if not openslide.OpenSlide.detect_format(str(path)):
-        return FlatImage(path)
-    return openslide.OpenSlide(str(path))
+            raise
+    return FlatImage(path)
 
 
 def find_tissue(pixels, step):
-    """Tiles of `step` full-resolution pixels with tissue, (n, 2) rows and columns, and the number
-    of blank ones. Tissue: 5 % of the pixels above Otsu's threshold of saturation."""
+    """Tiles of `step` full-resolution pixels with tissue, (n, 2) rows and columns. Tissue: 5 % of
+    the pixels above Otsu's threshold of saturation."""
     thumbnail = pixels.get_thumbnail((OVERVIEW, OVERVIEW)).convert("HSV")
     saturation = np.array(thumbnail.getchannel("S"))
     mask = saturation > max(12, otsu_level(saturation))  # white paper is below 12 of 255
@@ -77,55 +75,47 @@ def find_tissue(pixels, step):
     # The mean of the mask in each tile; partial tiles are dropped.
     columns, rows = (int(side / step + 1e-6) for side in pixels.dimensions)
     if not rows * columns:
-        return np.zeros((0, 2), int), 0
+        return np.zeros((0, 2), int)
     scale = step * thumbnail.width / pixels.dimensions[0]
     box = (0, 0, min(columns * scale, thumbnail.width), min(rows * scale, thumbnail.height))
     share = Image.fromarray(mask.astype(np.float32)).resize(
         (columns, rows), Image.Resampling.BOX, box)
-    tissue = np.argwhere(np.asarray(share) >= 0.05)
-    return tissue, rows * columns - len(tissue)
+    return np.argwhere(np.asarray(share) >= 0.05)
+
+
+def read_tile(pixels, corner, tiling):
+    """An image (3, side, side) in [-1, 1]; regions that the scanner skipped are white."""
+    region = pixels.read_region(tuple(corner), tiling.level, (tiling.side, tiling.side))
+    white = Image.new("RGB", region.size, "white")
+    white.paste(region, mask=region.getchannel("A") if region.mode == "RGBA" else None)
+    return torch.from_numpy(np.array(white)).permute(2, 0, 1) / 127.5 - 1
 
 
 def tile_image(path, target, tiling):
     """Write features, coords and pictures of a slide's tissue tiles to `target`, unless it has
-    them; returns the number of blank tiles. UserError if the file is unreadable."""
-    stat = path.stat()
-    made_by = (f"{tiling.made_by} {tiling.side} level {tiling.level} "
-               f"{stat.st_size} {stat.st_mtime_ns}")
+    them. UserError if the file is unreadable."""
+    made_by = f"{tiling.made_by} {tiling.side} level {tiling.level} {path.stat().st_mtime_ns}"
     if target.exists():
         with np.load(target, allow_pickle=False) as archive:
             if str(archive["made_by"]) == made_by:
-                return int(archive["blank"])
+                return
     try:
         pixels = open_pixels(path)
         if tiling.level >= len(pixels.level_downsamples):
             raise ValueError(f"--level {tiling.level} of {len(pixels.level_downsamples)} levels")
         step = tiling.side * pixels.level_downsamples[tiling.level]
-        tissue, blank = find_tissue(pixels, step)
-        corners = (tissue[:, ::-1] * step).round().astype(int)  # (n, 2): x and y
-
-        features = [torch.zeros(0, 1)] if not len(corners) else []
+        corners = (find_tissue(pixels, step)[:, ::-1] * step).round().astype(int)  # (n, 2)
+        features = []
         pictures = [torch.zeros(0, 3, THUMB, THUMB)]
         for start in range(0, len(corners), 64):
-            tiles = [_read_tile(pixels, corner, tiling) for corner in corners[start:start + 64]]
-            images = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 127.5 - 1
+            images = torch.stack([read_tile(pixels, corner, tiling)
+                                  for corner in corners[start:start + 64].tolist()])
             features.append(tiling.embed(images))
             pictures.append(F.adaptive_avg_pool2d(images, THUMB))
-    except UserError:
-        raise
     except Exception as error:  # damaged files make both readers raise anything
-        raise UserError(f"{path} cannot be tiled ({error})", "a whole slide or an image below 180 "
-                        "megapixels is needed", "replace it, or bring features") from error
+        raise UserError(f"{path} cannot be tiled ({error})", "a whole slide (and the package "
+                        "openslide-python) or an image below 180 megapixels is needed",
+                        "replace it, or bring features") from error
     with atomic_file(target) as file:
-        np.savez(file, features=torch.cat(features), pictures=torch.cat(pictures), coords=corners,
-                 step=step, made_by=made_by, blank=blank)
-    return blank
-
-
-def _read_tile(pixels, corner, tiling):
-    """RGB pixels (side, side, 3) uint8; regions that the scanner skipped are white."""
-    side = tiling.side
-    region = pixels.read_region(tuple(map(int, corner)), tiling.level, (side, side))
-    white = Image.new("RGB", region.size, "white")
-    white.paste(region, mask=region.getchannel("A") if region.mode == "RGBA" else None)
-    return np.asarray(white)
+        np.savez(file, features=torch.cat(features or [torch.zeros(0, 1)]), coords=corners,
+                 pictures=torch.cat(pictures), step=step, made_by=made_by)

@@ -1,6 +1,7 @@
 """regional.py and mil.py: regions, masks, focus, budgets, learning, whole runs."""
 import json
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from support import phantoms
 from support import slides as support_slides
 from support.command import UserError
 from support.run import Run
+from support.slides import Slide
 
 SMALL = dict(in_dim=6, dim=16, num_heads=2)
 REGIONS = pytest.mark.parametrize("windows", [(), (2,), (2, 2, 2), (4, 2), (8,)])
@@ -65,14 +67,6 @@ def test_missing_neighbours_are_masked(windows):
     tokens, share, _ = model.encode(x[0], present[0])
     assert tokens.isfinite().all() and (share[~present[0]] == 0).all() or not windows
     assert not torch.allclose(model(x, present), model(other, present | True), atol=1e-3)
-
-
-def test_attention_sums_to_one_over_patches():
-    """Shares of all levels multiply out: each region's patches sum to its attention."""
-    for windows in ((2,), (2, 2, 2)):
-        _, seen, attention, first = predict(model_of(windows), slide_of(), 256)
-        assert attention.sum().item() == pytest.approx(1, abs=1e-5)  # rounding of 256 terms
-        assert (attention[seen < 0] == 0).all() and first == len(seen)
 
 
 def test_positions_are_relative_and_matter():
@@ -192,54 +186,55 @@ def test_whole_bag_in_chunks(windows, monkeypatch):
 
 # ---- learning ----
 
-def marked(n, seed, kind):
-    """Bags of 36 standard normal patches; in positive bags feature 0 of one patch is raised by 5.
-    kind: "train" (every second bag is positive) or "positive" (all are)."""
-    slides = []
-    for i in range(n):
-        slide = slide_of(36, 6, seed * 1000 + i, f"{seed}_{i}", i % 2 if kind == "train" else 1)
-        if slide.label:
-            slide.read()[0][i % 36, 0] += 5.0
-        slides.append(slide)
-    return slides
+@pytest.mark.parametrize("windows", [(), (2,), (2, 2, 2)])
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+def test_order_and_copies_change_nothing(windows, pool):
+    """The order of patches is no evidence, nor is a second copy of the whole slide beside it."""
+    model, slide = model_of(windows, pool), slide_of(300, 24)
+    logit = predict(model, slide, 10 ** 9)[0]
+    order = torch.randperm(300)
+    shuffled = replace(slide, grid=slide.grid[order], rows=slide.rows[order])
+    twice = replace(slide, grid=torch.cat([slide.grid, slide.grid + torch.tensor([0, 64])]),
+                    rows=slide.rows.repeat(2))
+    for other in (shuffled, twice):
+        assert predict(model, other, 10 ** 9)[0] == pytest.approx(logit, abs=1e-5)  # rounding
 
 
-@pytest.mark.parametrize("name", ["mean", "abmil", "2x2"])
+def bags_of(features, label, name):
+    """A Slide of 36 or 72 patches in rows of six."""
+    grid = torch.cartesian_prod(torch.arange(len(features) // 6), torch.arange(6))
+    return Slide(name, label, name, False, grid, torch.arange(len(grid)), lambda: (features, None))
+
+
+@pytest.mark.parametrize("name", ["mean", "abmil", "2x2", "8x8"])
 def test_what_a_mil_model_should_satisfy(name):
-    """After a short training: one positive patch decides, and attention finds it; without it the
-    bag is negative; and twice as many negative patches leave the decision. Mean pooling, by design,
-    cannot satisfy the last: its evidence is diluted by half."""
+    """After a short training: one positive patch among 36 decides; without it the bag is negative;
+    twice as many negatives leave the decision. Mean pooling, by design, cannot satisfy the last:
+    its evidence is diluted by half."""
+    negatives = torch.randn(180, 36, 6, generator=torch.Generator().manual_seed(0))
+    positives = negatives.clone()
+    positives[torch.arange(180), torch.arange(180) % 36, 0] += 5
+    train = [bags_of((negatives, positives)[i % 2][i], i % 2, str(i)) for i in range(120)]
     args = Namespace(patches=18, steps=120, batch=16, lr=5e-3, starts=1)
-    trial = Trial(name, 0, 0, marked(120, 1, "train"))
-    model = mil.train_model(trial, args, Run(), torch.device("cpu"))
+    model = mil.train_model(Trial(name, 0, 0, train), args, Run(), torch.device("cpu"))
 
-    def logits(slides):
-        return torch.tensor([predict(model, slide, 10 ** 9)[0] for slide in slides])
+    def logits(bags):
+        return torch.tensor([predict(model, bags_of(features, 0, str(i)), 10 ** 9)[0]
+                             for i, features in enumerate(bags)])
 
-    positive = marked(30, 2, "positive")
-    with_one = logits(positive)
-    for i, slide in enumerate(positive):
-        slide.read()[0][i % 36, 0] -= 5.0
-    without = logits(positive)
-    for i, slide in enumerate(positive):  # more negatives, on rows below the bag
-        slide.read()[0][i % 36, 0] += 5.0
-        more = slide_of(36, 6, i + 9000)
-        features = torch.cat([slide.read()[0], more.read()[0]])
-        slide.read = partial(tuple, (features, None))
-        slide.grid = torch.cat([slide.grid, more.grid + torch.tensor([6, 0])])
-        slide.rows = torch.arange(72)
-    diluted = logits(positive)
+    without, decided = logits(negatives[120:150]), logits(positives[120:150])
+    diluted = logits(torch.cat([positives[120:150], negatives[150:]], dim=1))
     if name == "mean":
-        assert (with_one - diluted).mean() > 0.3 * (with_one - without).mean()
+        assert (decided - diluted).mean() > 0.3 * (decided - without).mean()
     else:
-        assert (with_one > 0).float().mean() > 0.9 and (without < 0).float().mean() > 0.75
+        assert (decided > 0).float().mean() > 0.9 and (without < 0).float().mean() > 0.75
         assert (diluted > 0).float().mean() > 0.9
 
 
 # ---- whole runs ----
 
 def test_run_on_generated_slides_and_explain(drawn_once, tmp_path, monkeypatch):
-    """A run with two steps writes metrics, curves and heat maps; --explain draws one slide by the
+    """A run with two steps writes metrics and heat maps; --explain draws one slide by the
     finished run, which is not trained again; a second command into its folder changes no file."""
     vit = VisionTransformer(ViTConfig(16, 12, 4, 3, image_size=64)).eval()
     monkeypatch.setattr(support_slides, "BANK", 200)
@@ -252,7 +247,7 @@ def test_run_on_generated_slides_and_explain(drawn_once, tmp_path, monkeypatch):
     mil.main([*flags, *out])
     result = json.loads((tmp_path / "a/metrics.json").read_text())
     assert len(result["table"]) == 3 + 4 and len(result["scores"]) == 7 * 4
-    for name in ("curves.png", "heat_2x2.png", "log.jsonl", "config.json"):
+    for name in ("heat_2x2.png", "log.jsonl", "config.json"):
         assert (tmp_path / "a" / name).stat().st_size > 0
     files = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="already contains a finished run.*--explain"):
@@ -271,10 +266,10 @@ def test_run_on_features_by_cross_validation(tmp_path, capsys):
     folder = write_features(tmp_path / "f", [f"s{i}" for i in range(12)],
                             patient=[i // 2 for i in range(12)])
     mil.main(["--data", str(folder), "--steps", "3", "--batch", "4", "--models", "2x2", "--folds",
-              "3", "--device", "cpu", "--no-focus", "--starts", "2", "--out",
-              str(tmp_path / "out")])
+              "3", "--device", "cpu", "--starts", "2", "--out", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert [*result["table"]] == ["2x2, 256", "2x2, 512", "2x2, all"]
+    assert [*result["table"]] == ["2x2, 256", "2x2, 512",
+                                   "2x2, 256 + 256 focused", "2x2, all"]
     assert sorted(s["slide"] for s in result["scores"] if s["patches"] == "all") == sorted(
         f"s{i}" for i in range(12))
     assert "6 patients" in capsys.readouterr().out

@@ -9,7 +9,8 @@ from PIL import Image
 from test_slides import mean_colour, tiling_of
 
 from support.command import UserError
-from support.tiles import _read_tile, tile_image
+from support.slides import open_slides, read_features
+from support.tiles import Tiling, read_tile, tile_image
 
 
 def tissue_pixels():
@@ -26,15 +27,16 @@ CORNERS = [[256, 128], [384, 128], [256, 256], [384, 256], [768, 512], [896, 512
 
 def check_tiles(path, target, **settings):
     """The feature file of a slide of tissue_pixels(): six tiles in the right places."""
-    assert tile_image(path, target, tiling_of(**settings)) == 48 - 6
+    tile_image(path, target, tiling_of(**settings))
     content = np.load(target)
     assert content["coords"].tolist() == CORNERS and content["step"] == 128
     return torch.from_numpy(content["features"])
 
 
-def test_plain_images(tmp_path):
+def test_plain_images(tmp_path, monkeypatch):
     """Tiles of tissue are found and hold their pixels; a damaged file, a level that does not exist
-    and a whole slide without openslide end in one line."""
+    and a whole slide without openslide end in one line; small images and paper have no tiles."""
+    monkeypatch.setitem(sys.modules, "openslide", None)
     pixels = tissue_pixels()
     Image.fromarray(pixels).save(tmp_path / "a.png")
     features = check_tiles(tmp_path / "a.png", tmp_path / "a.npz", side=128)
@@ -42,24 +44,42 @@ def test_plain_images(tmp_path):
     assert torch.allclose(features[1], mean_colour(tile)[0], atol=1e-5)
     with pytest.raises(UserError, match="--level 1 of 1 levels"):
         tile_image(tmp_path / "a.png", tmp_path / "b.npz", tiling_of(level=1))
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="bad.png cannot be tiled"):
-        tile_image(tmp_path / "bad.png", tmp_path / "b.npz", tiling_of())
+    for name in ("bad.png", "b.svs"):
+        (tmp_path / name).write_bytes(b"no image")
+        with pytest.raises(UserError, match=f"{name} cannot be tiled .*openslide-python"):
+            tile_image(tmp_path / name, tmp_path / "b.npz", tiling_of())
     assert not (tmp_path / "b.npz").exists()
-
-
-def test_images_smaller_than_a_tile_and_paper_have_no_tiles(tmp_path):
     for name, size in (("small", 20), ("paper", 200)):
         Image.new("RGB", (size, size), "white").save(tmp_path / f"{name}.png")
         tile_image(tmp_path / f"{name}.png", tmp_path / f"{name}.npz", tiling_of(side=32))
         assert len(np.load(tmp_path / f"{name}.npz")["features"]) == 0
 
 
-def test_openslide_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openslide", None)
-    (tmp_path / "b.svs").write_bytes(b"slide")
-    with pytest.raises(UserError, match="openslide-python is needed.*pip install"):
-        tile_image(tmp_path / "b.svs", tmp_path / "b.npz", tiling_of())
+def test_folders_of_images_are_tiled_once(tmp_path, capsys):
+    """Slides of a folder get features, places and pictures; a second run reads the stored ones;
+    another tile side does not; an image of paper only is named."""
+    (tmp_path / "x").mkdir()
+    for name in "ab":
+        Image.fromarray(tissue_pixels()).save(tmp_path / f"x/{name}.png")
+    Image.new("RGB", (200, 200), "white").save(tmp_path / "x/paper.png")
+    (tmp_path / "labels.csv").write_text("file,label,patient\nx/a.png,0,p\nx/b.png,1,q\n"
+                                         "x/paper.png,1,r\n")
+    calls = []
+
+    def embed(images):
+        calls.append(len(images))
+        return mean_colour(images)
+
+    def patches(side):
+        read_features.cache_clear()
+        slides = open_slides(tmp_path / "x", Tiling(embed, "colour", tmp_path / "out", side))
+        assert [slide.patient for slide in slides] == ["p", "q"]
+        assert slides[0].read()[1].shape == (len(slides[0].grid), 3, 8, 8)
+        return len(slides[0].grid)
+
+    assert patches(128) == patches(128) == 6 and calls == [6, 6]
+    assert "left out, without a label or tissue: 1 (paper)" in capsys.readouterr().out
+    assert patches(64) == 24 and calls == [6, 6, 24, 24]
 
 
 class Pyramid:
@@ -95,4 +115,4 @@ def test_whole_slides_at_two_levels(tmp_path, monkeypatch):
     check_tiles(path, tmp_path / "1.npz", side=64, level=1)
     pixels = Pyramid(path)
     pixels.image.putalpha(0)
-    assert (_read_tile(pixels, (256, 128), tiling_of()) == 255).all()
+    assert (read_tile(pixels, (256, 128), tiling_of()) == 1).all()

@@ -21,7 +21,7 @@ from pathlib import Path
 from support.command import UserError, run_script
 from support.datasets import match_names
 from support.files import read_csv, write_csv
-from support.images import image_root, list_images
+from support.images import image_root, scan_folder
 from support.pictures import save_png
 
 
@@ -95,7 +95,7 @@ def padchest(folder):
 
 
 def kermany(folder):
-    for path in list_images(folder):
+    for path in scan_folder(folder)[0]:
         *_, part, label, name = path.parts
         if part not in ("train", "val", "test") or label not in ("NORMAL", "PNEUMONIA"):
             raise ValueError(path)
@@ -159,7 +159,7 @@ def prepare(name, folder, uncertain="ignore"):
         raise UserError(f"{folder} is not {name} as its owners ship it ({error!r})",
                         "its own tables are needed", "compare the list in prepare.py") from error
     root = image_root(folder)
-    files = [path.relative_to(root).as_posix() for path in list_images(folder)]
+    files = [path.relative_to(root).as_posix() for path in scan_folder(folder)[0]]
     indices = match_names([row[0] for row in table[1:]], files, root.resolve().as_posix())
     rows = [[files[i], *row[1:]] for i, row in zip(indices, table[1:]) if i is not None]
     if not rows:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.command import UserError
-from support.images import image_shape, list_images, load_image
+from support.images import image_shape, load_image, scan_folder
 
 
 def dicom(path, grey, bits=12, **fields):
@@ -56,7 +56,7 @@ def test_dicom_is_windowed(tmp_path, grey, bits, fields):
     for name in ("x.dcm", "1.2.840.113", "IM0001"):
         x = load_image(dicom(tmp_path / name, grey, bits, **fields), 32)
         assert x.shape == (3, 32, 32) and (x[0] - want).abs().max() < limit
-    assert len(list_images(tmp_path)) == 3
+    assert len(scan_folder(tmp_path)[0]) == 3
 
 
 def test_dicom_that_is_refused(tmp_path, monkeypatch):

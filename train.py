@@ -38,7 +38,8 @@ from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, con
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import (balance, draw_clusters, kmeans, labels_for_prompts, plan_prompts,
                      prompt_numbers, write_prompts)
-from support.cache import Latents, Pictures, build_cache, decode_once, fingerprint, loader
+from support.cache import (Latents, Pictures, build_cache, decode_once, fingerprint, loader,
+                           read_vectors)
 from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
                              user_errors)
 from support.fast import compile_blocks
@@ -50,7 +51,6 @@ from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks
 from support.run import Run, Stopped, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
 from support.training_set import open_training_set, write_choice, write_examples
-from support.vectors import read_vectors
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
 

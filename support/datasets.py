@@ -53,7 +53,7 @@ class ImageSet:
     masks: dict = field(default_factory=dict)  # kind -> per file a path, a mask (1, H, W), or None
     depth: dict = field(default_factory=lambda: dict(EIGHT_BITS))  # of deep grey, see images.py
     problems: list = field(default_factory=list)    # lines for the user
-    unreadable: list = field(default_factory=list)  # (file, why) of images that were left out
+    unreadable: dict = field(default_factory=dict)  # file -> why it is not used
     cache: dict = field(default_factory=dict)  # index -> image
 
     def __len__(self):
@@ -78,27 +78,6 @@ class ImageSet:
             return source
         x = load_image(source, self.size).amax(0, keepdim=True) + 1
         return x >= max(x.max().item() / 2, 1e-6)
-
-    def leave_out(self, reasons):
-        """Drop images, {index: why}; UserError if that makes more than a tenth unreadable."""
-        if not reasons:
-            return
-        self.unreadable += [(self.files[i], reasons[i]) for i in reasons]
-        add_names(self.problems, f"left out as unreadable (the first: {self.unreadable[0][1]})",
-                  [file for file, _ in self.unreadable])
-        rows = [i for i in range(len(self)) if i not in reasons]
-        if len(self.unreadable) > 0.1 * (len(rows) + len(self.unreadable)):
-            raise UserError(self.problems[-1], "at least 90 % of the images must be readable",
-                            "replace or remove these files")
-
-        def remaining(cells):
-            return [cells[i] for i in rows] if cells else cells
-
-        for name in ("files", "groups", "official", "sources"):
-            setattr(self, name, remaining(getattr(self, name)))
-        self.columns = {name: remaining(cells) for name, cells in self.columns.items()}
-        self.masks = {kind: remaining(masks) for kind, masks in self.masks.items()}
-        self.cache = {new: self.cache[i] for new, i in enumerate(rows) if i in self.cache}
 
 
 def open_dataset(data, size, *, table=None, file_column="file", group_column="patient",
@@ -210,21 +189,40 @@ def add_names(problems, what, names):
         problems.append(f"{what}: {len(names):,} ({first}{', ...' * (len(names) > 3)})")
 
 
+def leave_out(images, reasons):
+    """Record {file: why} of unreadable images; UserError if that makes them more than a tenth."""
+    if not reasons:
+        return
+    images.unreadable |= reasons
+    add_names(images.problems, f"left out as unreadable (the first: {[*reasons.values()][0]})",
+              list(images.unreadable))
+    if len(images.unreadable) > 0.1 * len(images):
+        raise UserError(images.problems[-1], "at least 90 % of the images must be readable",
+                        "replace or remove these files")
+
+
 def check_files(images):
     """Leave out files with a damaged header; name those that lose much to the centre crop."""
-    def shape_or_reason(path):
+    reasons = {}
+    cropped = []
+
+    def check(file, path):
         try:
-            return image_shape(path)
+            shape = image_shape(path)
         except UserError as error:
-            return one_line(error)
+            reasons[file] = one_line(error)
+            return
+        if min(shape) < 0.75 * max(shape):
+            cropped.append(file)
 
     with ThreadPool(8) as pool:  # disks are slow
-        shapes = dict(enumerate(pool.map(shape_or_reason, images.sources)))
-    reasons = {i: shape for i, shape in shapes.items() if isinstance(shape, str)}
+        pool.starmap(check, zip(images.files, images.sources))
     add_names(images.problems, "images that lose more than a quarter to the centre crop",
-              [images.files[i] for i, shape in shapes.items()
-               if i not in reasons and min(shape) < 0.75 * max(shape)])
-    images.leave_out(reasons)
+              sorted(cropped))
+    leave_out(images, dict(sorted(reasons.items())))
+    images.sources = [path for file, path in zip(images.files, images.sources)
+                      if file not in reasons]
+    images.files = [file for file in images.files if file not in reasons]
 
 
 def match_names(names, files, root=""):

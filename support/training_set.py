@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from support.command import StatusLine, UserError, one_line
-from support.datasets import ImageSet, match_names, official_sides, open_dataset
+from support.datasets import ImageSet, leave_out, match_names, official_sides, open_dataset
 from support.files import read_csv, write_csv
 from support.pictures import save_png
 from support.ranks import all_ranks, rank
@@ -50,10 +50,11 @@ def split_holdout(images, holdout, seed):
         held_out = draw_groups(groups, share, seed)
 
     in_test = torch.tensor([group in held_out for group in groups])
+    readable = torch.tensor([file not in images.unreadable for file in images.files])
     if in_test.all():
         raise UserError(f"--holdout {holdout} holds out all {len(groups):,} images",
                         "some must be left for training", "hold out less, or change --group-column")
-    return torch.nonzero(~in_test)[:, 0], torch.nonzero(in_test)[:, 0]
+    return tuple(torch.nonzero(side & readable)[:, 0] for side in (~in_test, in_test))
 
 
 def draw_groups(groups, share, seed):
@@ -121,14 +122,9 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
         options["depth"] = json.loads(Path(folder, "config.json").read_text()).get("depth")
     images = open_dataset(data, size, seed=seed, **options)
 
-    reasons = {}
-    if is_resumed:
-        why = read_left_out(folder, "unreadable.csv", "why")
-        reasons = {i: why[file] for i, file in enumerate(images.files) if file in why}
-    elif not rank():
-        reasons = decode_all(images)
+    reasons = {} if is_resumed or rank() else decode_all(images)
     images.depth, reasons = all_ranks((images.depth, reasons))[0]
-    images.leave_out(reasons)
+    leave_out(images, reasons)
     if not rank():
         print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
     if not is_resumed:
@@ -136,7 +132,8 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
 
     train, test = read_split(split, images)
     known = {images.files[i] for i in [*train.tolist(), *test.tolist()]}
-    known.update(read_left_out(folder, "outliers.csv", "reason"))
+    for path in (Path(folder, "unreadable.csv"), Path(folder, "outliers.csv")):
+        known.update(row["file"] for row in (read_csv(path) if path.exists() else ()))
     new = [file for file in images.files if file not in known]
     if new:
         raise UserError(f"the images differ from those that {folder} began with (new: {new[0]})",
@@ -145,14 +142,14 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
 
 
 def decode_all(images):
-    """{index: why} of the images that cannot be decoded; the others are then in the cache."""
+    """{file: why} of the images that cannot be decoded; the others are then in the cache."""
     reasons = {}
 
     def decode(i):
         try:
             images[i]
         except UserError as error:
-            reasons[i] = one_line(error)
+            reasons[images.files[i]] = one_line(error)
 
     if len(images.sources):  # phantoms have none
         status = StatusLine(len(images), "reading")
@@ -163,19 +160,13 @@ def decode_all(images):
     return dict(sorted(reasons.items()))
 
 
-def read_left_out(folder, name, column):
-    """{file: reason} of a table of the images that the run left out when it began."""
-    path = Path(folder, name)
-    return {row["file"]: row[column] for row in read_csv(path)} if path.exists() else {}
-
-
 def write_choice(run, training_set):
     """Write unreadable.csv, then split.csv, which a resumed run follows."""
     if not run.writes or (run.config["resume"] and (run.folder / "split.csv").exists()):
         return
     images = training_set.images
     if images.unreadable:
-        write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable])
+        write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable.items()])
     write_split(run.folder / "split.csv", images, training_set.train, training_set.test)
 
 

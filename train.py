@@ -52,7 +52,8 @@ from support.run import Run, Stopped, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
 from support.training_set import open_training_set, write_choice, write_examples
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig, latent_statistics, vae_loss
+from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,
+                 start_from_patches, vae_loss)
 
 STAGES = ("embedder", "vae", "unet", "refiner")
 
@@ -71,7 +72,7 @@ class Preset:
     embedder_batch: int = 32
     embedder_lr: float = 1e-3
 
-    # Stage 2, the autoencoder: "train", a name or path; "decoder" trains only that of --init.
+    # Stage 2, the autoencoder: "train", a name or path.
     vae: str = "train"
     vae_config: VAEConfig = VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4),
                                       layers_per_block=1)
@@ -79,7 +80,7 @@ class Preset:
     vae_batch: int = 4                # small batches train faster
     vae_lr: float = 3e-3
     kl_weight: float = 1e-6
-    perceptual: float = 0.0           # weight of a distance in the embedder's features
+    latent_power: float = 0.0         # 0: latent channels of equal deviation; 1: as each matters
 
     # Stage 4, the diffusion model: "train", a name or path.
     unet: str = "train"
@@ -297,8 +298,8 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
     # Autoencoder and U-Net.
     vae_config = preset.vae_config
     if init or preset.vae != "train":
-        is_trained = preset.vae in ("train", "decoder")
-        parts["vae"] = init.vae if is_trained else AutoencoderKL.from_pretrained(preset.vae)
+        fine_tunes = preset.vae == "train"
+        parts["vae"] = init.vae if fine_tunes else AutoencoderKL.from_pretrained(preset.vae)
         vae_config = parts["vae"].config
     unet_config = preset.unet_config
     if preset.unet != "train":
@@ -368,24 +369,20 @@ def memory_format(device, dtype):
     return torch.channels_last
 
 
-def train_vae(preset, run, model, pictures, seed, dtype):
-    """Train model.vae on L1 + KL and, optionally, a distance in the embedder's feature space."""
+def train_vae(preset, run, model, pictures, seed, dtype, from_init):
+    """Train model.vae on L1 + KL, from PCA if it has a linear path."""
     device = model.shift.device
     if "vae" not in run.finished:
         model.vae.requires_grad_(True)
-        if preset.vae == "decoder":  # latents stay, so U-Nets trained on them stay valid
-            model.vae.encoder.requires_grad_(False)
-            model.vae.quant_conv.requires_grad_(False)
+        if model.vae.config.linear and not from_init:
+            rows = torch.linspace(0, len(pictures) - 1, min(1000, len(pictures))).long()
+            (images,) = pictures.__getitems__(rows.tolist())
+            start_from_patches(model.vae, images.to(device))
         model.vae.to(memory_format=memory_format(device, dtype))
-
-        def features(image):
-            return conditioning_tokens(model.embedder.vit, image, "patch")
 
         def loss_fn(batch, step, generator):
             (image,) = batch
-            return vae_loss(model.vae, image, generator, preset.kl_weight,
-                            perceptual=features if preset.perceptual else None,
-                            perceptual_weight=preset.perceptual)
+            return vae_loss(model.vae, image, generator, preset.kl_weight)
 
         fit("vae", model.vae, loss_fn, pictures, steps=preset.vae_steps, batch=preset.vae_batch,
             lr=preset.vae_lr, device=device, seed=seed, run=run, dtype=dtype, weight_decay=0.0,
@@ -418,7 +415,7 @@ def cache_latents(run, model, dataset, pictures):
     return Latents(folder)
 
 
-def measure_statistics(model, cache, scale, keep_tokens):
+def measure_statistics(model, cache, scale, keep_tokens, latent_power=0.0):
     """Mean and deviation over the training set of each latent channel and each token entry. scale
     of latents: "measure", "keep" that of --init, or a number."""
     if scale == "measure":
@@ -426,6 +423,8 @@ def measure_statistics(model, cache, scale, keep_tokens):
         shift, deviation = latent_statistics(cache.__getitems__(rows)[:2] for rows in chunks)
         model.shift.copy_(shift.view_as(model.shift))
         model.scale.copy_(deviation.view_as(model.scale))
+        if latent_power:
+            model.scale.mul_(channel_importance(model.vae, deviation) ** latent_power)
     elif scale != "keep":
         model.scale.fill_(scale)
 
@@ -645,7 +644,7 @@ def flags():
          "and --vae train fine-tune those parts too")
     flag("--embedder", help="tiny, random, a file of vectors (.npz), a path, or one of: "
          + ", ".join(VISION_TRANSFORMERS))
-    flag("--vae", help="train, a path, a published name, or decoder: only that of --init")
+    flag("--vae", help="train, a path, or a published name")
     flag("--unet", help="train, a path, or sd15")
     flag("--condition", choices=("dino", "prompts", "labels", "none"), default="dino",
          help="tokens; words from clusters of tokens (and labels); labels alone; unconditional")
@@ -680,8 +679,8 @@ def parse(argv=None):
     return args if args.dry_run else resume_flags(parser, argv, args.out)
 
 
-MAY_BE_ZERO = {"unet_steps", "refiner_steps", "kl_weight", "perceptual", "weight_decay", "ema",
-               "drop_condition", "clusters", "refiner_noise"}
+MAY_BE_ZERO = {"unet_steps", "refiner_steps", "kl_weight", "weight_decay", "ema",
+               "drop_condition", "clusters", "refiner_noise", "latent_power"}
 
 
 def read_overrides(pairs):
@@ -721,12 +720,6 @@ def choose_preset(args, init):
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     preset = replace(preset, **capped | inherited | read_overrides(args.set) | given)
 
-    if preset.vae == "decoder" and not init:
-        raise UserError("--vae decoder needs --init", "a trained autoencoder is needed",
-                        "pass --init RUN")
-    if preset.perceptual and preset.embedder.endswith(".npz"):
-        raise UserError("--set perceptual compares features of a ViT", "vectors have none",
-                        "leave it out, or pass another --embedder")
     if not preset.unet_steps and preset.unet == "train":
         raise UserError("--set unet_steps=0 leaves the U-Net untrained",
                         "trained weights are needed", "pass --init RUN, or more steps")
@@ -752,23 +745,24 @@ def train_stages(args, preset, run, model, dataset, labels):
     dtype = autocast_dtype(device, args.dtype)
     pictures = Pictures(dataset.images, dataset.train)
     trains_embedder = preset.embedder == "tiny"
-    trains_vae = preset.vae in ("train", "decoder")
+    trains_vae = preset.vae == "train"
     if trains_embedder or trains_vae or preset.refiner_steps:
         pictures = decode_once(pictures, run)
     if trains_embedder:
         train_embedder(preset, run, model, pictures, args.seed, dtype, bool(args.init))
     if trains_vae:
-        train_vae(preset, run, model, pictures, args.seed, dtype)
+        train_vae(preset, run, model, pictures, args.seed, dtype, bool(args.init))
 
     # Latents, tokens and statistics; a fine-tuned U-Net keeps those it was trained with.
     cache = cache_latents(run, model, dataset, pictures)
     fine_tunes_unet = bool(args.init) and preset.unet == args.init
     scale = "measure"
-    if fine_tunes_unet and preset.vae in (args.init, "decoder"):
+    if fine_tunes_unet and preset.vae == args.init:
         scale = "keep"
     elif preset.unet == "sd15":
         scale = 0.18215  # what this U-Net was trained with
-    measure_statistics(model, cache, scale, fine_tunes_unet and preset.embedder == args.init)
+    measure_statistics(model, cache, scale, fine_tunes_unet and preset.embedder == args.init,
+                       preset.latent_power)
 
     train_unet(preset, run, model, cache, dataset, labels, args.seed, dtype, args.accumulate)
     if model.refiner and preset.refiner_steps:

@@ -17,7 +17,7 @@ Training (vae_loss), with the encoder's mean m and deviation s, and noise e ~ N(
 
 Parameter names are those of diffusers. Deliberate differences: levels may have fewer than 32
 channels (see group_norm); the second convolution of every ResNet block starts at zero; there is a
-stem; the loss has no discriminator or LPIPS, but optionally a distance in a network's features.
+stem, and a linear path that starts as PCA; the loss has no discriminator and no LPIPS.
 """
 import math
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ class VAEConfig:                            # the defaults are Stable Diffusion'
     layers_per_block: int = 2               # ResNet blocks a level; the decoder has one more
     stem: int = 1                           # side of the pixel squares turned into channels
     norm_groups: int = 0                    # of every GroupNorm; 0 = see group_norm
+    linear: bool = False                    # a linear path beside the networks: start_from_patches
 
     @property
     def widths(self):
@@ -74,26 +75,17 @@ class LatentGaussian:
 
 # ---- loss and statistics ------------------------------------------------------------------------
 
-def vae_loss(vae, x, generator=None, kl_weight=1e-6, perceptual=None, perceptual_weight=0.0):
-    """Mean absolute error + kl_weight * KL + perceptual_weight * feature distance.
+def vae_loss(vae, x, generator=None, kl_weight=1e-6):
+    """Mean absolute error + kl_weight * KL.
 
     The KL is summed over the latent, so it grows with its area: lower kl_weight if larger images
     reconstruct badly.
-
-    perceptual: a frozen network, images (B, 3, H, W) in [-1, 1] -> features (B, D) or (B, N, D).
-    Returns: loss, and a dict of detached scalars l1, kl (nats per image), perceptual if used.
-    Source: Rombach et al. 2022, equation 25, without the discriminator.
+    Returns: loss, and a dict of detached scalars l1 and kl (nats per image).
+    Source: Rombach et al. 2022, equation 25, without discriminator and perceptual distance.
     """
     reconstruction, posterior = vae(x, generator)
     terms = {"l1": F.l1_loss(reconstruction, x), "kl": posterior.kl().mean()}
     loss = terms["l1"] + kl_weight * terms["kl"]
-
-    if perceptual is not None:
-        with torch.no_grad():
-            target = F.normalize(perceptual(x).float(), dim=-1)
-        features = F.normalize(perceptual(reconstruction).float(), dim=-1)
-        terms["perceptual"] = (features - target).square().sum(-1).mean()
-        loss = loss + perceptual_weight * terms["perceptual"]
     return loss, {name: value.detach() for name, value in terms.items()}
 
 
@@ -114,6 +106,41 @@ def latent_statistics(batches):
     shift, square = moments / count
     variance = (square - shift**2).clamp(min=1e-12)
     return shift.float(), variance.rsqrt().float()
+
+
+@torch.no_grad()
+def start_from_patches(vae, images):
+    """Set the linear path of an untrained `vae` to the PCA of the images' patches.
+
+    images: (N, in_channels, H, W) in [-1, 1]. Patches p of factor x factor pixels have the mean m
+    and the covariance U L U^T. The eigenvectors U of the largest eigenvalues L stay, one for each
+    latent channel:
+
+        z = L^(-1/2) U^T (p - m)        y = m + U L^(1/2) z
+
+    Both networks start at zero. So before any training the autoencoder is the best linear one
+    (Eckart & Young 1936), with white latents; training adds what a linear map cannot do.
+    """
+    patches = F.pixel_unshuffle(images.double(), vae.config.factor)
+    patches = patches.transpose(0, 1).flatten(1)  # (N, D, h, w) -> (D, N*h*w)
+    mean = patches.mean(1)
+    variances, vectors = torch.linalg.eigh(patches.cov())  # in ascending order
+    axes = vectors[:, -vae.config.latent_channels:].flip(1)  # (D, C)
+    deviations = variances[-vae.config.latent_channels:].flip(0).clamp(min=1e-12).sqrt()
+
+    encode = (axes / deviations).T
+    decode = axes * deviations
+    vae.linear_encode.weight.copy_(encode[:, :, None, None])
+    vae.linear_encode.bias.copy_(-encode @ mean)
+    vae.linear_decode.weight.copy_(decode[:, :, None, None])
+    vae.linear_decode.bias.copy_(mean)
+
+
+def channel_importance(vae, scale):
+    """Root mean square change of pixels that one deviation of each latent channel causes through
+    the linear path, relative to all channels: (C, 1, 1) with mean square 1. scale: (C,) 1 / std."""
+    change = vae.linear_decode.weight.flatten(1).norm(dim=0) / scale  # (D, C) -> (C,)
+    return (change / change.square().mean().sqrt())[:, None, None]
 
 
 # ---- blocks -------------------------------------------------------------------------------------
@@ -290,7 +317,22 @@ class AutoencoderKL(nn.Module):
             if isinstance(block, ResnetBlock):
                 nn.init.zeros_(block.conv2.weight)
                 nn.init.zeros_(block.conv2.bias)
+        if config.linear:
+            self._add_linear_path()
         self.to(memory_format=torch.channels_last)
+
+    def _add_linear_path(self):
+        """Two 1 x 1 convolutions between patches as channels and latents; both networks start at
+        zero beside them, with a small deviation."""
+        config = self.config
+        pixels = config.in_channels * config.factor ** 2
+        self.linear_encode = nn.Conv2d(pixels, config.latent_channels, 1)
+        self.linear_decode = nn.Conv2d(config.latent_channels, pixels, 1)
+        for last in (self.encoder.conv_out, self.quant_conv, self.decoder.conv_out):
+            nn.init.zeros_(last.bias)
+        for last in (self.encoder.conv_out, self.decoder.conv_out):
+            nn.init.zeros_(last.weight)
+        nn.init.constant_(self.quant_conv.bias[config.latent_channels:], -6.0)  # logvar
 
     def encode(self, x):
         """Images (B, in_channels or 1, H, W) in [-1, 1] -> LatentGaussian, float32. Raises
@@ -303,11 +345,16 @@ class AutoencoderKL(nn.Module):
                              f"(the autoencoder's factor): use {nearest[0]} x {nearest[1]}")
         x = x.expand(-1, self.config.in_channels, -1, -1)  # grey: the same in each channel
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        if self.config.linear:
+            mean = mean + self.linear_encode(F.pixel_unshuffle(x, factor)).float()
         return LatentGaussian(mean, logvar)
 
     def decode(self, z):
         """Latents (B, latent_channels, h, w) -> images (B, in_channels, H, W), not clipped."""
-        return self.decoder(self.post_quant_conv(z)).float()
+        y = self.decoder(self.post_quant_conv(z)).float()
+        if self.config.linear:
+            y = y + F.pixel_shuffle(self.linear_decode(z), self.config.factor).float()
+        return y
 
     def forward(self, x, generator=None):
         """Returns the reconstruction from one latent draw, and the LatentGaussian."""

@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 @pytest.mark.parametrize("flags", [
     ["--condition", "none", *SET], ["--embedder", "random", *SET, "tokens=cls", "refiner_steps=0"],
     ["--accumulate", "2", *SET, "tokens=patch"],
-    ["--checkpointing", *SET, "prediction=eps", "perceptual=0.1"]])
+    ["--checkpointing", *SET, "prediction=eps"]])
 def test_other_settings_train_and_sample(tmp_path, flags):
     """The control, the ablations and the classic settings run end to end."""
     assert train.main([*TINY, *flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
@@ -409,8 +409,7 @@ def test_flags_win_over_the_preset():
     (["--set", "vae_stepz=3"], "names no setting"), (["--set", "vae_steps=x"], "takes int"),
     (["--set", "vae_steps=-1"], "takes int"), (["--set", "lr"], "takes float"),
     (["--set", "unet_steps=0"], "leaves the U-Net untrained"),
-    (["--set", "vae_batch=0"], "more than 0"), (["--vae", "decoder"], "pass --init"),
-    (["--set", "perceptual=1", "--embedder", "x.npz"], "vectors have none"),
+    (["--set", "vae_batch=0"], "more than 0"),
     (["--set", "prediction=x0"], "one of v, eps"), (["--set", "tokens=all"], "need one of"),
     (["--batch", "8", "--accumulate", "3"], "cannot be cut"), (["--size", "50"], "multiple of"),
     (["--embedder", "resnet"], "dino_vits16"), (["--data", "nowhere"], "nowhere")])

@@ -11,7 +11,7 @@ from prompts import (BASELINE, ENRICHED, UNLABELLED, PromptEncoder, all_prompts,
                      labels_for_prompts, number_word, plan_prompts, prompt_numbers, standardise,
                      vocabulary_of, words_of)
 from support.command import UserError
-from support.datasets import open_dataset
+from support.datasets import ImageSet, open_dataset
 from support.outliers import drop_outliers, find_outliers
 
 # Inertia of sklearn.cluster.KMeans(12, n_init=10, random_state=0), scikit-learn 1.9.1, numpy 2.4.6,
@@ -216,19 +216,10 @@ def test_prompts_are_numbered_by_label_and_cluster():
 
 # ---- Outliers
 
-class Images:
-    """Images in memory, as prompts.py reads an ImageSet."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __len__(self):
-        return len(self.tensor)
-
-    def __getitem__(self, i):
-        return self.tensor[i]
-
-    batch = __getitem__
+def in_memory(tensor):
+    """The ImageSet of images (N, 3, H, W)."""
+    names = [str(i) for i in range(len(tensor))]
+    return ImageSet("test", "", tensor.shape[-1], names, cache=dict(enumerate(tensor)))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +235,7 @@ def test_patches_that_show_nothing(tissue):
     odd = torch.cat([torch.full((1, 3, 96, 96), -0.9), torch.full((1, 3, 96, 96), 0.95),
                      torch.nn.functional.avg_pool2d(tissue[:1], 25, 1, 12), fat])
     assert find_outliers(odd) == ["black", "blank", "out of focus", ""]
-    both = Images(torch.cat([tissue, odd]))
+    both = in_memory(torch.cat([tissue, odd]))
     assert drop_outliers(both, "labels") == [(40, "black"), (41, "blank"), (42, "out of focus")]
     assert drop_outliers(both, "dino") == []
 
@@ -254,7 +245,7 @@ def test_grey_images_are_never_dropped():
     grey = torch.nn.functional.interpolate(torch.rand(30, 1, 4, 4), 64, mode="bilinear") * 2 - 1
     grey = grey.repeat(1, 3, 1, 1)
     assert "out of focus" in find_outliers(grey)
-    assert drop_outliers(Images(grey), "prompts") == []
+    assert drop_outliers(in_memory(grey), "prompts") == []
 
 
 def test_balance_draws_every_prompt_equally_often():

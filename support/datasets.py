@@ -118,7 +118,6 @@ def open_dataset(data, size, *, table=None, file_column="file", group_column="pa
     add_names(images.problems, "links out of the folder, left out", [link.name for link in links])
 
     notes = [f"{len(images):,} images from {root}", table_note]
-    notes += [f"{sum(map(bool, masks)):,} {kind}" for kind, masks in images.masks.items()]
     if images.groups:
         notes.append(f"{len(set(images.groups)):,} patients")
     if images.official:
@@ -140,9 +139,8 @@ def open_phantoms(name, size, seed, count):
             images, masks, labels = chest_phantoms(count, size, seed)
             columns = {label: [str(cell) for cell in column]
                        for label, column in zip(CHEST_LABELS, labels.T.tolist())}
-    note = f"{count:,} generated phantoms, not real images ({size} px, seed {seed})"
-    if name != "phantoms":
-        note = f"no folder data/{name}/, so {note}"
+    missing = "" if name == "phantoms" else f"no folder data/{name}/, so "
+    note = f"{missing}{count:,} generated phantoms, not real images ({size} px, seed {seed})"
     files = [f"phantom_{i:06d}" for i in range(count)]
     return ImageSet(name, note, size, files, columns, groups=list(files), masks={"masks": masks},
                     cache=dict(enumerate(images.expand(-1, 3, -1, -1))))
@@ -335,11 +333,11 @@ def find_patients(images, group_column, patient_from):
     elif images.groups is None and group_column != "patient":
         raise UserError(f"there is no column {group_column!r}", f"{images.name} has "
                         f"{', '.join(images.columns) or 'no table'}", "pass another --group-column")
-    elif images.groups is None and any(map(is_dicom, images.sources)):
+    elif images.groups is None:
         images.groups = [str(read_header(path).get("PatientID") or "") if is_dicom(path) else ""
                          for path in images.sources]
 
-    if not any(images.groups or ()):
+    if not any(images.groups):
         images.groups = None
         images.problems.append(NO_PATIENTS)
         return
@@ -350,16 +348,18 @@ def find_patients(images, group_column, patient_from):
     if count < FEW_GROUPS:
         images.problems.append(f"only {count} different patients: is that column the patient? "
                                "A small share cannot be held out")
-    tested = {group for group, side in zip(images.groups, images.official or ()) if side == "test"}
-    others = {group for group, side in zip(images.groups, images.official or ()) if side != "test"}
+    sides = [*zip(images.groups, images.official or ())]
+    tested = {group for group, side in sides if side == "test"}
+    others = {group for group, side in sides if side != "test"}
     add_names(images.problems, "patients on both sides of the official split, held out whole",
               sorted(tested & others))
 
 
 def find_masks(images, folder, root, beside):
-    """Set the masks: in masks/ and masks_*/ in the folder, and `beside` the images.
+    """Set the masks: files in masks/ and masks_*/, and those `beside` the images.
 
-    Their names are those of the images, or end in _mask. Returns links that leave the folder.
+    Each is called like its image, with or without _mask at the end. Returns links that leave the
+    folder.
     """
     found = [("masks", path, path.relative_to(root)) for path in beside]
     links = []
@@ -368,12 +368,10 @@ def find_masks(images, folder, root, beside):
         found += [(place.name, path, path.relative_to(place)) for path in paths]
         links += outside
 
-    stems = [name.with_suffix("").as_posix() for *_, name in found]
-    same = match_names(stems, images.files)
-    bare = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
-    indices = [i if i is not None else j for i, j in zip(same, bare)]
+    stems = [name.with_suffix("").as_posix().removesuffix("_mask") for *_, name in found]
+    indices = match_names(stems, images.files)
     with ThreadPool(8) as pool:
-        fits = pool.starmap(is_mask_of, [(path, images.sources[i] if i is not None else None)
+        fits = pool.starmap(is_mask_of, [(path, None if i is None else images.sources[i])
                                          for (_, path, _), i in zip(found, indices)])
     left_out = []
     for (kind, path, _), i, fit in zip(found, indices, fits):
@@ -419,13 +417,12 @@ def label_matrix(columns, names):
             raise UserError(f"there is no column {name!r}", f"the table has "
                             f"{', '.join(columns) or 'no columns'}", "pass another --label-column")
         cells = columns[name]
-        given = {*cells} - {""}
-        if given and given <= {*ANSWERS}:
+        if {""} != {*cells} <= {"", *ANSWERS}:
             parts.append((name, None, [ANSWERS.get(cell, np.nan) for cell in cells]))
             continue
-        values = [set(filter(None, cell.split("|"))) for cell in cells]
-        for value in sorted(set().union(*values)):
-            parts.append((name, value, [float(value in row) if row else np.nan for row in values]))
+        rows = [set(filter(None, cell.split("|"))) for cell in cells]
+        for value in sorted(set().union(*rows)):
+            parts.append((name, value, [float(value in row) if row else np.nan for row in rows]))
 
     count = Counter(value for _, value, _ in parts)
     labels = [name if value is None else value if count[value] == 1 else f"{name}: {value}"

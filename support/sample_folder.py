@@ -10,11 +10,11 @@ import torch
 
 from support.command import UserError, user_errors
 from support.files import append_csv, make_folder
-from support.pictures import save_grid, save_pngs
+from support.images import load_image
+from support.pictures import save_grid, save_png
 from support.ranks import all_ranks, rank
 
-GRID_ROWS = 16
-GRID_COLUMNS = 16
+GRID_SIDE = 16  # rows and columns of grid.png, at most
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,15 @@ class Request:
     label_rule: str = ""   # from where
 
 
-def read_training_tokens(folder, shape, most=50_000):
-    """The raw tokens in a run's cache, (N, *shape), at most `most`; UserError for others."""
+def read_training_tokens(folder, shape):
+    """At most 50,000 raw tokens (N, *shape) of a run's cache; UserError for a damaged one."""
     path = folder / "cache" / "tokens.npy"
-    if not path.is_file():
-        raise UserError(f"no {path}", "prototypes are centres of the training tokens, which stand "
-                        "in the run's cache folder", "copy it beside model.pt")
-    with user_errors(f"{path} must be whole", "copy it here again"):
-        tokens = torch.from_numpy(np.load(path, allow_pickle=False)[:most])
-    if tokens.shape[1:] != shape or not tokens.isfinite().all():
-        raise UserError(f"{path} holds tokens {tuple(tokens.shape)}, or NaN", "need this model's, "
-                        f"N of {tuple(shape)}", "copy them there")
+    with user_errors("the training tokens in the run's cache are needed, whole",
+                     "copy its cache folder beside model.pt"):
+        tokens = torch.from_numpy(np.load(path, allow_pickle=False)[:50_000])
+        if tokens.shape[1:] != shape or not tokens.isfinite().all():
+            raise ValueError(f"{path} has tokens {tuple(tokens.shape)}, or NaN: this model's are "
+                             f"(N, {', '.join(map(str, shape))})")
     return tokens
 
 
@@ -62,14 +60,6 @@ class SampleFolder:
         make_folder(folder / "images")
         self.label_names = sorted({name for request in requests for name in request.labels})
 
-        # Which requests the grid shows: {row: [indices]}.
-        self.rows = {}
-        for i, request in enumerate(requests):
-            previews = self.rows.setdefault(request.row, [])
-            if request.row < GRID_ROWS and len(previews) < GRID_COLUMNS:
-                previews.append(i)
-        self.images = {i: None for previews in self.rows.values() for i in previews}
-
     def file(self, i):
         return f"images/{self.requests[i].strategy}_{i:05d}.png"
 
@@ -78,10 +68,9 @@ class SampleFolder:
 
         Every rank calls it once a round. indices may be empty; round_indices: those of all ranks.
         """
-        save_pngs([self.folder / self.file(i) for i in indices], images)
-        previews = {i: image for i, image in zip(indices, images) if i in self.images}
-        for part in all_ranks(previews):  # they meet here: all files of the round are whole
-            self.images.update(part)
+        for i, image in zip(indices, images):
+            save_png(self.folder / self.file(i), image, sync=False)
+        all_ranks()  # all files of the round are whole
         if not rank():
             rows = [self.table_row(i) for i in round_indices]
             append_csv(self.folder / "samples.csv",
@@ -106,16 +95,20 @@ class SampleFolder:
         """The first rows as one picture, each behind its source; a second source ends its row.
 
         read_sources: request -> list of at most two images (3, H, W).
-        with_prompts: whether the words of its prompt stand before a row.
+        with_prompts: whether the prompt is written before its row.
         """
+        indices_of_row = {}
+        for i, request in enumerate(self.requests):
+            indices_of_row.setdefault(request.row, []).append(i)
         rows = []
         captions = []
-        for indices in list(self.rows.values())[:GRID_ROWS]:
+        for indices in list(indices_of_row.values())[:GRID_SIDE]:
             first = self.requests[indices[0]]
             sources = read_sources(first)
-            samples = [self.images[i] for i in indices]
+            samples = [load_image(self.folder / self.file(i), None) for i in indices[:GRID_SIDE]]
             rows.append(torch.stack([*sources[:1], *samples, *sources[1:]]))
             captions.append(first.prompt.rpartition(" image of ")[2])  # the part that differs
         save_grid(self.folder / "grid.png", rows, captions if with_prompts else None)
-        if len(self.rows) > GRID_ROWS:
-            print(f"grid.png shows the first {GRID_ROWS} of {len(self.rows)} sources or prompts")
+        if len(indices_of_row) > GRID_SIDE:
+            print(f"grid.png shows the first {GRID_SIDE} of {len(indices_of_row)} sources or "
+                  "prompts")

@@ -10,7 +10,7 @@ values of a sample. A file far above or below has another depth: its own maximum
 """
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow runs a p
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 DICOM_SUFFIXES = {".dcm", ".dicom"}
 EIGHT_BITS = {"white": 255.0}
-LEVELS = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
+LEVELS = [1, *(2 ** bits - 1 for bits in (8, 10, 12, 14, 16))]
 OVERSHOOT = 1.05   # processed pictures may exceed their white by this factor
 DEPTH_SAMPLE = 32  # files that decide the depth of a data set
 
@@ -68,35 +68,29 @@ def image_shape(path):
             return image.height, image.width
 
 
-def white_level(high, is_float):
-    """The lowest white of 8, 10, 12, 14 or 16 bits (for floats also 1) that holds the value."""
-    levels = [1, *LEVELS] if is_float else LEVELS
-    return float(next((level for level in levels if high <= OVERSHOOT * level), high))
+def white_level(high):
+    """The lowest level that holds the value: 1 (of floats), or 8, 10, 12, 14 or 16 bits."""
+    return float(next((level for level in LEVELS if high <= OVERSHOOT * level), high))
 
 
 def choose_depth(paths):
     """The depth {"white": level} of a data set, from the largest value of a sample of its files."""
     maxima = []
-    are_floats = []
     for path in paths[::math.ceil(len(paths) / DEPTH_SAMPLE) or 1]:
-        try:
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                if image.mode[0] in "IF":
-                    maxima.append(np.asarray(image).max())
-                    are_floats.append(image.mode == "F")
-        except Exception:  # DICOM, or damaged, which is reported elsewhere
-            continue
-    return {"white": white_level(max(maxima), all(are_floats))} if maxima else dict(EIGHT_BITS)
+        with suppress(Exception), Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.mode[0] in "IF":  # DICOM files and damaged ones are skipped
+                maxima.append(np.asarray(image).max())
+    return {"white": white_level(max(maxima))} if maxima else dict(EIGHT_BITS)
 
 
-def scale_deep(deep, depth, is_float):
+def scale_deep(deep, depth):
     """Deep grey (H, W) -> [0, 1]."""
     high = deep.max()
     if not 0 <= deep.min() <= high < math.inf:
         raise ValueError("grey values below 0 or not finite")
     white = depth["white"] if depth else 0.0
     if not white / 15 <= high <= 2 * white:  # no file of that data set
-        white = white_level(high, is_float)
+        white = white_level(high)
     return (deep / white).clip(0, 1)
 
 
@@ -108,7 +102,7 @@ def decode_picture(path, depth):
         zero_is_white = image.format == "TIFF" and image.tag_v2.get(262) == 0
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        grey = scale_deep(np.asarray(image, np.float64), depth, image.mode == "F")
+        grey = scale_deep(np.asarray(image, np.float64), depth)
         return 1 - grey if zero_is_white else grey  # Pillow inverts 8 bits, but not deep grey
     if image.has_transparency_data:  # over black
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))

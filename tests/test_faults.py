@@ -61,40 +61,57 @@ def assert_same_end(folder, undisturbed):
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_sigterm_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, small_networks):
+    """A run to which nothing happens, as the others should end."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train.main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("stage,step,number", [
+    ("embedder", 2, signal.SIGTERM), ("vae", 3, signal.SIGINT), ("unet", 1, signal.SIGINT)])
+def test_a_stopped_run_resumes_exactly(undisturbed, tmp_path, monkeypatch, capsys, stage, step,
+                                       number):
+    """Ctrl-C or SIGTERM in a stage: exit code 130 or 143, the command to resume; then the resumed
+    run ends like one that was never stopped."""
+    folder = tmp_path / "run"
     log = Run.log
 
     def log_and_stop(self, **row):
         log(self, **row)
-        signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(Run, "log", log_and_stop)
-    assert train.main([*TINY, "--out", str(tmp_path)]) == 128 + signal.SIGTERM
-    assert f"python train.py --resume --out {tmp_path}" in capsys.readouterr().out
+        if (row["stage"], row["step"]) == (stage, step):
+            signal.raise_signal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        assert train.main([*TINY, "--out", str(folder)]) == 128 + number
+    assert f"python train.py --resume --out {folder}" in capsys.readouterr().out
+    assert train.main(["--resume", "--out", str(folder)]) == 0
+    assert_same_end(folder, undisturbed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
-def test_kill_9_during_a_write(tmp_path):
+@pytest.mark.parametrize("write", [2, 8])
+def test_kill_9_during_a_write(undisturbed, tmp_path, write):
     """Killed when the bytes of a file are on the disk and its name is not: the older state is
     complete, and the resumed run ends as it should."""
-    assert train.main([*TINY, "--out", str(tmp_path / "undisturbed")]) == 0
-    for write in (2, 8):
-        folder = tmp_path / str(write)
+    folder = tmp_path / "run"
 
-        def killed():
-            replace, left = os.replace, [write]
+    def killed():
+        replace, left = os.replace, [write]
 
-            def replace_or_die(old, new):
-                left[0] -= 1
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                replace(old, new)
-            os.replace = replace_or_die
-            return train.main([*TINY, "--out", str(folder)])
-        assert in_child(killed) == -signal.SIGKILL
-        assert list(folder.rglob(".*.tmp")), "nothing was half written: nothing was tested"
-        flags = ["--resume"] if (folder / "config.json").exists() else TINY
-        assert train.main([*flags, "--out", str(folder)]) == 0
-        assert_same_end(folder, tmp_path / "undisturbed")
+        def replace_or_die(old, new):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(old, new)
+        os.replace = replace_or_die
+        return train.main([*TINY, "--out", str(folder)])
+    assert in_child(killed) == -signal.SIGKILL
+    assert list(folder.rglob(".*.tmp")), "nothing was half written: nothing was tested"
+    flags = ["--resume"] if (folder / "config.json").exists() else TINY
+    assert train.main([*flags, "--out", str(folder)]) == 0
+    assert_same_end(folder, undisturbed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

@@ -6,7 +6,7 @@ Papers: ViT (Dosovitskiy 2021, arXiv 2010.11929); DINO (Caron 2021, arXiv 2104.1
 
 Images are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels. The ViT cuts them into
 N patches; its tokens are CLS, R registers and the patches, (B, 1 + R + N, D). The first 1 + R
-are global: they describe the whole image. conditioning_tokens picks those that condition.
+are global: they describe the whole image. `conditioning_tokens` picks those that condition.
 
     vit = load_dino("dinov2_vits14")                  # frozen; or a file of weights
     tokens = conditioning_tokens(vit, x, "global")    # (B, G, D)
@@ -17,11 +17,10 @@ Self-distillation, with student s, teacher t and temperatures T_s = 0.1, T_t = 0
     loss      - sum_k q_k log softmax_k(s(other crops) / T_s)           DINO eq. 3
     teacher   t <- m t + (1 - m) s, m along a cosine from 0.98 to 1     DINO section 3.1
 
-Deliberate differences from the published code: no stochastic depth; new networks start from sin-cos
-positions; all crops are cut at once on the device, without flips (the heart would change sides);
-prototypes are normalised on use and are trained from step 0; weight decay and the teacher's
-temperature are constant; Sinkhorn balances the images of one process. DINOv2's masked patches and
-KoLeo loss are left out.
+Deliberate differences from the published code: no stochastic depth, masked patches or KoLeo loss;
+new networks start from sin-cos positions; crops are never flipped (the heart would change sides);
+prototypes are normalised on use and trained from step 0; weight decay and the teacher's temperature
+are constant; Sinkhorn balances the images of one process.
 """
 
 import copy
@@ -35,7 +34,7 @@ from torch import nn
 from support.fast import attention
 from support.weights import load_model
 
-TOKEN_KINDS = ("global", "cls", "cls4+mean", "patch2", "patch")
+TOKEN_KINDS = ("global", "cls", "cls4+mean", "patch")
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class ViTConfig:                      # the defaults are "tiny", the network tra
     layer_scale: bool = False         # DINOv2: a gain after each branch (and an unused mask token)
     interpolate_offset: float = 0.0   # how positions are resized: see the RESIZE rules
     antialias: bool = True
-    normalise: str = "per_image"      # (x - mean) / (sd + 0.1) of each image, or a key of PIXELS
+    normalise: str = "per_image"      # see preprocess
     mlp_ratio: int = 4                # hidden width of the MLP / D
     norm_eps: float = 1e-6            # of LayerNorms; transformers' DINO v1 has 1e-12
     global_tokens: str = "cls4+mean"  # what "global" means in conditioning_tokens
     input_side: int = 0               # images are resized to this side; 0 = image_size
 
 
-PIXELS = {  # mean and deviation of red, green and blue in [0, 1], as the networks were trained
+PIXELS = {  # mean and deviation of red, green and blue in [0, 1] that published networks expect
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "rad_dino": ((0.5307,) * 3, (0.2583,) * 3),
 }
@@ -83,7 +82,9 @@ VISION_TRANSFORMERS = {
 # ---- Vision Transformer: attribute names equal the keys of the published files ------------------
 
 def preprocess(x, kind):
-    """Images (B, 3, H, W) in [-1, 1] -> the same, normalised as ViTConfig.normalise says."""
+    """Images (B, 3, H, W) in [-1, 1] -> standardised by the image's own mean and deviation
+    (kind "per_image"), or by the constants PIXELS[kind].
+    """
     x = (x + 1) / 2
     if kind == "per_image":
         sd, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
@@ -110,7 +111,7 @@ def sincos_positions(grid, dim):
 
 
 def init_linear(layer):
-    """For Module.apply: weights of linear layers normal with deviation 0.02, biases zero."""
+    """For Module.apply: normal weights with deviation 0.02 and zero biases in linear layers."""
     if isinstance(layer, nn.Linear):
         nn.init.trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
@@ -147,7 +148,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, then an MLP on each token; each behind a norm and with a residual."""
+    """Self-attention, then an MLP on each token, each with a norm before and a residual."""
 
     def __init__(self, config):
         super().__init__()
@@ -203,13 +204,10 @@ class VisionTransformer(nn.Module):
         # Meta's first code passes scale factors offset by 0.1 patch instead of a size, which
         # shifts the points where positions are sampled.
         offset = self.config.interpolate_offset
-        size = (rows, columns)
-        factors = None
+        target = {"size": (rows, columns)}
         if offset:
-            factors = [(side + offset) / native for side in size]
-            size = None
-        patches = F.interpolate(patches, size, factors, mode="bicubic",
-                                antialias=self.config.antialias)
+            target = {"scale_factor": [(side + offset) / native for side in (rows, columns)]}
+        patches = F.interpolate(patches, mode="bicubic", antialias=self.config.antialias, **target)
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def embed(self, x):
@@ -247,12 +245,12 @@ class VisionTransformer(nn.Module):
 def conditioning_tokens(vit, x, kind="global"):
     """Tokens (B, G, D) that condition the diffusion model, from images (B, 3, H, W) of any side.
 
-    "global"           as ViTConfig.global_tokens says: "cls+registers", G = 1 + registers, in
-                       published networks; "cls4+mean" in those trained here
-    "cls"              CLS alone, G = 1
-    "cls4+mean"        CLS of the last four blocks and the mean patch token, G = 5
-    "patch2", "patch"  CLS and the patch tokens pooled to 2x2 or 4x4, G = 5 or 17. For the ablation
-                       only: patch tokens keep the layout and let the model copy its source.
+    "global"     as ViTConfig.global_tokens says: "cls+registers", G = 1 + registers, in published
+                 networks; "cls4+mean" in those trained here
+    "cls"        CLS alone, G = 1
+    "cls4+mean"  CLS of the last four blocks and the mean patch token, G = 5
+    "patch"      CLS and the patch tokens pooled to 4x4, G = 17. For the ablation only: patch tokens
+                 keep the layout and let the model copy its source.
     """
     cls, tokens, patches = vit.features(resize(x, vit.input_side), last=4)
     if kind == "global":
@@ -266,10 +264,9 @@ def conditioning_tokens(vit, x, kind="global"):
 
     # Patch tokens, pooled over the image.
     side = vit.input_side // vit.config.patch_size
-    pooled_side = {"patch2": 2, "patch": 4}[kind]
     grid = patches.transpose(1, 2).unflatten(2, (side, side))         # (B, N, D) -> (B, D, h, w)
-    pooled = F.adaptive_avg_pool2d(grid, pooled_side).flatten(2)      # (B, D, 4 or 16)
-    return torch.cat([tokens[:, :1], pooled.transpose(1, 2)], dim=1)
+    pooled = F.adaptive_avg_pool2d(grid, 4).flatten(2).transpose(1, 2)          # (B, 16, D)
+    return torch.cat([tokens[:, :1], pooled], dim=1)
 
 
 # ---- Self-distillation with no labels -----------------------------------------------------------
@@ -300,7 +297,7 @@ def random_crops(images, count, side, area, jitter, generator):
     """`count` views of each image, (count*B, C, side, side) in [-1, 1], view after view.
 
     area: (low, high), the share of the image's area in a view; its aspect is 3/4 to 4/3
-    jitter: brightness, contrast and gamma lie in 1 - jitter to 1 + jitter
+    jitter: brightness, contrast and gamma are between 1 - jitter and 1 + jitter
     """
     x = images.float().repeat(count, 1, 1, 1)
     n = len(x)
@@ -333,10 +330,10 @@ def random_crops(images, count, side, area, jitter, generator):
 
 
 def sinkhorn(logits, temperature, rounds=3):
-    """Soft targets: rows that sum to 1, and columns that all sum to nearly N / K.
+    """Logits (N, K) of N views and K prototypes -> soft targets (N, K): each row sums to 1, each
+    column to nearly N / K, so the views cannot all choose one prototype.
 
-    logits: (N, K), N views and K prototypes -> (N, K), so that one prototype for all views is
-    excluded. In logarithms, so that no exponential overflows.
+    In logarithms, so that no exponential overflows.
     Source: Sinkhorn and Knopp 1967; Caron et al. 2020, section 3.1; Oquab et al. 2023, section 4.
     """
     log_q = logits / temperature
@@ -389,11 +386,10 @@ class DINOHead(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student and teacher. A step is `loss`, backward, optimizer; then the teacher becomes the EMA
-    of the student with momentum m = momentum(progress).
+    """Student and teacher; the teacher is the EMA of the student with momentum(progress).
 
-    Collapse shows in the logs as a teacher_entropy of log K, when all images look alike to the
-    teacher; batch_entropy is always near log K because of Sinkhorn. Source: DINO algorithm 1.
+    Collapse shows in the logs as a teacher_entropy of log K: all images look alike to the teacher.
+    batch_entropy is always near log K because of Sinkhorn. Source: DINO algorithm 1.
     """
 
     def __init__(self, vit_config, config=DINOConfig()):

@@ -11,8 +11,8 @@
     prdc(real, fake, k=5)                       # precision, recall, density, coverage
 
 Features are (N, D), torch or NumPy; all metrics compute in float64 on the CPU. Images are
-(B, 3, H, W) in [-1, 1]. Frechet distances are comparable only under the same judge, resizing and
-counts. For intervals, runs, Inception and other judges: `python -m experiments fidelity`.
+(B, 3, H, W) in [-1, 1]. Compare Frechet distances only at the same judge, resizing and counts. For
+intervals, runs, Inception and other judges: `python -m experiments fidelity`.
 
 Deliberate choices:
 - The trace term of (1) uses singular values, which are always real and faster than `sqrtm`.
@@ -21,13 +21,12 @@ Deliberate choices:
 - Every distance has a floor beside it: that of real images to other real images, at equal counts.
 """
 import argparse
-import warnings
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import bootstrap, mannwhitneyu
+from scipy.stats import mannwhitneyu
 from torch import nn
 from torchvision.models import inception
 
@@ -41,13 +40,13 @@ from support.training_set import split_holdout
 
 def as_features(*sets, least=2):
     """Each set as float64 (N, D) on the CPU."""
-    sets = [torch.as_tensor(x).detach().to("cpu", torch.float64) for x in sets]
+    sets = [torch.as_tensor(x).to("cpu", torch.float64) for x in sets]
     for x in sets:
         bad = (~x.isfinite().all(dim=1)).sum().item()
         if bad or len(x) < least or x.shape[1] != sets[0].shape[1]:
             raise ValueError(f"got features {[tuple(x.shape) for x in sets]}, {bad} rows with NaN: "
-                             f"need {least} or more finite rows a set, of one extractor: add "
-                             "images, or look at them and at the extractor's weights")
+                             f"need {least} or more finite rows per set, from one extractor: add "
+                             "images, or check them and the extractor's weights")
     return sets
 
 
@@ -140,34 +139,30 @@ def dice(a, b):
 
 
 def cohen_kappa(a, b):
-    """Equation (5) of two readers' answers (N,), (N,). Source: Cohen 1960."""
+    """Equation (5) of two readers' answers (N,), (N,) to the same images. Source: Cohen 1960."""
     a = np.asarray(a)
     b = np.asarray(b)
-    if a.shape != b.shape or a.size == 0:
-        raise ValueError(f"got {a.size} and {b.size} answers: kappa needs the same images, and one "
-                         "at least, from both readers")
     observed = np.mean(a == b)
     expected = sum(np.mean(a == c) * np.mean(b == c) for c in np.union1d(a, b))
     return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
 
 
 def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
-    """95 % percentile interval [low, high] of metric(*arrays), rows drawn together (Efron 1979).
+    """95 % interval [low, high] of metric(*arrays): the metric of rows drawn with replacement.
 
-    Resamples with only one class, for which the metric raises ValueError, are left out.
+    Draws for which it is undefined (ValueError or NaN), such as those of one class, are skipped.
+    Source: Efron 1979, percentile method.
     """
-    def on_rows(rows):
+    rng = np.random.default_rng(seed)
+    n = len(arrays[0])
+    values = []
+    for _ in range(rounds):
+        rows = rng.integers(0, n, n)
         try:
-            return metric(*(x[rows] for x in arrays))
+            values.append(metric(*(x[rows] for x in arrays)))
         except ValueError:
-            return np.nan
-
-    rows = np.arange(len(arrays[0]))
-    with warnings.catch_warnings():  # SciPy warns of undefined draws
-        warnings.simplefilter("ignore")
-        result = bootstrap((rows,), on_rows, n_resamples=rounds, vectorized=False,
-                           method="percentile", random_state=np.random.default_rng(seed))
-    return np.nanquantile(result.bootstrap_distribution, [0.025, 0.975]).tolist()
+            continue
+    return np.nanquantile(values, [0.025, 0.975]).tolist()
 
 
 # ---------------------------------------------------------------- image statistics
@@ -179,7 +174,7 @@ def pixel_rows(images):
 
 
 def correlations(a, b):
-    """Pearson correlation over P of each row of (N, P) with each of (M, P): (N, M)."""
+    """Pearson correlation of each row of (N, P) with each row of (M, P): (N, M)."""
     a = F.normalize(a - a.mean(dim=1, keepdim=True), dim=1)
     b = F.normalize(b - b.mean(dim=1, keepdim=True), dim=1)
     return a @ b.T
@@ -191,11 +186,9 @@ def psnr(a, b):
     return (10 * (4 / error).log10()).mean().item()
 
 
-def grey_values(images):
-    """Mean grey, contrast, colour (largest minus smallest channel) of images, in [0, 1]: (N, 3)."""
-    pixels = pixel_rows(images)
-    colour = (images.amax(dim=1) - images.amin(dim=1)).mean(dim=(1, 2)) / 2
-    return torch.stack([pixels.mean(dim=1), pixels.std(dim=1), colour], dim=1)
+def brightness(images):
+    """Mean grey value of each image, in [0, 1]: (N,)."""
+    return (images.mean(dim=(1, 2, 3)) + 1) / 2
 
 
 def sharpness(images):
@@ -203,13 +196,6 @@ def sharpness(images):
     grey = (images.mean(dim=1, keepdim=True) + 1) / 2
     laplacian = grey.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
     return F.conv2d(grey, laplacian[None, None]).var(dim=(1, 2, 3))
-
-
-def brightness(grey):
-    """Mean grey, its deviation between images, mean contrast and colour of grey_values (N, 3)."""
-    mean = grey.double().mean(dim=0)
-    return {"mean": mean[0].item(), "between": grey[:, 0].double().std().item(),
-            "within": mean[1].item(), "colour": mean[2].item()}
 
 
 # ---------------------------------------------------------------- judges
@@ -241,7 +227,7 @@ class RandomFeatures(nn.Module):
         texture = []
         for i, filters in enumerate(self.buffers()):
             x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), filters, stride=1 if i == 0 else 2)
-            texture.append((x.std(dim=(2, 3)) + 0.05).log())  # 0.05: flat images stay finite
+            texture.append((x.std(dim=(2, 3)) + 0.05).log())  # 0.05 keeps flat images finite
             x = F.leaky_relu(x, 0.1)
         texture = torch.cat(texture, dim=1)                          # (B, 104)
         contrast = texture.mean(dim=1, keepdim=True)
@@ -261,7 +247,7 @@ def with_pool(block, pool):
 class FIDInception(inception.Inception3):
     """The Inception network of FID: images (B, 3, H, W) in [0, 1] -> (B, 2048).
 
-    Its weights need average pooling without the padding, max pooling in the last block, and 1008
+    Its weights expect average pooling that ignores padding, max pooling in the last block, and 1008
     classes. Sources: Szegedy et al. 2016; Heusel et al. 2017; parameter names of pytorch-fid.
     """
 
@@ -300,19 +286,15 @@ def describe(batches, extractor, device):
 
 @torch.no_grad()
 def measure(images, indices, judge, device, batch):
-    """Features (N, D), grey values (N, 3), sharpness (N,), on the CPU, of images of an ImageSet."""
+    """Features (N, D), brightness (N,) and sharpness (N,), on the CPU, of images of an ImageSet."""
     if len(indices) < 6:
         raise UserError(f"got {len(indices)} images in a part of {images.name}",
                         "6 are needed, for five neighbours each", "add images")
-    features = []
-    grey = []
-    sharp = []
+    parts = []
     for rows in indices.split(batch):
         x = images.batch(rows.tolist())
-        features.append(judge(x.to(device)).flatten(1).cpu())
-        grey.append(grey_values(x))
-        sharp.append(sharpness(x))
-    return torch.cat(features), torch.cat(grey), torch.cat(sharp)
+        parts.append((judge(x.to(device)).flatten(1).cpu(), brightness(x), sharpness(x)))
+    return [torch.cat(column) for column in zip(*parts)]
 
 
 def fidelity(parts, name, judge, device, batch=64):
@@ -339,8 +321,7 @@ def fidelity(parts, name, judge, device, batch=64):
                    "all": compare(real, fake)}
     table = {metric: {column: float(values[i]) for column, values in columns.items()}
              for i, metric in enumerate(METRICS)}
-    light = {"real": brightness(torch.cat(grey[:2])), "synthetic": brightness(grey[2])}
-    looks = {"brightness difference": light["synthetic"]["mean"] - light["real"]["mean"],
+    looks = {"brightness difference": (grey[2].mean() - torch.cat(grey[:2]).mean()).item(),
              "sharpness ratio": (sharp[2].mean() / torch.cat(sharp[:2]).mean()).item()}
 
     side = sides.pop()
@@ -350,10 +331,9 @@ def fidelity(parts, name, judge, device, batch=64):
         print(f"warning: fewer images than the {real.shape[1]} dimensions, which raises the "
               "Frechet distance: compare it with its floor only")
     print_table(table)
-    print_table({f"brightness, {key}": figures for key, figures in light.items()})
     print_table({"synthetic against real": looks})
     results = {"features": name, "size": side, "real": len(real), "synthetic": len(fake), **table,
-               "brightness": light, **looks}
+               **looks}
     return results, features
 
 

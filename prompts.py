@@ -2,17 +2,17 @@
 
 "Image-derived annotations for histopathology" (arXiv 2312.09792): K-means on the global tokens of a
 frozen ViT -> `Histology image of cancer tissue, morphology type seventeen` -> context (B, L, C) for
-the U-Net's cross-attention. Everything is deterministic: same seed, same result.
+the U-Net's cross-attention. The same seed gives the same result.
 
-    centers, assignment = kmeans(standardise(tokens.flatten(1)), k=33, seed=0)    # (K, D), (N,)
-    prompts = build_prompts(assignment, labels, ENRICHED)                         # N strings
+    centers, assignment = kmeans(tokens.flatten(1), k=33, seed=0)         # (K, D), (N,)
+    prompts = build_prompts(assignment, labels, ENRICHED)                 # N strings
     encoder = PromptEncoder(vocabulary_of(prompts), context_dim=192)
     context, mask = encoder(encoder.tokenize(prompts[:8]))                # (8, L, 192), (8, L)
 
 Sources: Lloyd 1982; k-means++ (Arthur & Vassilvitskii 2007).
 Differences from the paper: a Transformer trained from scratch on the closed vocabulary of the
-prompts replaces CLIP's text encoder, and its words start at the mean of their images; clusters are
-found on standardised features, which are all global tokens of an image, flattened.
+prompts replaces CLIP's text encoder, and its words start at the mean of their images; K-means sees
+all global tokens of an image, standardised and flattened.
 """
 import math
 import re
@@ -21,8 +21,6 @@ import torch
 from torch import nn
 
 from support.command import UserError
-from support.files import write_csv
-from support.pictures import save_grid
 
 # Templates of the paper.
 BASELINE = "Histology image of <label> tissue"
@@ -40,21 +38,13 @@ TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 # ---- K-means -----------------------------------------------------------------------------------
 
-def standardise(x):
-    """Columns of x (N, D) to mean 0 and standard deviation 1; a constant column becomes 0."""
-    centred = x.float() - x.float().mean(0)
-    std = centred.square().mean(0).sqrt()
-    return centred / torch.where(std > 0, std, 1)
-
-
 def inertia(x, centers, assignment):
     """Sum of squared distances of x (N, D) to the centers (k, D) they are assigned to."""
     return (x - centers[assignment]).square().sum(dtype=torch.float64).item()
 
 
 def first_centers(x, k, generator):
-    """Greedy k-means++: k points of x (N, D) that are far apart, each the best of four candidates.
-    """
+    """Greedy k-means++: k points of x (N, D), far apart; each is the best of four candidates."""
     chosen = torch.randint(len(x), (1,), generator=generator)
     closest = (x - x[chosen]).square().sum(1)
     for _ in range(k - 1):
@@ -68,13 +58,14 @@ def first_centers(x, k, generator):
     return x[chosen]
 
 
-def lloyd(x, centers, max_steps=100):
-    """Lloyd's algorithm until no assignment changes -> centers (k, D), assignment (N,)."""
-    assignment = None
-    for _ in range(max_steps):
-        # Assign each point to its nearest center, 4,096 at a time to limit memory.
-        nearest = torch.cat([torch.cdist(rows, centers).argmin(1) for rows in x.split(4096)])
-        if assignment is not None and torch.equal(nearest, assignment):
+def lloyd(x, centers):
+    """Lloyd's algorithm on x (N, D) until no assignment changes -> centers (k, D), assignment (N,).
+    """
+    assignment = torch.full((len(x),), -1)
+    for _ in range(100):
+        # Assign each point to its nearest center.
+        nearest = torch.cdist(x, centers).argmin(1)
+        if torch.equal(nearest, assignment):
             break
         assignment = nearest
 
@@ -100,14 +91,13 @@ def kmeans(x, k, seed=0, starts=3):
     It runs on the CPU: GPUs round differently, and the clusters name the prompts.
     Raises: ValueError for NaN or infinity, and for k outside 1 to the number of distinct points.
     """
-    points = x.detach().cpu().float()
+    points = x.cpu().float()
     if not points.isfinite().all():
-        raise ValueError("some points are NaN or infinite, K-means needs finite numbers: check "
-                         "the images and the embedder's weights")
+        raise ValueError("got NaN or infinity, K-means needs finite numbers: check the embedder")
     distinct = len(points.unique(dim=0))
     if not 1 <= k <= distinct:
-        raise ValueError(f"{k} clusters for {distinct} distinct points, K-means needs at least 1 "
-                         "and no more than that: choose fewer clusters or add images")
+        raise ValueError(f"{k} clusters for {distinct} distinct points, need 1 to {distinct}: "
+                         "choose fewer clusters or add images")
 
     # Distances between centered points lose fewer digits.
     mean = points.mean(0)
@@ -121,7 +111,7 @@ def kmeans(x, k, seed=0, starts=3):
 # ---- words -------------------------------------------------------------------------------------
 
 def number_word(n):
-    """English words of an integer from 0 to 999: 342 -> "three hundred and forty-two"."""
+    """An integer from 0 to 999 in English words: 342 -> "three hundred and forty-two"."""
     if n < 20:
         return ONES[n]
     if n < 100:
@@ -132,7 +122,7 @@ def number_word(n):
 def words_of(text):
     """Lower-case words and signs: "HER2+ tissue, type thirty-two" -> her2 + tissue type thirty-two.
 
-    Signs are words because labels may differ by them alone (HER2+ and HER2-, <5 mm and >5 mm).
+    Signs count as words because labels may differ only in them (HER2+ and HER2-, <5 mm and >5 mm).
     """
     return re.findall(r"\w+(?:-\w+)*|[^\w\s,.:;'\"]", text.lower())
 
@@ -143,7 +133,7 @@ def vocabulary_of(prompts):
 
 
 def find_prompt(text, prompts):
-    """Number of the prompt with the words of this text, in any capitals; None if there is none."""
+    """Index of the prompt with the same words as this text, ignoring case, or None."""
     words = words_of(text)
     return next((i for i, prompt in enumerate(prompts) if words_of(prompt) == words), None)
 
@@ -151,8 +141,8 @@ def find_prompt(text, prompts):
 def build_prompts(assignment, labels, template):
     """Fill a template for each of N images -> list of N str.
 
-    assignment: N cluster indices, or None for a template without <index>.
-    labels: N str (put in lower case), or None for a template without <label>.
+    assignment: N cluster indices, or None if the template has no <index>
+    labels: N str, put in lower case, or None if the template has no <label>
     """
     count = len(labels if assignment is None else assignment)
     indices = [""] * count if assignment is None else [number_word(int(i)) for i in assignment]
@@ -178,20 +168,15 @@ def labels_for_prompts(columns, column, condition, rows, name):
                         f"{name} has {', '.join(columns) or 'no table'}",
                         "pass another --label-column, or --condition prompts --label-column none")
 
-    labels = [cell.strip().lower() for cell in columns[column]]
-    used = [labels[i] for i in rows]
-    if "" in used:
-        raise UserError(f"column {column!r} is empty for {used.count(''):,} images",
-                        "each image needs a label", "fill the cells, or pass --label-column none")
-    if len(set(used)) < 2:
-        raise UserError(f"column {column!r} holds only {used[0]!r}", "two labels are needed",
-                        "pass another --label-column, or --label-column none")
-
     # Labels with equal words would silently become one condition.
-    if len({tuple(words_of(label)) for label in used} - {()}) < len(set(used)):
-        raise UserError(f"column {column!r} has labels that contain the same words, or none",
-                        "labels must differ in letters, digits or signs other than . , : ;",
-                        "rename one of them")
+    labels = [cell.strip().lower() for cell in columns[column]]
+    used = sorted({labels[i] for i in rows})
+    distinct = {tuple(words_of(label)) for label in used} - {()}
+    if len(distinct) < max(2, len(used)):
+        raise UserError(f"column {column!r} has the labels {', '.join(map(repr, used[:20]))}",
+                        "two or more are needed, none empty, that differ in letters, digits or "
+                        "signs other than . , : ;",
+                        "correct the column, or pass another --label-column, or none")
     return labels
 
 
@@ -210,70 +195,50 @@ def plan_prompts(labels, n_images, condition, clusters=None, template=None):
                         "no more clusters than images are possible, and at most 1,000",
                         "pass e.g. --set clusters=10")
 
-    # The user's template must use exactly what there is.
+    # The template must name exactly what this run has.
     default = (ENRICHED if clusters else BASELINE) if values else UNLABELLED
     template = template or default
-    for word, values_of_word in (("<label>", values), ("<index>", clusters)):
-        if bool(values_of_word) != (word in template):
-            fault = "lacks" if values_of_word else "holds"
-            raise UserError(f"the template {template!r} {fault} {word}",
-                            f"this run has {'such' if values_of_word else 'no such'} values",
-                            f"{'add it' if values_of_word else 'remove it'}, or leave the template "
-                            "out")
+    for word, exists in (("<label>", bool(values)), ("<index>", bool(clusters))):
+        if exists != (word in template):
+            raise UserError(f"the template {template!r} {'lacks' if exists else 'has'} {word}",
+                            f"this run has {'values' if exists else 'no values'} for it",
+                            "correct the template, or leave it out")
     return template, values, clusters
 
 
 def all_prompts(labels, clusters, template):
     """Every prompt, a tuple of str, in the order of its number `label * clusters + cluster`."""
-    pairs = [(label, k) for label in labels or [None] for k in range(clusters or 1)]
-    return tuple(build_prompts([k for _, k in pairs] if clusters else None,
-                               [label for label, _ in pairs] if labels else None, template))
+    labels = labels or [""]
+    indices = list(range(clusters or 1))
+    repeated = [label for label in labels for _ in indices]
+    return tuple(build_prompts(indices * len(labels), repeated, template))
 
 
 def prompt_numbers(values, labels, clusters, assignment):
-    """Number in `all_prompts` of images with these labels (list of N) and clusters (N,) int64."""
+    """Index in `all_prompts` for images with these labels (list of N) and clusters (N,) int64."""
     if not values:
         return assignment
     return torch.tensor([values.index(label) for label in labels]) * (clusters or 1) + assignment
 
 
 def balance(prompts, n, seed=0):
-    """n image indices (int64): rounds of every distinct prompt once, its images in turns."""
+    """n image indices (int64) in rounds, each with one image of every distinct prompt."""
     generator = torch.Generator().manual_seed(seed)
     images = {}
     for index, prompt in enumerate(prompts):
         images.setdefault(prompt, []).append(index)
     rounds = math.ceil(n / len(images))
 
-    # A queue for each prompt: its images in as many shuffles as the rounds need.
+    # A queue per prompt: its images, shuffled again and again until every round has one.
     queues = []
     for members in map(torch.tensor, images.values()):
         shuffles = [members[torch.randperm(len(members), generator=generator)]
                     for _ in range(math.ceil(rounds / len(members)))]
         queues.append(torch.cat(shuffles)[:rounds])
 
+    # The order of the prompts in each round.
     turns = torch.rand(rounds, len(queues), generator=generator).argsort(1)
     return torch.stack(queues, 1).gather(1, turns).flatten()[:n]  # (rounds, prompts) -> (n,)
-
-
-def write_prompts(path, files, labels, clusters, prompts):
-    """CSV of the label, cluster and prompt of each training image; labels, clusters may be None."""
-    blank = [""] * len(files)
-    rows = zip(files, labels or blank, blank if clusters is None else clusters, prompts)
-    write_csv(path, [["file", "label", "cluster", "prompt"], *map(list, rows)])
-
-
-def draw_clusters(path, images, indices, assignment, seed):
-    """A grid of ten images of each cluster; indices, assignment: (N,) int64 of the ImageSet."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    captions = []
-    for k in range(int(assignment.max()) + 1):
-        members = indices[assignment == k]
-        order = torch.randperm(len(members), generator=generator)
-        rows.append(images.batch(members[order[:10]].tolist()))
-        captions.append(f"{k}: {len(members)} images")
-    save_grid(path, rows, captions)
 
 
 # ---- the encoder -------------------------------------------------------------------------------
@@ -305,7 +270,7 @@ class PromptEncoder(nn.Module):
         """Initialise each word with the mean of the images whose prompts contain it.
 
         prompts: list of N str; features: (N, D) of their images, standardised, which a random
-        projection brings to the width of a word. Types that look alike then start alike.
+        projection maps to the width of a word. Types that look alike then start alike.
         """
         has_word = torch.tensor([[word in words for word in self.vocabulary]
                                  for words in map(words_of, prompts)]).to(features)  # (N, words)
@@ -342,8 +307,7 @@ class PromptEncoder(nn.Module):
         return ids
 
     def forward(self, ids, drop=None):
-        """ids (B, L) -> (context (B, L, C), mask (B, L)); drop (B,) bool: images that see the null
-        condition instead."""
+        """ids (B, L) -> context (B, L, C), mask (B, L); drop: (B,) bool, rows to leave empty."""
         if drop is not None:
             ids = torch.where(drop[:, None], self.null(len(ids)), ids)
         mask = ids != PADDING

@@ -36,8 +36,7 @@ import torchvision
 from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens,
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
-from prompts import (balance, draw_clusters, kmeans, labels_for_prompts, plan_prompts,
-                     prompt_numbers, write_prompts)
+from prompts import balance, kmeans, labels_for_prompts, plan_prompts, prompt_numbers
 from support.cache import (Latents, Pictures, build_cache, decode_once, fingerprint, loader,
                            read_vectors)
 from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
@@ -50,7 +49,8 @@ from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks
                            share_batch_norm)
 from support.run import Run, Stopped, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
-from support.training_set import open_training_set, write_choice, write_examples
+from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
+                                  write_prompts)
 from unet import UNet, UNetConfig
 from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,
                  start_from_patches, vae_loss)

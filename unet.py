@@ -41,29 +41,22 @@ class UNetConfig:                           # the defaults are Stable Diffusion 
     layers_per_block: int = 2               # ResNet blocks a level; up levels have one more
     attention_levels: tuple = (True, True, True, False)  # levels with transformers
     context_dim: int = 768                  # width of a condition token
-    num_heads: int = 8                      # attention heads, or a tuple with one entry per level
+    num_heads: int = 8                      # attention heads
     norm_groups: int = 0                    # of every GroupNorm; 0 = gcd(32, channels)
 
     def __post_init__(self):
-        levels = len(self.channel_multipliers)
-        for name, values in ("attention_levels", self.attention_levels), ("num_heads", self.heads):
-            if len(values) != levels:
-                raise ValueError(f"got {len(values)} {name} for {levels} channel_multipliers: need "
-                                 "one per level, make them equally long")
-        for width, heads in zip(self.widths, self.heads):
-            if width % heads:
+        if len(self.attention_levels) != len(self.channel_multipliers):
+            raise ValueError(f"got {len(self.attention_levels)} attention_levels for "
+                             f"{len(self.channel_multipliers)} channel_multipliers: need one per "
+                             "level, make them equally long")
+        for width in self.widths:
+            if width % self.num_heads:
                 raise ValueError(f"a level is {width} channels wide: need a multiple of num_heads "
-                                 f"{heads}, change base_channels or num_heads")
+                                 f"{self.num_heads}, change base_channels or num_heads")
 
     @property
     def widths(self):
         return [self.base_channels * m for m in self.channel_multipliers]
-
-    @property
-    def heads(self):
-        if isinstance(self.num_heads, int):
-            return [self.num_heads] * len(self.channel_multipliers)
-        return list(self.num_heads)
 
     @property
     def factor(self):
@@ -130,7 +123,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose second half, through GELU, gates its first."""
+    """A linear layer; the second half of its output, through GELU, gates the first."""
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -142,7 +135,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated MLP on each token, with four times the width inside."""
+    """A gated MLP on each token, four times as wide inside."""
 
     def __init__(self, dim):
         super().__init__()
@@ -156,12 +149,12 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the context, feed-forward; each with a residual."""
 
-    def __init__(self, dim, num_heads, config):
+    def __init__(self, dim, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, dim, num_heads)
+        self.attn1 = Attention(dim, dim, config.num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, config.context_dim, num_heads)
+        self.attn2 = Attention(dim, config.context_dim, config.num_heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -175,11 +168,11 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A TransformerBlock over the positions of a feature map, with a residual."""
 
-    def __init__(self, dim, num_heads, config):
+    def __init__(self, dim, config):
         super().__init__()
         self.norm = group_norm(dim, 1e-6, config)
         self.proj_in = nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, num_heads, config)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, config)])
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x, context, mask):
@@ -222,8 +215,7 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(c_in, width, config) for c_in in c_ins)
         self.attentions = nn.ModuleList()
         if config.attention_levels[index]:
-            self.attentions.extend(
-                SpatialTransformer(width, config.heads[index], config) for _ in c_ins)
+            self.attentions.extend(SpatialTransformer(width, config) for _ in c_ins)
 
     def layer(self, i, x, time, context, mask):
         x = self.resnets[i](x, time)
@@ -258,7 +250,7 @@ class MidBlock(nn.Module):
         super().__init__()
         width = config.widths[-1]
         self.resnets = nn.ModuleList(ResnetBlock(width, width, config) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(width, config.heads[-1], config)])
+        self.attentions = nn.ModuleList([SpatialTransformer(width, config)])
 
     def forward(self, x, time, context, mask):
         x = self.resnets[0](x, time)
@@ -315,7 +307,7 @@ class UNet(nn.Module):
 
         self.mid_block = MidBlock(config)
 
-        # Up. A level's first layer gets the output of the level below; each concatenates a skip.
+        # Up. Each layer also gets a skip; a level's first layer gets the output of the level below.
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
         for i in reversed(range(levels)):
@@ -329,9 +321,8 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # image <-> tokens without a copy
 
     def zero_branches(self):
-        """Zero the last layer of every residual branch, so that each block starts as its shortcut
-        and training converges sooner; and conv_out, so that the first prediction is 0, the mean of
-        both noise and v."""
+        """Zero the last layer of every residual branch, so that each block starts as its shortcut,
+        and conv_out, so that the first prediction is 0, the mean of noise and of v."""
         last_layers = {ResnetBlock: "conv2", Attention: "to_out.0", FeedForward: "net.2",
                        UNet: "conv_out"}
         for module in self.modules():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import (RandomFeatures, brightness, correlations, describe, frechet_distance,
-                      grey_values, off_diagonal_mean, psnr, sharpness)
+                      off_diagonal_mean, psnr, sharpness)
 from experiments.common import add_run_flags, batches_of, open_run
 from support.command import UserError, number, print_table, user_errors
 from support.files import write_json
@@ -46,9 +46,9 @@ def resemblance(model, sources, training, seeds, judge, guidance_scale=1.0, refi
         best = correlations(pixels, train_pixels).amax(dim=1).mean().item()
         figures = {"Frechet to training": frechet_distance(features, train_features),
                    "sharpness / real": (sharpness(images).mean() / sharpness_of_real).item(),
+                   "brightness": brightness(images).mean().item(),
                    "best correlation with a training image": best}
-        spread = brightness(grey_values(images))
-        return pixels, figures | {f"brightness {name}": x for name, x in spread.items()}
+        return pixels, figures
 
     # References: real images, the autoencoder, a blur.
     tokens = in_batches(model.embed, sources)

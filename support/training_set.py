@@ -19,7 +19,7 @@ import torch
 from support.command import StatusLine, UserError, one_line
 from support.datasets import ImageSet, leave_out, match_names, official_sides, open_dataset
 from support.files import read_csv, write_csv
-from support.pictures import save_png
+from support.pictures import save_grid, save_png
 from support.ranks import all_ranks, rank
 
 
@@ -180,3 +180,23 @@ def write_examples(folder, training_set):
         table.append([path.name, *(column[i] for column in images.columns.values())])
     write_csv(folder / "labels.csv", table)
     return path
+
+
+def write_prompts(path, files, labels, clusters, prompts):
+    """CSV of the label, cluster and prompt of each training image; labels, clusters may be None."""
+    blank = [""] * len(files)
+    rows = zip(files, labels or blank, blank if clusters is None else clusters, prompts)
+    write_csv(path, [["file", "label", "cluster", "prompt"], *map(list, rows)])
+
+
+def draw_clusters(path, images, indices, assignment, seed):
+    """A grid with ten random images of each cluster; indices, assignment: (N,) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    captions = []
+    for k in range(int(assignment.max()) + 1):
+        members = indices[assignment == k]
+        order = torch.randperm(len(members), generator=generator)
+        rows.append(images.batch(members[order[:10]].tolist()))
+        captions.append(f"{k}: {len(members)} images")
+    save_grid(path, rows, captions)

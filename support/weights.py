@@ -232,8 +232,11 @@ def vae_settings(state, config, path):
 
 def unet_settings(state, config, path):
     levels = range(count_indices(state, "down_blocks."))
-    # What diffusers calls attention_head_dim is the number of heads, one or one for each level.
+    # What diffusers calls attention_head_dim is the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
+    if isinstance(heads, list):
+        raise ValueError(f"{path} has {heads} attention heads: one number for all levels is "
+                         "needed: pass other weights")
     key = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
     return {
         "in_channels": state["conv_in.weight"].shape[1],
@@ -241,7 +244,7 @@ def unet_settings(state, config, path):
         "attention_levels": tuple(f"down_blocks.{i}.attentions.0.norm.weight" in state
                                   for i in levels),
         "context_dim": key.shape[1],
-        "num_heads": tuple(heads) if isinstance(heads, list) else heads,
+        "num_heads": heads,
         **level_settings(state, "down_blocks.", config),
     }
 

@@ -1,6 +1,5 @@
 """Tests of dino.py: equality with the official networks, files of weights, self-distillation."""
 
-import copy
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -87,7 +86,7 @@ def test_sincos_positions_differ_and_repeat_along_axes():
 
 
 @pytest.mark.parametrize("global_tokens, side, counts", [
-    ("cls4+mean", 32, (5, 1, 5, 5, 17)), ("cls+registers", 224, (3, 1, 5, 5, 17))])
+    ("cls4+mean", 32, (5, 1, 5, 17)), ("cls+registers", 224, (3, 1, 5, 17))])
 @torch.no_grad()
 def test_conditioning_tokens(global_tokens, side, counts):
     """Each kind has its shape, from an image of any side, and means what it says."""
@@ -101,8 +100,8 @@ def test_conditioning_tokens(global_tokens, side, counts):
     assert torch.equal(five[:, -1:], tokens[:, :1]) and torch.equal(got["cls"], tokens[:, :1])
     assert torch.equal(got["cls4+mean"], torch.cat([five[:, 1:], mean[:, None]], dim=1))
     assert torch.equal(got["global"], tokens if side == 224 else got["cls4+mean"])
-    for kind in ("patch", "patch2"):  # means of equal windows average to the mean: rounding only
-        assert torch.allclose(got[kind][:, 1:].mean(dim=1), mean, atol=1e-5)
+    # Means of equal windows average to the mean, up to rounding.
+    assert torch.allclose(got["patch"][:, 1:].mean(dim=1), mean, atol=1e-5)
 
 
 # ---- weights ----
@@ -222,32 +221,20 @@ def test_gradients_reach_the_student_only(autocast):
     assert not any(p.requires_grad or p.grad is not None for p in model.teacher.parameters())
 
 
-def test_it_learns_and_resumes():
-    """Thirty steps: lower loss, no collapse; half of them from saved states agree to the bit."""
-    def start():
-        torch.manual_seed(0)
-        model = DINO(SMALL, replace(SMALL_DINO, prototypes=32))
-        return model, torch.optim.AdamW(model.student.parameters(), lr=3e-3)
-
-    def steps(model, optimizer, which):
-        for i in which:
-            loss, logs = model.loss(images(8), generator(i))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                for mine, theirs in zip(model.teacher.parameters(), model.student.parameters()):
-                    mine.lerp_(theirs, 1 - model.momentum(i / 30))
-            losses.append(loss.item())
-        return logs
-
-    (model, optimizer), (resumed, other), losses = start(), start(), []
-    steps(model, optimizer, range(15))
-    resumed.load_state_dict(model.state_dict())
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else both share their moments
-    logs = steps(model, optimizer, range(15, 30))
+def test_it_learns():
+    """Thirty steps lower the loss without collapse."""
+    torch.manual_seed(0)
+    model = DINO(SMALL, replace(SMALL_DINO, prototypes=32))
+    optimizer = torch.optim.AdamW(model.student.parameters(), lr=3e-3)
+    losses = []
+    for i in range(30):
+        loss, logs = model.loss(images(8), generator(i))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mine, theirs in zip(model.teacher.parameters(), model.student.parameters()):
+                mine.lerp_(theirs, 1 - model.momentum(i / 30))
+        losses.append(loss.item())
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert logs["teacher_entropy"] < 0.7 * math.log(32) and logs["batch_entropy"] > 1.0
-    steps(resumed, other, range(15, 30))
-    assert losses[15:30] == losses[30:] and not resumed.teacher_vit().training
-    assert all(torch.equal(v, resumed.state_dict()[key]) for key, v in model.state_dict().items())

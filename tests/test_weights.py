@@ -193,9 +193,8 @@ def write_folder(folder, state, config, preprocessor=None):
 def test_config_is_honoured(states, tmp_path):
     """Heads, groups and pixel statistics come from the folder; other programs' are left alone."""
     unet = {"_class_name": "UNet2DConditionModel"}
-    for key, given, heads in (("attention_head_dim", 4, 4),
-                              ("num_attention_heads", [2, 4, 6], (2, 4, 6))):
-        write_folder(tmp_path / "u", states["unet"], {**unet, key: given, "norm_num_groups": 16})
+    for key, heads in (("attention_head_dim", 4), ("num_attention_heads", 2)):
+        write_folder(tmp_path / "u", states["unet"], {**unet, key: heads, "norm_num_groups": 16})
         settings = load_weights(tmp_path / "u", "unet")[1]
         assert settings["num_heads"] == heads and settings["norm_groups"] == 16
     write_folder(tmp_path / "v", states["vae"], {"steps": 3})  # another program's
@@ -213,6 +212,7 @@ def test_config_is_honoured(states, tmp_path):
 @pytest.mark.parametrize("kind,config,match", [
     ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos = False.*pass other weights"),
     ("unet", {"attention_head_dim": 5}, "u does not fit .*num_heads"),
+    ("unet", {"attention_head_dim": [2, 4, 6]}, "one number for all levels"),
     ("vae", "{", "config.json is damaged .*download it again")])
 def test_config_is_refused(kind, config, match, states, tmp_path):
     """Options that are not implemented here are refused when the folder is read."""

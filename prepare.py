@@ -3,8 +3,8 @@
     nih       ChestX-ray14: Data_Entry_2017*.csv, images_*/images/; test: test_list.txt
     chexpert  CheXpert(-small): train.csv, valid.csv; test: valid (or test.csv)
     mimic     MIMIC-CXR-JPG: *-chexpert.csv(.gz) and *-split.csv(.gz)
-    rsna      RSNA pneumonia: stage_2_train_labels.csv, a row a box; an image is its own patient
-    vindr     VinDr-CXR: annotations/image_labels_train.csv, _test.csv, a row a reader
+    rsna      RSNA pneumonia: stage_2_train_labels.csv, one row per box; one image per patient
+    vindr     VinDr-CXR: annotations/image_labels_train.csv, _test.csv, one row per reader
     padchest  PadChest: PADCHEST_*.csv(.gz), Labels as lists
     kermany   chest_xray: train/, val/, test/ with NORMAL, PNEUMONIA; patients by file name
     pcam      Kaggle's train_labels.csv, or PatchCamelyon's *_x.h5, *_y.h5 (unpacked to images/)
@@ -44,11 +44,11 @@ def findings(row, first):
 
 
 def one_hot(values):
-    """The values that an image has -> {value: "1"}; main fills the others with 0."""
+    """The values that an image has -> {value: "1"}; merge fills the others with 0."""
     return {value.strip(): "1" for value in values if value.strip()}
 
 
-# Each yields (name of the image, patient, split, {finding: answer}).
+# Each yields (name of the image, patient, split, {finding: answer}); answers: 1, 0, -1 or empty.
 
 def nih(folder):
     test = {name for path in folder.rglob("test_list.txt") for name in path.read_text().split()}

@@ -79,7 +79,7 @@ class Latents(Arrays):
 
 
 def fingerprint(tensors):
-    """A short hash of weights or indices: it tells whether a cache was made by the same ones."""
+    """A short hash of weights or indices, to tell whether a cache is still valid."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -108,7 +108,7 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
     """Write encode(batch of the dataset, its rows) -> {name: (B, ...)} for every row.
 
     arrays: name -> (shape of a row, NumPy dtype), one file NAME.npy each.
-    made_by: tells the weights and images; a complete cache with the same text is kept.
+    made_by: identifies the weights and images; a complete cache with the same text is kept.
     Ranks take batches in turn and write into the same files of a shared folder.
     Raises Stopped after a signal: an incomplete cache is built again.
     """

@@ -10,9 +10,9 @@ A folder holds images at any depth, or in images/, and beside them, if you like,
     file,patient,split,effusion,finding
     a/001.png,p1,train,1,mass|nodule          # a path below the folder, or a name that is unique
 
-`patient` is never split, `split` (train, val, test) is the official one, all other columns are
-labels. Without a table, folders as in train/NORMAL/x.png give the split and a column `label`.
-masks/x.png is the mask of x.png. prepare.py writes labels.csv for public sets.
+A `patient` stays on one side of a split, `split` (train, val, test) is the official one, all other
+columns are labels. Without a table, folders as in train/NORMAL/x.png give the split and a column
+`label`. masks/x.png is the mask of x.png. prepare.py writes labels.csv for public sets.
 """
 import re
 import tempfile
@@ -298,11 +298,12 @@ def read_folder_names(images):
     if all(folders and folders[0] in ("train", "val", "test") for folders in parts):
         images.official = official_sides([folders[0] for folders in parts])
         parts = [folders[1:] for folders in parts]
-    classes = Counter("/".join(folders) for folders in parts)
-    if not 2 <= len(classes) <= 20 or min(classes.values()) < 2 or not all(
-            re.fullmatch(r"[^/\d]+", name) for name in classes):
+    names = ["/".join(folders) for folders in parts]
+    classes = Counter(names)
+    are_labels = all(re.fullmatch(r"[^/\d]+", name) for name in classes)
+    if not are_labels or not 2 <= len(classes) <= 20 or min(classes.values()) < 2:
         return "no table"
-    images.columns["label"] = ["/".join(folders) for folders in parts]
+    images.columns["label"] = names
     return "no table, label = folder"
 
 

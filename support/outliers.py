@@ -9,7 +9,7 @@ from support.command import StatusLine
 
 
 def find_outliers(images):
-    """The reason why each patch (B, 3, H, W) in [-1, 1] shows no tissue, a str, or "" if it does.
+    """Why each patch (B, 3, H, W) in [-1, 1] shows no tissue: a list of str, "" where it does.
 
     Measured at 64 pixels a side. Blank patches are bright, pale and have few edges; fat is bright
     and pale too, but has edges.

@@ -1,7 +1,7 @@
 """What sample.py asks for, and what it writes: images/*.png, samples.csv, grid.png.
 
-Ranks write images into it side by side; rank 0 writes the table, a round at a time, and the grid.
-The table names only files that are whole.
+Ranks write images in parallel; rank 0 writes the table, round by round, and the grid. The table
+lists only complete files.
 """
 from dataclasses import dataclass, field
 
@@ -28,7 +28,7 @@ class Request:
     index: int = -1        # of the prototype or vector
     prompt: str = ""
     labels: dict = field(default_factory=dict)  # that the image inherits
-    label_rule: str = ""   # from where
+    label_rule: str = ""   # where they come from
 
 
 def read_training_tokens(folder, shape):

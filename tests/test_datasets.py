@@ -36,15 +36,6 @@ def test_what_a_name_means(name, index):
     assert match_names([name], files, "/data/set") == [index]
 
 
-def test_a_table_of_another_set_names_nothing(tmp_path):
-    """Rows with other folders do not fit by their bare names, even in a table that is named."""
-    with_table(tmp_path, ["A/0.png", "B/pngs/0.png"], "file,label", "A/0.png,ill")
-    assert opened(tmp_path / "B").columns == {}
-    with pytest.raises(UserError, match="names none of the images"):
-        opened(tmp_path / "B", table=tmp_path / "labels.csv")
-    assert opened(tmp_path / "A", table=tmp_path / "labels.csv").columns == {"label": ["ill"]}
-
-
 def test_a_folder_with_images_and_a_table(tmp_path):
     """images/ is the set; file, patient and split are no labels; what does not match is named."""
     folder = with_table(tmp_path, ["images/a.jpg", "images/sub/b.jpg", "images/c.png", "other.png"],

@@ -113,12 +113,13 @@ class NoiseSchedule:
             return (xt - sigma * output) / sqrt_a, output
         return sqrt_a * xt - sigma * output, sqrt_a * output + sigma * xt
 
-    def loss(self, model, x0, generator):
+    def loss(self, model, x0, generator, t=None):
         """Squared error of model(xt, t) against the target, at a uniform t for each row of x0
-        (B, ...): (B,). The generator, on x0's device, draws noise and t."""
+        (B, ...): (B,). The generator, on x0's device, draws noise and t, unless t is given."""
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        t = torch.randint(self.num_train_timesteps, (len(x0),), generator=generator,
-                          device=x0.device)
+        if t is None:
+            t = torch.randint(self.num_train_timesteps, (len(x0),), generator=generator,
+                              device=x0.device)
         prediction = model(self.add_noise(x0, noise, t), t)
         error = (prediction.float() - self.target(x0, noise, t)).square()
         return error.flatten(1).mean(1)  # (B, C, h, w) -> (B,)
@@ -261,6 +262,16 @@ def guided(unet, context, null_context, guidance_scale, mask=None, null_mask=Non
         return output
 
     return guided_model
+
+
+def watched(model, schedule, watch):
+    """The same model(x, t), which also calls watch(x0) with the x0 (B, ...) of each prediction."""
+    def watched_model(x, t):
+        output = model(x, t)
+        watch(schedule.to_x0_eps(output, x, t)[0])
+        return output
+
+    return watched_model
 
 
 # ---------------------------------------------------------------------------- the manifold
@@ -593,13 +604,14 @@ class DinoDiffusion(nn.Module):
 
     # ---- training
 
-    def loss(self, mean, std, condition, generator):
+    def loss(self, mean, std, condition, generator, t=None):
         """Loss of one training step, mean (prediction - target)^2 at uniform t: a scalar.
 
         mean, std: (B, C, h, w), the VAE's posterior, from which a latent is drawn.
         condition: (B, G, D) or (B, L); a share `drop_condition` of the rows gets the null context,
             which guidance needs. Ignored by an unconditional model.
         generator: source of all randomness, on mean's device.
+        t: (B,) int64, in place of uniform ones.
         """
         B = len(mean)
         z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -614,14 +626,14 @@ class DinoDiffusion(nn.Module):
         def model(xt, t):
             return self.unet(xt, t, context, mask)
 
-        return self.schedule.loss(model, x0, generator).mean()
+        return self.schedule.loss(model, x0, generator, t).mean()
 
     # ---- sampling
 
     @torch.no_grad()
     def sample(self, condition, seeds, steps=None, guidance_scale=1.0, eta=0.0, sampler="dpm",
                batch=64, start=None, strength=1.0, dtype=torch.float32, guidance_rescale=0.0,
-               refine=True):
+               refine=True, watch=None):
         """New images (N, 3, H, W) in [-1, 1], one per seed, on the model's device.
 
         condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
@@ -630,6 +642,7 @@ class DinoDiffusion(nn.Module):
         start: images (N, 3, H, W) to start from (img2img) if strength < 1, with the noise of
             timestep strength * T.
         dtype: torch.bfloat16 runs U-Net and refiner under autocast; the rest stays float32.
+        watch: called with the predicted x0 (B, C, h, w) of every step of every batch.
         Image i depends on its seed and condition only, not on `batch`. Raises ValueError for
         settings out of range, or if seeds, conditions and start images differ in number.
         """
@@ -669,6 +682,8 @@ class DinoDiffusion(nn.Module):
                 scale = guidance_scale
             model = guided(self.unet, context, null_context, scale, mask, null_mask,
                            guidance_rescale)
+            if watch:
+                model = watched(model, self.schedule, watch)
 
             # Noise to x0; samplers contain no matmuls, so autocast touches the U-Net alone.
             options = {} if sampler == "dpm" else {"generators": generators}

@@ -1,5 +1,4 @@
-"""What torch.hub finds here. REPO is owner/name on GitHub; of a clone pass its path and
-source="local".
+"""Entry points of torch.hub. REPO is owner/name on GitHub, or, with source="local", a clone's path.
 
     model = torch.hub.load(REPO, "cxr128")      # the bundled model: chest X-rays at 128 px
     vit = torch.hub.load(REPO, "dino_cxr")      # its frozen DiNO ViT
@@ -13,13 +12,13 @@ dependencies = ["torch", "torchvision", "numpy", "scipy", "PIL"]
 
 
 def refuse_namesakes():
-    """ImportError if a module of the caller's has the name of one of ours, and hides it."""
+    """ImportError if the caller has imported a module with the name of one of ours."""
     here = Path(__file__).resolve().parent
     for name in ("dinodiff", "dino", "unet", "vae", "prompts", "support"):
         path = getattr(sys.modules.get(name), "__file__", None)
         if path and not Path(path).resolve().is_relative_to(here):
-            raise ImportError(f"your module {name} ({path}) hides ours of the same name: ours must "
-                              "be imported: rename yours, or load this one in a fresh process")
+            raise ImportError(f"your module {name} ({path}) hides ours of the same name: rename "
+                              "yours, or load this model in another process")
 
 
 def dinodiff(checkpoint):
@@ -38,10 +37,10 @@ def dino_vit(name_or_path):
 
 
 def cxr128():
-    """The DinoDiffusion in the box, of chest X-rays at 128 px: see weights/README.md."""
+    """The bundled DinoDiffusion, of chest X-rays at 128 px: see weights/README.md."""
     return dinodiff("box")
 
 
 def dino_cxr():
-    """The VisionTransformer in the box; conditioning_tokens(vit, x) of dino.py gives its tokens."""
+    """The bundled VisionTransformer; dino.conditioning_tokens(vit, x) computes its tokens."""
     return dino_vit("box")

@@ -7,6 +7,7 @@
     python sample.py --from-vector vectors.npz --row 3   # precomputed tokens
     python sample.py --prompt "Histology image of cancer tissue, morphology type two" --count 16
     python sample.py --each-prompt 10                    # a balanced labelled data set
+    python sample.py --random --count 16 --animate       # and how they appear out of noise
     torchrun --nproc-per-node 8 sample.py --random --count 100000     # on eight GPUs
 
 --prompt and --each-prompt need a model trained with --condition prompts or labels; its --random
@@ -14,9 +15,9 @@ draws prompts with their training frequencies.
 
 `plan` makes one `Request` per image; `make_condition` turns requests into tokens or prompt ids;
 `DinoDiffusion.sample` turns these and the requests' seeds into images; `main` writes images/*.png,
-grid.png (sources at the left) and samples.csv: each image's strategy, sources or prompt, seed,
-settings and inherited labels. Image j has seed `--seed + j`; it does not depend on the batch size
-or the number of processes (ranks). The refiner adds random fine detail.
+grid.png (sources at the left), animation.gif and samples.csv: each image's strategy, sources or
+prompt, seed, settings and inherited labels. Image j has seed `--seed + j`; it does not depend on
+the batch size or the number of processes (ranks). The refiner adds random fine detail.
 """
 import argparse
 import sys
@@ -30,11 +31,10 @@ from prompts import find_prompt
 from support.cache import read_vectors
 from support.command import (Help, StatusLine, UserError, autocast_dtype, number, pick_device,
                              run_script, user_errors)
-from support.datasets import open_dataset
 from support.files import BOX, load_checkpoint, next_folder, note_colour, resolve_checkpoint
 from support.images import load_image
 from support.ranks import all_ranks, join_ranks, rank, ranks
-from support.sample_folder import Request, SampleFolder, read_training_tokens
+from support.sample_folder import Request, SampleFolder, find_sources, read_training_tokens
 from support.seeds import step_seed
 
 
@@ -62,15 +62,13 @@ def flags():
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--count", type=number(int, 1), default=1, help="images per source")
-    flag("--steps", type=number(int, 1), help="denoising steps, 1 to 1000 (default: dpm 15, ddim "
-         "50, ddpm 1000)")
+    flag("--steps", type=number(int, 1, 1000), help="denoising steps (default: dpm 15, ddim 50, "
+         "ddpm 1000)")
     flag("--sampler", choices=SAMPLERS, default="dpm", help="DPM-Solver++, DDIM or DDPM")
     flag("--guidance-scale", type=number(float, 0, 1e6), default=1.0,
          help="1 = off; above 1 follows the condition more closely")
     flag("--guidance-rescale", type=number(float, 0, 1), default=0.0,
          help="undo the contrast that guidance above 1 adds, e.g. 0.7")
-    flag("--eta", type=number(float, 0, 1),
-         help="for ddim: 0 deterministic, 1 as noisy as ddpm (default: 0.5)")
     flag("--no-refine", action="store_true", help="no refiner: blurry, no random detail")
     flag("--seed", type=number(int, 0, 2 ** 62), default=0, help="of the first image; then +1 each")
     flag("--batch", type=number(int, 1), default=32, help="images at a time")
@@ -79,6 +77,7 @@ def flags():
     flag("--checkpoint", help="a run's folder, a model.pt or box (default: the newest run or box)")
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--out", help="folder (default: a new one in the run's samples/)")
+    flag("--animate", action="store_true", help="also animation.gif: the estimate after each step")
     return parser
 
 
@@ -86,15 +85,13 @@ def parse(argv=None):
     """Flags -> Namespace; exits with code 2 after a mistake."""
     parser = flags()
     args = parser.parse_args(argv)
+    args.steps = args.steps or DEFAULT_STEPS[args.sampler]
     if (args.perturb or args.strength < 1) and not args.from_image:
         parser.error("--perturb and --strength need --from-image: pass it, or leave them out")
     if args.row is not None and not args.from_vector:
         parser.error("--row needs --from-vector: pass a file, or leave --row out")
-    if args.eta is not None and args.sampler != "ddim":
-        parser.error("--eta is of ddim alone: pass --sampler ddim, or leave it out")
-    args.steps = args.steps or DEFAULT_STEPS[args.sampler]
-    if args.eta is None:
-        args.eta = 0.5 if args.sampler == "ddim" else 0.0
+    if args.animate and (args.steps > 50 or ranks() > 1):
+        parser.error("--animate takes at most 50 --steps, in one process: pass fewer")
     return args
 
 
@@ -117,54 +114,13 @@ def refuse_impossible(args, model):
     if condition == "dino" and args.random and model.embedding_sampler is None:
         raise UserError("this model has no embedding sampler, its training was not finished",
                         "a finished run is needed", "use train.py --resume")
-    if args.no_refine and model.refiner is None:
-        raise UserError("--no-refine: this model has no refiner", "nothing to leave out",
-                        "leave --no-refine out")
-    with user_errors():
-        model.schedule.sampling_timesteps(args.steps)
-        if args.prompt is not None:
-            model.prompt_ids([args.prompt])
-
-
-def load_model(path, device):
-    """A run's folder or model.pt -> (DinoDiffusion on the device, all that the file holds)."""
-    content = load_checkpoint(resolve_checkpoint(path))
-    with user_errors():
-        return DinoDiffusion.from_checkpoint(content).to(device), content
 
 
 # ---------------------------------------------------------------------------- what to make
 
-def find_sources(paths, read):
-    """Files and folders -> paths, and a {column: label} for each, without unreadable ones."""
-    sources = []  # (path, labels)
-    for path in map(Path, paths):
-        if not path.is_dir():
-            sources.append((path, {}))
-            continue
-        images = open_dataset(path, None)
-        for i, source in enumerate(images.sources):
-            labels = {name: column[i] for name, column in images.columns.items() if column[i]}
-            sources.append((source, labels))
-
-    readable = []
-    problems = []
-    for source, labels in sources:
-        try:
-            read(source)
-            readable.append((source, labels))
-        except UserError as error:
-            problems.append(error)
-    if not readable:
-        raise problems[0]
-    if problems:
-        print(f"note: {len(problems)} of {len(sources)} sources left out, the first: {problems[0]}")
-    return zip(*readable)
-
-
-def plan(args, model, sources, labels, vectors):
-    """A list of Requests, one per image, with seeds from --seed on. vectors: the names in
-    --from-vector."""
+def plan(args, model, sources, labels, names):
+    """A list of Requests, one per image, with seeds from --seed on. names: of prototypes or
+    vectors."""
     requests = []
 
     def add(strategy, row, seed=None, **settings):
@@ -181,16 +137,12 @@ def plan(args, model, sources, labels, vectors):
     elif args.random:
         for i in range(args.count):
             add("random", i // 8)
-    elif args.prototypes:
-        for i in range(args.prototypes * args.count):
-            index = i // args.count
-            add("prototype", index, index=index,
-                sources=(f"prototype {index} of {args.prototypes}",))
-    elif args.from_vector:
-        rows = range(len(vectors)) if args.row is None else [args.row]
+    elif names:
+        strategy = "prototype" if args.prototypes else "vector"
+        rows = range(len(names)) if args.row is None else [args.row]
         for i in range(len(rows) * args.count):
             index = rows[i // args.count]
-            add("vector", i // args.count, index=index, sources=(vectors[index],))
+            add(strategy, i // args.count, index=index, sources=(names[index],))
 
     # From images: --count for each, or strips from the first to the second.
     elif args.from_image:
@@ -212,6 +164,8 @@ def choose_prompts(args, model):
     """The prompt of each image: --prompt, each in turn, or drawn with training frequencies."""
     counts = model.prompt_counts.cpu()
     if args.prompt is not None:
+        with user_errors():
+            model.prompt_ids([args.prompt])  # refuses unknown words
         index = find_prompt(args.prompt, model.prompts)
         if index is None or not counts[index]:
             print(f"note: no training image had the prompt {args.prompt!r}")
@@ -234,13 +188,29 @@ def label_of_prompt(prompt, model):
 
 # ---------------------------------------------------------------------------- tokens
 
-def find_prototypes(args, model, tokens, folder):
-    """K-means centres (K, G, D) of a packed model's tokens or, if None, of the run's."""
-    if tokens is None:
-        tokens = read_training_tokens(folder, model.token_mean.shape)
-        tokens = model.standardise(tokens.to(model.shift.device))
-    with user_errors():
-        return prototypes(tokens.float(), args.prototypes, args.seed).to(model.shift.device)
+def read_table(args, model, tokens, folder):
+    """Names and standardised tokens (K, G, D) of --prototypes or --from-vector.
+
+    Prototypes are K-means centres of `tokens` (N, G, D), which a packed model brings along, or of
+    those in the run's folder.
+    """
+    device = model.shift.device
+    if args.prototypes:
+        if tokens is None:
+            tokens = read_training_tokens(folder, model.token_mean.shape)
+            tokens = model.standardise(tokens.to(device))
+        with user_errors():
+            table = prototypes(tokens.float(), args.prototypes, args.seed).to(device)
+        return [f"prototype {k} of {args.prototypes}" for k in range(args.prototypes)], table
+
+    vectors = read_vectors(args.from_vector)
+    table = torch.stack(list(vectors.values())).to(device)
+    if table.shape[1:] != model.token_mean.shape or (args.row or 0) >= len(table):
+        raise UserError(f"{args.from_vector} holds {len(table)} tokens of shape "
+                        f"{tuple(table.shape[1:])}", "this model needs "
+                        f"{tuple(model.token_mean.shape)}, and a --row that is there",
+                        "write them with the embedder that it was trained with")
+    return list(vectors), model.standardise(table)
 
 
 def generators(purpose, requests):
@@ -281,17 +251,20 @@ def make_condition(requests, args, model, read, table):
 
 # ---------------------------------------------------------------------------- images and files
 
-def make_images(requests, args, model, read, table, dtype):
-    """B requests -> images (B, 3, H, W) in [-1, 1] on the CPU; UserError if any is not finite."""
+def make_images(requests, args, model, read, table, dtype, watch):
+    """B requests -> images (B, 3, H, W) in [-1, 1] on the CPU; UserError if any is not finite.
+
+    watch: called with the x0 of each step, see DinoDiffusion.sample.
+    """
     start = None
     if args.strength < 1:
         start = torch.stack([read(request.sources[0]) for request in requests])
     images = model.sample(
         make_condition(requests, args, model, read, table),
         seeds=[request.seed for request in requests], steps=args.steps, sampler=args.sampler,
-        guidance_scale=args.guidance_scale, guidance_rescale=args.guidance_rescale, eta=args.eta,
+        guidance_scale=args.guidance_scale, guidance_rescale=args.guidance_rescale,
         batch=args.batch, start=start, strength=args.strength, dtype=dtype,
-        refine=not args.no_refine).cpu()
+        refine=not args.no_refine, watch=watch).cpu()
     if not images.isfinite().all():
         raise UserError(f"images of seeds from {requests[0].seed} on are not finite",
                         "sound weights and moderate guidance are needed",
@@ -304,15 +277,17 @@ def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    model, content = load_model(checkpoint, device)
+    content = load_checkpoint(checkpoint)
+    with user_errors():
+        model = DinoDiffusion.from_checkpoint(content).to(device)
     refuse_impossible(args, model)
     dtype = torch.float32  # on a CPU bf16 is not faster
     if device.type == "cuda":
         dtype = autocast_dtype(device)
+    depth = content.get("training", {}).get("depth")
 
     @lru_cache(maxsize=args.batch)
     def read(path):
-        depth = content.get("training", {}).get("depth")
         return load_image(path, model.config.image_size, depth)
 
     def read_sources(request):
@@ -324,20 +299,13 @@ def main(argv=None):
     if args.interpolate and len(sources) != 2:
         raise UserError(f"--interpolate got {len(sources)} images", "it needs two",
                         "pass two files")
-    table = None
-    vectors = {}
-    if args.prototypes:
-        table = find_prototypes(args, model, content.get("prototypes"), checkpoint.parent)
-    if args.from_vector:
-        vectors = read_vectors(args.from_vector)
-        table = torch.stack(list(vectors.values())).to(device)
-        if table.shape[1:] != model.token_mean.shape or (args.row or 0) >= len(table):
-            raise UserError(f"{args.from_vector} holds {len(table)} tokens of shape "
-                            f"{tuple(table.shape[1:])}", "this model needs "
-                            f"{tuple(model.token_mean.shape)}, and a --row that is there",
-                            "write them with the embedder that it was trained with")
-        table = model.standardise(table)
-    requests = plan(args, model, sources, labels, list(vectors))
+    names, table = [], None
+    if args.prototypes or args.from_vector:
+        names, table = read_table(args, model, content.get("prototypes"), checkpoint.parent)
+    requests = plan(args, model, sources, labels, names)
+    if args.animate and len(requests) > 32:
+        raise UserError(f"--animate with {len(requests)} images", "at most 32 are animated",
+                        "ask for fewer, or leave it out")
     if checkpoint == BOX:
         note_colour(read_sources(requests[0]))
 
@@ -347,24 +315,31 @@ def main(argv=None):
     out = all_ranks(out)[0]
     folder = SampleFolder(out, requests, {
         "guidance_scale": args.guidance_scale, "guidance_rescale": args.guidance_rescale,
-        "steps": args.steps, "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
+        "steps": args.steps, "sampler": args.sampler, "strength": args.strength,
         "perturb": args.perturb, "refined": bool(model.refiner) and not args.no_refine,
         "dtype": str(dtype).removeprefix("torch."), "checkpoint": str(checkpoint)})
 
     # Sample in rounds of one batch per rank.
     status = StatusLine(len(requests), "sample")
+    history = []  # for --animate: the x0 of each step (S, B, C, h, w), round by round
     for first in range(0, len(requests), args.batch * ranks()):
         everyone = range(len(requests))[first:first + args.batch * ranks()]
         mine = everyone[args.batch * rank():args.batch * (rank() + 1)]
         images = torch.empty(0)
+        x0s = []
         if mine:
-            images = make_images([requests[i] for i in mine], args, model, read, table, dtype)
+            images = make_images([requests[i] for i in mine], args, model, read, table, dtype,
+                                 x0s.append if args.animate else None)
+        if x0s:
+            history.append(torch.stack(x0s))
         folder.add(mine, images, everyone)
         status.update(everyone.stop, images=len(everyone))
     status.close()
 
     if not rank():
-        folder.write_grid(read_sources, with_prompts=bool(args.each_prompt))
+        steps = torch.cat(history, dim=1) if history else ()
+        frames = (model.decode(x0).cpu() for x0 in steps)
+        folder.write_grid(read_sources, bool(args.each_prompt), frames)
         print(f"{len(requests)} images, grid.png and samples.csv: {out}")
     return 0
 

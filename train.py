@@ -13,9 +13,9 @@ Stages, each a loss of a few lines around `fit`:
                 --condition prompts, words derived from K-means on the tokens
     5 refiner   the same loss on the autoencoder's residual, given the decoded image
 
-A run's folder: config.json, split.csv, log.jsonl, curves.png, grid_STEP.png, model.pt (for
-sample.py), state.pt (for --resume), cache/, held_out/ (a few sources to try); with prompts also
-prompts.csv and morphologies.png; unreadable.csv if images were left out.
+A run's folder: config.json, split.csv, log.jsonl, curves.png, noise_levels.png, grid_STEP.png,
+model.pt (for sample.py), state.pt (for --resume), cache/, held_out/ (a few sources to try); with
+prompts also prompts.csv and morphologies.png; unreadable.csv if images were left out.
 All randomness derives from (seed, stage, step), so a resumed run equals an uninterrupted one (bit
 for bit on a CPU, and under torchrun on the same number of processes).
 """
@@ -27,6 +27,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,12 @@ from support.command import (Help, UserError, autocast_dtype, number, pick_devic
 from support.fast import compile_blocks
 from support.files import load_checkpoint, resolve_checkpoint, write_csv
 from support.outliers import drop_outliers
-from support.pictures import save_grid
+from support.pictures import line_chart, save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)
-from support.run import Run, Stopped, print_end, print_start, resume_flags
+from support.run import HELD_OUT, Run, Stopped, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
+from support.threads import rehearse, set_threads
 from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
                                   write_prompts)
 from unet import UNet, UNetConfig
@@ -56,6 +58,7 @@ from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics
                  start_from_patches, vae_loss)
 
 STAGES = ("embedder", "vae", "unet", "refiner")
+CURVES = (*STAGES, "unet" + HELD_OUT)  # the losses in curves.png
 
 
 # ---------------------------------------------------------------------------- presets
@@ -505,6 +508,7 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
         ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
         steps = preset.unet_steps
         previews = {max(1, steps * k // preset.previews) for k in range(1, preset.previews + 1)}
+        held_out = HeldOut(model, dataset, labels, seed) if len(dataset.test) else None
         for upto in sorted(previews) if steps else []:
             if upto < run.steps_done("unet"):
                 continue
@@ -514,28 +518,89 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
                 accumulate=accumulate)
             if run.writes:
                 with swapped(trained, ema):
-                    preview(run, model, dataset, labels, upto)
+                    samples = preview(run, model, dataset, labels, upto)
+                    if held_out:
+                        held_out.measure(run, model, cache, samples, upto, upto == steps)
+                run.draw_curves(CURVES)
         run.finish("unet", ema)
     load_trained(model.trained, run.finished["unet"])
     model.unet.to(memory_format=torch.channels_last)
 
 
-def preview(run, model, dataset, labels, step, refined=False):
-    """Write model.pt, curves.png and a grid of held-out images, reconstructions and samples."""
+def conditions_of(model, dataset, labels, indices):
+    """Images (B, 3, H, W) of these indices, their tokens (B, G, D), and their condition."""
     images = dataset.images
-    real = images.batch(dataset.examples).to(model.shift.device)
-    condition = None
-    if model.config.condition != "none":
-        condition = model.embed(real, [images.files[i] for i in dataset.examples])
-    if model.prompts:
-        cluster = torch.zeros(len(real), dtype=torch.int64)
-        if model.config.clusters:
-            cluster = model.cluster_of(condition).cpu()
-        example_labels = [labels[i] for i in dataset.examples] if labels else None
-        prompt_of = prompt_numbers(model.config.labels, example_labels, model.config.clusters,
-                                   cluster)
-        condition = model.prompt_ids([model.prompts[k] for k in prompt_of])
+    real = images.batch(indices).to(model.shift.device)
+    tokens = model.embed(real, [images.files[i] for i in indices])
+    if not model.prompts:
+        return real, tokens, None if model.config.condition == "none" else tokens
+    cluster = torch.zeros(len(real), dtype=torch.int64)
+    if model.config.clusters:
+        cluster = model.cluster_of(tokens).cpu()
+    labels = [labels[i] for i in indices] if labels else None
+    prompt_of = prompt_numbers(model.config.labels, labels, model.config.clusters, cluster)
+    ids = model.prompt_ids([model.prompts[k] for k in prompt_of])
+    return real, tokens, ids.to(real.device)
 
+
+class HeldOut:
+    """At most 64 held-out images, whose loss tells whether a run overfits."""
+
+    def __init__(self, model, dataset, labels, seed, most=64):
+        self.seed = step_seed(seed, "held out")
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(dataset.test), generator=generator)
+        indices = dataset.test[order[:most]]
+        real, self.tokens, self.condition = conditions_of(model, dataset, labels, indices)
+        self.mean, self.std = model.posterior(real)
+
+    @torch.no_grad()
+    def loss(self, model, low, high):
+        """The training loss at timesteps evenly from low to high, with noise of a fixed seed."""
+        generator = torch.Generator(self.mean.device).manual_seed(self.seed)
+        t = torch.linspace(low, high, len(self.mean), device=self.mean.device).long()
+        total = 0.0
+        for rows in torch.arange(len(t)).split(16):
+            condition = None if self.condition is None else self.condition[rows]
+            loss = model.loss(self.mean[rows], self.std[rows], condition, generator, t[rows])
+            total += loss.item() * len(rows) / len(t)
+        return total
+
+    def share_near(self, model, cache, samples):
+        """Share of the sampled images that are nearer to a training image, by their tokens, than
+        99 % of the held-out images are: about 0.01 if they are no copies."""
+        queries = torch.cat([model.embed(samples), self.tokens]).flatten(1)
+        nearest = queries.new_full((len(queries),), math.inf)
+        for rows in np.array_split(cache.tokens, math.ceil(len(cache.tokens) / 1024)):
+            tokens = torch.from_numpy(np.array(rows)).to(queries.device)
+            distances = torch.cdist(queries, model.standardise(tokens).flatten(1))
+            nearest = torch.minimum(nearest, distances.amin(1))
+        limit = nearest[len(samples):].quantile(0.01)
+        return (nearest[:len(samples)] < limit).float().mean().item()
+
+    def measure(self, run, model, cache, samples, step, is_last):
+        """Print and log the loss and the share; at the end, the loss by noise level too."""
+        last = model.schedule.num_train_timesteps - 1
+        row = {"stage": "unet" + HELD_OUT, "step": step, "loss": self.loss(model, 0, last)}
+        text = f"held-out loss {row['loss']:.4f} at step {step}"
+        if model.config.vit:  # else samples have no tokens
+            row["near"] = self.share_near(model, cache, samples)
+            text += f"; samples nearer to a training image than held-out ones: {row['near']:.0%}"
+        if is_last:
+            width = (last + 1) // 10
+            row["levels"] = [self.loss(model, low, low + width - 1)
+                             for low in range(0, 10 * width, width)]
+            middles = [low + width / 2 for low in range(0, 10 * width, width)]
+            line_chart(run.folder / "noise_levels.png", {row["stage"]: (middles, row["levels"])},
+                       "loss by noise level", "timestep", "loss")
+        run.log(**row)
+        print(text)
+
+
+def preview(run, model, dataset, labels, step, refined=False):
+    """Write model.pt and a grid of held-out images, reconstructions and samples (B, 3, H, W), which
+    are returned without refinement."""
+    real, _, condition = conditions_of(model, dataset, labels, dataset.examples)
     seeds = list(range(len(real)))
     samples = model.sample(condition, seeds, refine=False)
     rows = [real, model.decode(model.encode(real)), samples]
@@ -546,7 +611,7 @@ def preview(run, model, dataset, labels, step, refined=False):
     name = "grid_refined.png" if refined else f"grid_{step:06d}.png"
     save_grid(run.folder / name, [row.cpu() for row in rows], captions)
     run.write_model(model.to_checkpoint())
-    run.draw_curves(STAGES)
+    return samples
 
 
 # ---------------------------------------------------------------------------- stage 5: the refiner
@@ -665,6 +730,8 @@ def flags():
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--dtype", choices=("auto", "float32", "bf16"), default="auto", help="autocast")
     flag("--compile", action="store_true", help="torch.compile the U-Net's blocks")
+    flag("--threads", type=number(int, 0), default=0,
+         help="of the CPU; 0 takes 1 unless more are measured to be faster")
     flag("--out", help="the run's folder (default: runs/NAME)")
     flag("--resume", action="store_true", help="continue where the run stopped")
     flag("--dry-run", action="store_true", help="print all settings as JSON and exit")
@@ -813,6 +880,9 @@ def main(argv=None):
         if vectors:
             model.embedder.tokens(torch.zeros(0), [images.files[i] for i in rows])
     model.unet.checkpointing = args.checkpointing
+    step = partial(rehearse, model, preset.batch // args.accumulate,
+                   autocast_dtype(device, args.dtype))
+    config["threads"] = set_threads(args.threads, device, preset.unet_steps, step)
     if args.compile:
         compile_blocks(model)
     model.to(device)
@@ -835,7 +905,7 @@ def main(argv=None):
     # Outputs.
     if run.writes:
         run.write_model(model.to_checkpoint())
-        run.draw_curves(STAGES)
+        run.draw_curves(CURVES)
         example = write_examples(run.folder / "held_out", dataset)
         run.close()
         print_end(run, model, example, (time.time() - began) / 60)

@@ -375,5 +375,5 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Load a published name, file or folder; raises as load_weights."""
+        """Load a published name, file or folder; raises as load_model."""
         return load_model(cls, UNetConfig, name_or_path, "unet")

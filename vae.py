@@ -363,5 +363,5 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Load a published name, file or folder; raises as load_weights."""
+        """Load a published name, file or folder; raises as load_model."""
         return load_model(cls, VAEConfig, name_or_path, "vae")

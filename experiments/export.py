@@ -1,10 +1,10 @@
-"""Do other libraries make the same images of a trained model?
+"""Does diffusers make the same images of a trained model?
 
     python -m experiments export RUN DIR
 
 RUN is a run's folder or its model.pt. DIR gets vae/, unet/ and scheduler/ for diffusers,
-projection.safetensors (tokens or prompts -> context), and example.safetensors (noise, contexts,
-masks for prompts, and the images sampled from them here). In diffusers that is
+projection.safetensors (tokens or prompts -> context), and example.safetensors (noise, context, mask
+for prompts, and the images sampled from them here). In diffusers that is
 
     vae = AutoencoderKL.from_pretrained(DIR + "/vae")
     unet = UNet2DConditionModel.from_pretrained(DIR + "/unet")
@@ -15,8 +15,7 @@ masks for prompts, and the images sampled from them here). In diffusers that is
     image = vae.decode(x).sample.clamp(-1, 1)
 
 Latents are standardised here, but not there: shift and scale are folded into the 1x1 convolutions
-next to the latent. diffusers has one number of groups for all norms of a network, so widths must
-be multiples of 32. The refiner is not exported.
+next to the latent. The refiner is not exported.
 """
 import json
 from pathlib import Path
@@ -25,21 +24,20 @@ import torch
 from torch import nn
 
 from dinodiff import DinoDiffusion, ddim_sample, seeded_noise
-from support.command import UserError, number, user_errors
+from support.command import UserError, user_errors
 from support.files import load_checkpoint, resolve_checkpoint, write_text_atomic
-from support.tensors import write_safetensors
+from support.weights import write_safetensors
 from unet import UNet
 from vae import AutoencoderKL
+
+COUNT = 4   # images of the example
+STEPS = 20  # of DDIM
 
 
 def add_flags(parser):
     parser.add_argument("run", help="run folder or model.pt")
     parser.add_argument("folder", help="where to write")
-    parser.add_argument("--count", type=number(int, 1), default=4, help="images to sample")
-    parser.add_argument("--steps", type=number(int, 1), default=20, help="DDIM steps")
 
-
-# ---- contents of the files: state dicts and configs ---------------------------------------------
 
 def standardised_latents(state, shift, scale):
     """The VAE's state dict with x0 = (z - shift) * scale as its latent; shift, scale (C,)."""
@@ -56,11 +54,12 @@ def standardised_latents(state, shift, scale):
 
 
 def network_config(network, side):
-    """The part of config.json that diffusers' VAE and U-Net share; side: of images or latents."""
+    """The entries that the VAE and the U-Net share; side: of images or latents."""
     groups = sorted({m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)})
-    if len(groups) > 1:
-        raise UserError(f"norms of {groups} groups", "diffusers has one number of groups: widths "
-                        "that are multiples of 32 are needed", "train with another --preset")
+    if len(groups) > 1 or getattr(network.config, "stem", 1) > 1:
+        raise UserError(f"norms of {groups} groups, or a stem, which diffusers does not have",
+                        "widths that are multiples of 32, and no stem, are needed",
+                        "export a run of another --preset")
     return {
         "block_out_channels": list(network.config.widths),
         "layers_per_block": network.config.layers_per_block,
@@ -97,7 +96,7 @@ def unet_config(unet, side):
 
 
 def scheduler_config(schedule):
-    """scheduler_config.json of diffusers' DDIMScheduler with the same noise at every timestep."""
+    """A DDIMScheduler with the same noise at every timestep."""
     alphas = schedule.alphas_cumprod.double().cpu()
     before = torch.cat([alphas.new_ones(1), alphas[:-1]])
     return {
@@ -111,32 +110,8 @@ def scheduler_config(schedule):
     }
 
 
-# ---- writing, and the check ---------------------------------------------------------------------
-
-@torch.no_grad()
-def make_example(model, count, steps):
-    """Noise, context, mask (prompts only) and images of `count` samples without guidance."""
-    seeds = list(range(count))
-    condition = None
-    if model.prompts:
-        condition = model.prompt_ids([model.prompts[i % len(model.prompts)] for i in seeds])
-    elif model.embedding_sampler is not None:
-        condition = model.embedding_sampler.sample([torch.Generator().manual_seed(seed)
-                                                    for seed in seeds])
-    context, mask = (model.null_context(count) if condition is None else model.context(condition))
-    side = model.config.image_size // model.config.vae.factor
-    shape = (count, model.config.vae.latent_channels, side, side)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    example = {
-        "noise": seeded_noise(generators, shape, model.shift),
-        "context": context,
-        "images": model.sample(condition, seeds, steps, sampler="ddim", refine=False),
-    }
-    return example if mask is None else {**example, "mask": mask.int()}
-
-
 def write_folder(model, folder):
-    """Write everything but the example; raises UserError if diffusers cannot load this model."""
+    """Write everything but the example; UserError if diffusers does not have such networks."""
     side = model.config.image_size
     configs = {
         "vae/config.json": vae_config(model.vae, side),
@@ -158,29 +133,32 @@ def write_folder(model, folder):
 
 
 @torch.no_grad()
-def largest_difference(folder, example, schedule, steps):
-    """Sample the example with what is in the folder: largest difference of a pixel in [-1, 1]."""
-    vae = AutoencoderKL.from_pretrained(folder).eval()
-    unet = UNet.from_pretrained(folder).eval()
-    mask = example["mask"].bool() if "mask" in example else None
-
-    def model(x, t):
-        return unet(x, t, example["context"], mask)
-    images = vae.decode(ddim_sample(model, example["noise"], schedule, steps)).clamp(-1, 1)
-    return (images - example["images"]).abs().max().item()
-
-
 def main(args):
-    path = resolve_checkpoint(args.run)
     with user_errors():
-        model = DinoDiffusion.from_checkpoint(load_checkpoint(path))
-    if model.config.vae.stem > 1:
-        raise UserError(f"the autoencoder of {path} has a stem of {model.config.vae.stem} pixels",
-                        "diffusers has no such network", "export a run of another --preset")
+        model = DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(args.run)))
     folder = Path(args.folder)
     write_folder(model, folder)
-    example = make_example(model, args.count, args.steps)
+
+    # Noise, context and images of the example, without guidance.
+    generators = [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
+    side = model.config.image_size // model.config.vae.factor
+    noise = seeded_noise(generators, (COUNT, model.config.vae.latent_channels, side, side),
+                         model.shift)
+    condition = None
+    context, mask = model.null_context(COUNT)
+    if model.embedding_sampler is not None:
+        condition = model.embedding_sampler.sample(generators)
+        context, mask = model.context(condition)
+    images = model.sample(condition, range(COUNT), STEPS, sampler="ddim", refine=False)
+    example = {"noise": noise, "context": context, "images": images}
+    if mask is not None:
+        example["mask"] = mask.int()
     write_safetensors(folder / "example.safetensors", example)
-    difference = largest_difference(folder, example, model.schedule, args.steps)
-    print(f"wrote {folder}; read back, {args.count} images of {args.steps} DDIM steps: the largest "
+
+    # The folder alone must make the same images.
+    vae = AutoencoderKL.from_pretrained(folder).eval()
+    unet = UNet.from_pretrained(folder).eval()
+    x0 = ddim_sample(lambda x, t: unet(x, t, context, mask), noise, model.schedule, STEPS)
+    difference = (vae.decode(x0).clamp(-1, 1) - images).abs().max().item()
+    print(f"wrote {folder}; read back, {COUNT} images of {STEPS} DDIM steps: the largest "
           f"difference of a pixel in [-1, 1] is {difference:.1e}")

@@ -1,4 +1,4 @@
-"""What every script needs: errors of one line, number flags, the device, tables, progress."""
+"""What every script needs: one-line errors, number flags, the device, tables, progress."""
 import argparse
 import os
 import re
@@ -14,12 +14,12 @@ from support.ranks import ranks
 
 
 def one_line(text):
-    """The text with spaces in place of line ends and control characters."""
+    """The text with line ends and control characters replaced by spaces."""
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 class UserError(Exception):
-    """A mistake that a user can fix: one line in three parts, got, need, do."""
+    """An error that the user can fix: one line in three parts, got, need, do."""
 
     def __init__(self, *parts):
         super().__init__(one_line(": ".join(map(str, parts))))
@@ -27,7 +27,7 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors(*parts):
-    """Inside, errors of damaged files and full disks become a UserError that ends in `parts`."""
+    """Inside, ValueError and OSError become a UserError that ends in `parts`."""
     try:
         yield
     except (ValueError, OSError, EOFError) as error:
@@ -35,10 +35,10 @@ def user_errors(*parts):
 
 
 class Output:
-    """A stream that outlives its reader: `train.py | head` must not end a training."""
+    """A stream that outlives its reader: `train.py | head` must not end the training."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None: closed from the start, by >&-
+        self.stream = stream
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -52,22 +52,22 @@ class Output:
 
 
 def run_script(main):
-    """Call main(). A user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call main(). A UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
     sys.stdout = Output(sys.stdout)
     sys.stderr = Output(sys.stderr)
     try:
         return main()
     except UserError as error:
-        # From a DataLoader's process the text carries a traceback; the message is at its end.
+        # From a DataLoader's process the text begins with a traceback.
         text = str(error).rpartition("support.command.UserError: ")[2].strip()
     except OSError as error:
-        text = one_line(f"{error}: a writable place with space is needed: fix it, and start again")
+        text = one_line(f"{error}: a writable folder with free space is needed: make space, or "
+                        "choose another folder")
     except (MemoryError, RuntimeError) as error:
-        is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not is_full and not re.search(r"allocate memory|DataLoader worker \(pid", str(error)):
+        no_memory = r"out of memory|allocate memory|DataLoader worker \(pid"
+        if isinstance(error, RuntimeError) and not re.search(no_memory, str(error)):
             raise  # a bug keeps its traceback
-        text = ("the memory is full: a batch must fit: lower --batch, --size or --count, or take "
-                "a smaller --preset, where the script has these flags")
+        text = "out of memory: a batch must fit: lower --batch, --size or --count"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {text}", file=sys.stderr)
@@ -81,9 +81,8 @@ def number(kind, low=0, high=float("inf")):
             value = kind(text)
             if low <= value <= high and abs(value) < float("inf"):
                 return value
-        limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
-        kind_name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind_name} {limits}")
+        need = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r}: need a {need} from {low:g} to {high:g}")
     return parse
 
 
@@ -96,7 +95,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def pick_device(name="auto"):
-    """The torch.device of that name; "auto" takes CUDA, then MPS, then the CPU."""
+    """The torch.device of that name; "auto" prefers CUDA, then MPS, then the CPU."""
     if name == "auto":
         has_mps = torch.backends.mps.is_available() and ranks() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -107,7 +106,7 @@ def pick_device(name="auto"):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} ({str(error).splitlines()[0]})",
-                        "cpu, or a GPU of this machine",
+                        "a device of this machine is needed",
                         "pass --device auto, or start fewer processes") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -115,11 +114,11 @@ def pick_device(name="auto"):
 
 
 def autocast_dtype(device, dtype="auto"):
-    """torch.bfloat16 or torch.float32; "auto" takes bfloat16 where the hardware computes in it."""
+    """torch.bfloat16 or torch.float32; "auto" is bfloat16 where the hardware supports it."""
     if dtype != "auto":
         return {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
     is_native = False
-    cpu = Path("/proc/cpuinfo")  # torch cannot be asked about CPUs
+    cpu = Path("/proc/cpuinfo")  # torch does not tell this about CPUs
     if device.type == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and cpu.exists():
@@ -148,7 +147,7 @@ def print_table(rows):
 class StatusLine:
     """One line of progress: label, step, percent, smoothed loss, images per second, time left.
 
-    A terminal shows it in place; a file gets a line every ten seconds and at the end.
+    A terminal shows it in place; a file gets a line every ten seconds and one at the end.
     """
 
     def __init__(self, total, label, start=0):
@@ -161,7 +160,7 @@ class StatusLine:
         self.began = self.printed = time.monotonic()
 
     def update(self, step, loss=None, images=0):
-        """Show that `step` steps are done, with the loss and the number of images of the last."""
+        """`step` steps are done. loss, images: mean and number since the last call."""
         self.images += images
         if loss is not None:
             self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss

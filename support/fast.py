@@ -1,4 +1,4 @@
-"""Speed that does not belong in a network's text: attention in bf16 on a CPU, compiled blocks."""
+"""Speed-ups that all networks share: attention in bf16 on a CPU, compiled blocks."""
 import math
 
 import torch
@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 
 def attention_weights(q, k, mask=None):
-    """Softmax of scaled products: (B, heads, M, d), (B, heads, N, d) -> (B, heads, M, N), float32.
+    """softmax(q k^T / sqrt(d)): (B, heads, M, d), (B, heads, N, d) -> (B, heads, M, N), float32.
 
-    mask: bool, broadcast to the result, True = attend.
+    mask: bool, broadcastable to the result, True = attend.
     """
     scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
     if mask is not None:
@@ -17,9 +17,9 @@ def attention_weights(q, k, mask=None):
 
 
 def attention(q, k, v, mask=None):
-    """F.scaled_dot_product_attention, step by step where the fused kernel is slow.
+    """F.scaled_dot_product_attention, except in bf16 on a CPU.
 
-    That is bf16 on a CPU: with up to 256 tokens a training step of it takes 3 to 7 times as long.
+    There the fused kernel takes 3 to 7 times as long in a training step of up to 256 tokens.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attention_weights(q, k, mask).to(v.dtype) @ v
@@ -27,10 +27,11 @@ def attention(q, k, v, mask=None):
 
 
 def compile_blocks(model, **options):
-    """Compile each of the `repeated_blocks` of every network in model, in place: far quicker than
-    compiling whole networks, and as fast afterwards. options: of torch.compile.
+    """torch.compile each of the `repeated_blocks` of every network in model, in place.
+
+    This compiles much faster than whole networks, and the blocks run equally fast.
     """
-    # Blocks share their code, and every width is a case of it: allow more cases than 8.
+    # Blocks share their code, compiled once per width: allow more than the default of 8 versions.
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, max(64, getattr(config, limit)))

@@ -1,4 +1,4 @@
-"""Atomic files, tables, logs and checkpoints; where a model is found."""
+"""Atomic files, tables, logs and checkpoints."""
 import csv
 import gzip
 import io
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import torch
 
-from support.command import UserError, user_errors
+from support.command import UserError
 
 CHECKPOINT_VERSION = 3
 BOX = Path(__file__).resolve().parent.parent / "weights" / "cxr128.pt"
 
 
 def make_folder(path):
-    """Make a folder and its parents; raises UserError if that is not possible."""
+    """Create a folder and its parents; UserError if that is not possible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be created ({error.strerror})",
-                        "a writable place is needed", "pass another --out") from error
+                        "a writable folder is needed", "pass another --out") from error
 
 
 def next_folder(parent, name):
@@ -46,8 +46,8 @@ def atomic_file(path, sync=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"{path} cannot be written ({error.__context__ or error})",
-                        "a writable folder with space is needed", "pass another --out") from error
+        raise UserError(f"{path} cannot be written ({error.__context__ or error})", "a writable "
+                        "folder with free space is needed", "pass another --out") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -60,29 +60,28 @@ def save_atomic(path, obj):
 
 
 def write_text_atomic(path, text):
-    """Write UTF-8 text that replaces the old file at once."""
+    """Write UTF-8 text, atomically."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))  # file names may contain any byte
 
 
 def write_csv(path, rows):
-    """Write rows, column names first, as text that replaces the old file at once."""
+    """Write rows, column names first, atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text_atomic(path, text.getvalue())
 
 
 def append_csv(path, rows):
-    """Add rows at the end of a table."""
-    with (user_errors(f"{path} must be writable", "make space there, or pass another --out"),
-          open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file):
+    """Add rows to a table."""
+    with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def read_csv(path):
     """Rows of a CSV file in UTF-8 as dicts, column -> text without surrounding spaces.
 
-    Columns are parted by commas, semicolons or tabs; also .csv.gz.
+    The delimiter may be a comma, semicolon or tab, and the file compressed (.csv.gz).
     """
     open_text = gzip.open if str(path).endswith(".gz") else open
     try:
@@ -104,14 +103,13 @@ def write_json(path, result):
 
 
 def append_jsonl(path, row):
-    """Add one dict as a line of JSON."""
-    with (user_errors(f"{path} must be writable", "make space there, and start again"),
-          open(path, "a", encoding="utf-8") as file):
+    """Add a dict as one line of JSON."""
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path):
-    """The rows of such a file, none if it is missing; a line that was cut short is skipped."""
+    """The rows of such a file; [] if it is missing; truncated lines are skipped."""
     rows = []
     with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -121,7 +119,10 @@ def read_jsonl(path):
 
 
 def load_checkpoint(path, needs=(), do="make one with: python train.py --data cxr"):
-    """Load a file of this project on the CPU; code inside such a file is never run."""
+    """Load a checkpoint of this project on the CPU. Code inside the file is never executed.
+
+    needs: keys that must exist. do: the advice of the UserError for any other file.
+    """
     why = ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,7 +131,7 @@ def load_checkpoint(path, needs=(), do="make one with: python train.py --data cx
         elif not set(needs) <= checkpoint.keys():
             why = f"it lacks {', '.join(set(needs) - checkpoint.keys())}"
     except Exception:  # torch.load raises all kinds of errors for a damaged or foreign file
-        why = "missing, damaged, no checkpoint, or pickled code, which is refused"
+        why = "it is missing, damaged, no checkpoint, or contains code"
     if why:
         raise UserError(f"{path} cannot be read ({why})",
                         f"a model.pt or state.pt of version {CHECKPOINT_VERSION} is needed", do)
@@ -138,11 +139,13 @@ def load_checkpoint(path, needs=(), do="make one with: python train.py --data cx
 
 
 def resolve_checkpoint(argument=None, root="runs"):
-    """Path of a model.pt: a file, a run's folder, or "box", the bundled model. Without an argument:
-    the newest run's, else the box, with a note."""
+    """Path of a model.pt: a file, a run's folder, or "box", the bundled model.
+
+    Without an argument: the newest run's, else the bundled one, with a note.
+    """
     runs = sorted(Path(root).glob("*/model.pt"), key=os.path.getmtime)
     if argument is None and not runs:
-        print(f"no run in {root}: this is the bundled model (weights/README.md): chest X-rays at "
+        print(f"no run in {root}: using the bundled model (weights/README.md): chest X-rays at "
               "128 px, not for clinical use")
     path = Path(argument or (runs[-1] if runs else BOX))
     if argument == "box":
@@ -156,6 +159,6 @@ def resolve_checkpoint(argument=None, root="runs"):
 
 
 def note_colour(images):
-    """If an image (3, H, W) in [-1, 1] has colours, note that the box knows only X-rays."""
+    """Print a note if an image (3, H, W) in [-1, 1] has colours: the box knows only X-rays."""
     if any((x.amax(0) - x.amin(0)).max() > 0.1 for x in images):
         print("note: the source has colours; the bundled model renders any input as a chest X-ray")

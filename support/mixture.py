@@ -1,9 +1,9 @@
 """A Gaussian mixture over the tokens of a training set: conditions without a source image.
 
-    sampler = EmbeddingSampler.fit(tokens)             # standardised training tokens (N, G, D)
-    condition = sampler.sample(generators)             # (B, G, D), one set for each generator
+    sampler = EmbeddingSampler.fit(tokens)      # standardised training tokens (N, G, D)
+    condition = sampler.sample(generators)      # (B, G, D), one set of tokens per generator
 
-Not in the paper: for people who have a model but no image to start from.
+Not in the paper: for people who have a model but no source image.
 """
 import torch
 from scipy.cluster.vq import kmeans2
@@ -13,7 +13,8 @@ from torch import nn
 class EmbeddingSampler(nn.Module):
     """A Gaussian for each K-means cluster of the tokens, in at most 64 principal components.
 
-    Covariances are shrunk towards the pooled one, because few images cannot fix 64 x 64 numbers.
+    Covariances are shrunk towards the pooled one, because few images cannot determine 64 x 64
+    numbers.
     """
 
     def __init__(self, components, rank, tokens, dim):
@@ -28,20 +29,20 @@ class EmbeddingSampler(nn.Module):
 
     @classmethod
     def fit(cls, tokens, components=8, max_rank=64, shrinkage=0.3, seed=0):
-        """tokens (N, G, D) standardised, N >= 2 -> a fitted sampler."""
+        """Standardised tokens (N, G, D), N >= 2 -> a fitted sampler."""
         N, G, D = tokens.shape
         x = tokens.flatten(1).double()
 
         # Principal components.
         center = x.mean(0)
         rank = min(max_rank, N - 1, G * D)
-        with torch.random.fork_rng(devices=[]):  # its start is random
+        with torch.random.fork_rng(devices=[]):  # svd_lowrank starts from random numbers
             torch.manual_seed(seed)
             _, _, basis = torch.svd_lowrank(x - center, q=min(rank + 8, N, G * D), niter=4)
         basis = basis[:, :rank].T
         scores = (x - center) @ basis.T  # (N, G*D) -> (N, rank)
 
-        # Clusters, of two images a dimension at least.
+        # Clusters of at least two images per dimension on average.
         distinct = scores.float().unique(dim=0).shape[0]
         k = max(1, min(components, N // (2 * rank), distinct))
         _, assignment = kmeans2(scores.numpy(), k, iter=30, minit="++", seed=seed)
@@ -62,7 +63,7 @@ class EmbeddingSampler(nn.Module):
         return sampler
 
     def sample(self, generators):
-        """One (G, D) set of tokens for each CPU generator: (B, G, D) float32."""
+        """Tokens (B, G, D), one set per CPU generator, float32."""
         rows = []
         for g in generators:
             j = torch.multinomial(self.weights.cpu(), 1, generator=g).item()

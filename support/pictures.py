@@ -24,8 +24,9 @@ def save_png(path, image, sync=True):
         picture.save(file, format="PNG")
 
 
-def save_grid(path, rows, captions=None):
-    """Write rows of images, each (N, 3 or 1, H, W) in [-1, 1], as one PNG, captions at the left."""
+def draw_grid(rows, captions=None):
+    """Rows of images, each (N, 3 or 1, H, W) in [-1, 1], as one Pillow image, captions at the
+    left."""
     height, width = rows[0].shape[-2:]
     scale = -(-128 // height)  # small images are enlarged by a whole factor
     columns = max(map(len, rows))
@@ -45,7 +46,23 @@ def save_grid(path, rows, captions=None):
     for y, text in enumerate(captions or []):
         place = (6, (y + 0.5) * grid.height / len(rows))
         ImageDraw.Draw(canvas).text(place, text, "black", font, "lm")
-    save_png(path, canvas)
+    return canvas
+
+
+def save_grid(path, rows, captions=None):
+    """Write draw_grid's picture as a PNG."""
+    save_png(path, draw_grid(rows, captions))
+
+
+def save_gif(path, pictures):
+    """Write Pillow images of one size as an endless GIF: about two seconds, and the last one held
+    for another. If the last one is grey, all are, and exact; else each has its own 256 colours."""
+    if pictures[-1].convert("L").convert("RGB") == pictures[-1]:
+        pictures = [picture.convert("L") for picture in pictures]
+    durations = [max(20, 2000 // len(pictures))] * (len(pictures) - 1) + [1000]  # milliseconds
+    with atomic_file(path) as file:
+        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:],
+                         duration=durations, loop=0)
 
 
 def line_chart(path, series, title, xlabel, ylabel, log_y=False):

@@ -1,7 +1,7 @@
 """Several processes, called ranks, that train or sample together, started by torchrun.
 
-Each computes its share of every batch; gradients are averaged before each step, so that all hold
-the same weights. With one process these functions do nothing.
+Each computes its share of every batch; gradients are averaged before each step, so that all ranks
+have the same weights. With one process these functions do nothing.
 """
 import atexit
 import os
@@ -14,7 +14,7 @@ import torch.distributed as dist
 def join_ranks():
     """Under torchrun, join the other processes; from now on only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ranks() == 1:
-        dist.init_process_group(timeout=timedelta(days=1))  # others wait while rank 0 draws
+        dist.init_process_group(timeout=timedelta(days=1))  # ranks wait while rank 0 draws previews
         atexit.register(dist.destroy_process_group)
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -31,7 +31,7 @@ def rank():
 
 
 def all_ranks(value=None):
-    """The values of all ranks, as a list. Every rank must call it, and waits for the others."""
+    """List of the values of all ranks. Every rank must call this; it waits for the others."""
     values = [value] * ranks()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -44,7 +44,7 @@ def rows_of_rank(rows):
 
 
 def average_gradients(parameters):
-    """Replace each gradient by its mean over all ranks: that of the whole batch."""
+    """Replace each gradient by its mean over all ranks."""
     for parameter in parameters if ranks() > 1 else ():
         if parameter.grad is not None:
             mean = parameter.grad.contiguous()
@@ -53,7 +53,7 @@ def average_gradients(parameters):
 
 
 def share_batch_norm(model):
-    """On several GPUs, batch norms use the statistics of the whole batch; returns the model."""
+    """The model; on several GPUs, with batch norms over the whole batch."""
     if ranks() > 1 and next(model.parameters()).is_cuda:
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

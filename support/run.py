@@ -1,13 +1,13 @@
 """A run: its folder, what a resume needs, signals, and the watch over a stage's losses.
 
-    run = Run("runs/mine", config, resume=True)   # locks the folder; config.json, log.jsonl
+    run = Run("runs/mine", config, resume=True)   # locks the folder
     with run.signals_caught():                    # Ctrl-C and SIGTERM save first
         progress = run.begin("vae", steps, upto, model, optimizer, ema)   # loads the saved state
         progress.after_step(loss, norm, rate, images, logs)   # logs, saves, stops; refuses NaN
         run.finish("vae", model.state_dict())
     run.close()
 
-Run() without a folder writes nothing and still watches the losses. Of several ranks, rank 0 writes.
+Run() without a folder writes nothing and still watches the losses. Only rank 0 writes.
 """
 import argparse
 import json
@@ -15,7 +15,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,8 +27,8 @@ from support.files import (CHECKPOINT_VERSION, append_jsonl, load_checkpoint, ma
 from support.pictures import line_chart
 from support.ranks import all_ranks, rank
 
-FREE_TO_CHANGE = {"device"}  # flags that a resumed run may change, beside the place of its data
 SAVE_SECONDS = 300  # between two saves of the state
+HELD_OUT = ", held out"  # ends the name under which a stage's loss on held-out images is logged
 
 
 class Stopped(Exception):
@@ -40,45 +39,42 @@ def lock(folder):
     """Lock the folder until this process ends, however it ends; returns the open file."""
     file = open(folder / ".lock", "a")
     try:
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"{folder} is in use by another run", "a folder takes one run at a time",
                         "wait for it, stop it, or pass another --out") from None
-    except OSError:
+    except (ImportError, OSError):  # Windows, or a file system without locks
         print(f"note: {folder} cannot be locked here; do not start a second run in it")
     return file
 
 
 def resume_flags(parser, argv, out):
-    """The flags of argv; with --resume, those that argv leaves out are as the run in `out` began.
+    """The flags of argv; with --resume, those left out keep the values of the run in `out`.
 
-    parser needs --resume and --out. Raises UserError if `out` contains a run and --resume is
-    missing, or if a flag would change a setting of that run.
+    Raises UserError if `out` contains a run and --resume is missing, or if a flag would change a
+    setting of that run other than the device and the folder of its images.
     """
-    args = parser.parse_args(argv)
     path = Path(out, "config.json")
     with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
-        saved = dict(json.loads(path.read_text())) if path.exists() else {}
+        saved = json.loads(path.read_text()) if path.exists() else {}
+    args = parser.parse_args(argv)
     if saved and not args.resume:
         raise UserError(f"{out} already contains a run", "a new folder is needed, or --resume",
                         "pass --out DIR or --resume")
     if args.resume and not saved:
         print(f"note: {out} contains no run to resume: this is a new one")
-    flags = {name: value for name, value in saved.items()
-             if name in vars(args) and name not in ("out", "resume", "dry_run")}
-    args = parser.parse_args(argv, argparse.Namespace(**flags))
+
+    before = {name: value for name, value in saved.items()
+              if name in vars(args) and name not in ("out", "resume", "dry_run")}
+    args = parser.parse_args(argv, argparse.Namespace(**before))
     args.out = out
-    for name, before in flags.items():
+    for name, value in before.items():
         now = getattr(args, name)
-        # A folder of images may have moved: split.csv tells whether it is the same.
-        has_moved = name == "data" and Path(now).is_dir()
-        if now != before and not has_moved and name not in FREE_TO_CHANGE:
-            raise UserError(f"--{name.replace('_', '-')} {now} differs from the run's {before}",
+        # A folder may have moved; open_training_set checks that the images are the same.
+        may_change = name == "device" or name == "data" and Path(now).is_dir()
+        if now != value and not may_change:
+            raise UserError(f"--{name.replace('_', '-')} {now} differs from the run's {value}",
                             "a resumed run keeps its settings",
                             "leave the flag out, or start again with --out DIR")
     return args
@@ -87,15 +83,15 @@ def resume_flags(parser, argv, out):
 class Run:
     """A folder with the settings, the log, and everything that a resume needs.
 
-    It overwrites an older run: check everything else first. Raises UserError if the folder cannot
-    be made or is in use, or if its state is damaged.
+    Overwrites an older run unless `resume`: validate everything else first. Raises UserError if the
+    folder cannot be created or is in use, or if its state is damaged.
     """
 
     def __init__(self, folder=None, config=None, resume=False):
         self.config = config
         self.finished = {}    # stage -> its result: weights, or clusters
         self.state = None     # of the stage in progress
-        self.stop_signal = 0  # the number of a signal that asks to stop
+        self.stop_signal = 0  # the number of the signal that was caught
         self.writes = folder is not None and rank() == 0
         if folder is None:
             return
@@ -105,7 +101,7 @@ class Run:
             self.lock = lock(self.folder)
         all_ranks()
 
-        # The saved state; the settings; the log up to the saved step.
+        # The saved state.
         path = self.folder / "state.pt"
         if resume and path.exists():
             saved = load_checkpoint(path, ("finished", "state"),
@@ -114,16 +110,25 @@ class Run:
             self.state = saved["state"]
             if self.state:
                 print(f"{self.state['stage']}: resumes after step {self.state['step']}")
+
+        # The settings, and the log up to the saved step.
         if self.writes:
             write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
-            rows = [row for row in self.rows() if row["stage"] in self.finished
-                    or row["step"] <= self.steps_done(row["stage"])]
+            rows = [row for row in self.rows() if self.is_done(row)]
             write_text_atomic(self.folder / "log.jsonl",
                               "".join(json.dumps(row) + "\n" for row in rows))
 
     def steps_done(self, stage):
         """The number of saved steps of a stage in progress."""
         return self.state["step"] if self.state and self.state["stage"] == stage else 0
+
+    def is_done(self, row):
+        """Whether a resumed run keeps this row of the log. What was measured on held-out images
+        after the saved step is measured again."""
+        stage = row["stage"].removesuffix(HELD_OUT)
+        is_repeated = stage != row["stage"] and row["step"] == self.steps_done(stage)
+        return stage in self.finished or (
+            row["step"] <= self.steps_done(stage) and not is_repeated)
 
     # ---- during a stage
 
@@ -152,19 +157,16 @@ class Run:
         if step:
             model.load_state_dict(self.state["model"])
             optimizer.load_state_dict(self.state["optimizer"])
-            # A fused step needs moments in the memory layout of their parameter.
-            for parameter, moments in optimizer.state.items():
-                for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
-                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
             for name in ema or {}:
                 ema[name].copy_(self.state["ema"][name])
-            # In place of the copies from the file:
-            self.state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                           "ema": ema}
+            # A fused step needs moments in the memory layout of their parameter.
+            for parameter, moments in optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
         return step
 
     def finish(self, stage, result):
-        """A stage is done: keep its result, drop the rest of its state."""
+        """A stage is done: keep its result and drop its state."""
         self.finished[stage] = result
         self.state = None
         self._write_state()
@@ -180,8 +182,8 @@ class Run:
         def stop(number, frame):
             self.stop_signal = number
             signal.signal(number, signal.SIG_DFL)
-            with suppress(OSError, AttributeError):  # print() is not allowed in a handler
-                os.write(sys.stderr.fileno(), b"\nstopping: saving the state first ...\n")
+            with suppress(OSError):  # no print() in a handler; stderr may be closed
+                os.write(2, b"\nstopping: saving the state first ...\n")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -192,10 +194,10 @@ class Run:
 
     # ---- outputs
 
-    def write_model(self, checkpoint, name="model.pt"):
-        """Write a checkpoint with its version and the settings of its training."""
+    def write_model(self, checkpoint):
+        """model.pt: a checkpoint with its version and the settings of its training."""
         if self.writes:
-            save_atomic(self.folder / name, {
+            save_atomic(self.folder / "model.pt", {
                 "version": CHECKPOINT_VERSION, **checkpoint, "training": self.config})
 
     def draw_curves(self, stages):
@@ -214,10 +216,10 @@ class Run:
 
 
 class Progress:
-    """One stage in progress: after every step it prints, logs, saves and stops.
+    """One stage in progress: logs, saves and stops after a step.
 
-    done: steps made so far, including those of earlier runs. The state is saved every few minutes,
-    after step `upto`, and on a signal.
+    done: steps so far, including those of earlier runs. The state is saved every few minutes, after
+    step `upto`, and on a signal.
     """
 
     def __init__(self, run, stage, steps, upto, model, optimizer, ema):
@@ -233,7 +235,7 @@ class Progress:
         self.began = self.saved = time.time()
 
     def after_step(self, loss, norm, rate, images, logs):
-        """Record a step: loss, gradient norm (scalar tensors), learning rate, number of images,
+        """Record a step: loss and gradient norm (scalar tensors), learning rate, number of images,
         and more values for the log. The logged loss is the mean since the last row.
 
         Raises UserError when a loss or gradient is not finite, Stopped after a signal.
@@ -243,22 +245,21 @@ class Progress:
         if self.done % self.look_every and self.done != self.upto:
             return
 
-        # Read all values at once; losses are means over ranks.
-        values = torch.stack([*self.losses, *(value.float() for value in logs.values())]).tolist()
-        by_rank = all_ranks(values[:len(self.losses)])
-        losses = [sum(losses) / len(losses) for losses in zip(*by_rank)]
-        logged = dict(zip(logs, values[len(losses):]))
+        # Read all values at once; the loss is the mean over steps and ranks.
+        values = [torch.stack(self.losses).mean(), *logs.values()]
+        mean, *logged = torch.stack([value.float() for value in values]).tolist()
+        means = all_ranks(mean)
+        mean = sum(means) / len(means)
+        images *= len(self.losses)
         self.losses = []
-        for step, value in enumerate(losses, self.done - len(losses) + 1):
-            if not math.isfinite(value):
-                raise UserError(f"{self.stage}: the loss or its gradient is {value} at step {step} "
-                                f"(learning rate {rate:.2g})", "a finite one is needed",
-                                "start again with a lower learning rate or --dtype float32")
+        if not math.isfinite(mean):
+            raise UserError(f"{self.stage}: the loss or its gradient is {mean} at step {self.done} "
+                            f"(learning rate {rate:.2g})", "a finite one is needed",
+                            "start again with a lower learning rate or --dtype float32")
 
-        mean = sum(losses) / len(losses)
-        self.status.update(self.done, loss=mean, images=images * len(losses))
+        self.status.update(self.done, loss=mean, images=images)
         self.run.log(stage=self.stage, step=self.done, loss=mean, lr=rate,
-                     seconds=time.time() - self.began, **logged)
+                     seconds=time.time() - self.began, **dict(zip(logs, logged)))
 
         # All ranks stop at the same step.
         stop = max(all_ranks(self.run.stop_signal))

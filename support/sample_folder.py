@@ -1,20 +1,23 @@
-"""What sample.py asks for, and what it writes: images/*.png, samples.csv, grid.png.
+"""What sample.py reads and asks for, and what it writes: images/*.png, samples.csv, grid.png,
+animation.gif.
 
 Ranks write images in parallel; rank 0 writes the table, round by round, and the grid. The table
 lists only complete files.
 """
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from support.command import UserError, user_errors
+from support.datasets import open_dataset
 from support.files import append_csv, make_folder
-from support.images import load_image
-from support.pictures import save_grid, save_png
+from support.pictures import draw_grid, save_gif, save_png
 from support.ranks import all_ranks, rank
 
-GRID_SIDE = 16  # rows and columns of grid.png, at most
+GRID_ROWS = 16
+GRID_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,33 @@ class Request:
     prompt: str = ""
     labels: dict = field(default_factory=dict)  # that the image inherits
     label_rule: str = ""   # where they come from
+
+
+def find_sources(paths, read):
+    """Files and folders -> paths, and a {column: label} for each, without unreadable ones."""
+    sources = []  # (path, labels)
+    for path in map(Path, paths):
+        if not path.is_dir():
+            sources.append((path, {}))
+            continue
+        images = open_dataset(path, None)
+        for i, source in enumerate(images.sources):
+            labels = {name: column[i] for name, column in images.columns.items() if column[i]}
+            sources.append((source, labels))
+
+    readable = []
+    problems = []
+    for source, labels in sources:
+        try:
+            read(source)
+            readable.append((source, labels))
+        except UserError as error:
+            problems.append(error)
+    if not readable:
+        raise problems[0]
+    if problems:
+        print(f"note: {len(problems)} of {len(sources)} sources left out, the first: {problems[0]}")
+    return zip(*readable)
 
 
 def read_training_tokens(folder, shape):
@@ -60,6 +90,14 @@ class SampleFolder:
         make_folder(folder / "images")
         self.label_names = sorted({name for request in requests for name in request.labels})
 
+        # Which requests the grid shows: {row: [indices]}.
+        self.rows = {}
+        for i, request in enumerate(requests):
+            previews = self.rows.setdefault(request.row, [])
+            if request.row < GRID_ROWS and len(previews) < GRID_COLUMNS:
+                previews.append(i)
+        self.images = {i: None for previews in self.rows.values() for i in previews}
+
     def file(self, i):
         return f"images/{self.requests[i].strategy}_{i:05d}.png"
 
@@ -70,7 +108,9 @@ class SampleFolder:
         """
         for i, image in zip(indices, images):
             save_png(self.folder / self.file(i), image, sync=False)
-        all_ranks()  # all files of the round are whole
+        previews = {i: image for i, image in zip(indices, images) if i in self.images}
+        for part in all_ranks(previews):  # they meet here: all files of the round are whole
+            self.images.update(part)
         if not rank():
             rows = [self.table_row(i) for i in round_indices]
             append_csv(self.folder / "samples.csv",
@@ -91,24 +131,30 @@ class SampleFolder:
         return [self.file(i), request.strategy, "|".join(map(str, request.sources)), weights,
                 request.prompt, request.seed, *self.settings.values(), rule, *labels]
 
-    def write_grid(self, read_sources, with_prompts):
+    def draw(self, images, read_sources, with_prompts):
         """The first rows as one picture, each behind its source; a second source ends its row.
 
+        images: index of a request -> image (3, H, W).
         read_sources: request -> list of at most two images (3, H, W).
         with_prompts: whether the prompt is written before its row.
         """
-        indices_of_row = {}
-        for i, request in enumerate(self.requests):
-            indices_of_row.setdefault(request.row, []).append(i)
         rows = []
         captions = []
-        for indices in list(indices_of_row.values())[:GRID_SIDE]:
+        for indices in list(self.rows.values())[:GRID_ROWS]:
             first = self.requests[indices[0]]
             sources = read_sources(first)
-            samples = [load_image(self.folder / self.file(i), None) for i in indices[:GRID_SIDE]]
+            samples = [images[i] for i in indices]
             rows.append(torch.stack([*sources[:1], *samples, *sources[1:]]))
             captions.append(first.prompt.rpartition(" image of ")[2])  # the part that differs
-        save_grid(self.folder / "grid.png", rows, captions if with_prompts else None)
-        if len(indices_of_row) > GRID_SIDE:
-            print(f"grid.png shows the first {GRID_SIDE} of {len(indices_of_row)} sources or "
-                  "prompts")
+        return draw_grid(rows, captions if with_prompts else None)
+
+    def write_grid(self, read_sources, with_prompts, steps=()):
+        """grid.png, see `draw`; and animation.gif if there are steps: all requests' images
+        (N, 3, H, W) after each step, then grid.png."""
+        grid = self.draw(self.images, read_sources, with_prompts)
+        save_png(self.folder / "grid.png", grid)
+        frames = [self.draw(images, read_sources, with_prompts) for images in steps]
+        if frames:
+            save_gif(self.folder / "animation.gif", [*frames, grid])
+        if len(self.rows) > GRID_ROWS:
+            print(f"grid.png shows the first {GRID_ROWS} of {len(self.rows)} sources or prompts")

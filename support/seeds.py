@@ -1,4 +1,4 @@
-"""Random seeds, and the order in which data are read."""
+"""Random seeds, and the order of the training data."""
 import hashlib
 from functools import lru_cache
 
@@ -6,19 +6,19 @@ import torch
 
 
 def step_seed(*parts):
-    """A 63-bit seed that depends on every part, e.g. (seed, stage, step)."""
+    """A 63-bit seed that depends on every part, e.g. step_seed(seed, stage, step)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 @lru_cache(maxsize=4)
 def epoch_order(n, seed, epoch):
-    """The rows 0..n-1 in the order of one epoch, (n,) int64."""
+    """The rows 0..n-1 in the random order of one epoch, (n,) int64."""
     generator = torch.Generator().manual_seed(step_seed(seed, epoch))
     return torch.randperm(n, generator=generator)
 
 
 def batch_rows(step, batch, n, seed):
-    """Rows of the data for one step: each epoch shuffles 0..n-1 again, cut into batches."""
+    """The rows of one step's batch. Every epoch shuffles 0..n-1 differently."""
     rows = []
     while len(rows) < batch:
         epoch, offset = divmod(step * batch + len(rows), n)

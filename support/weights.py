@@ -1,22 +1,24 @@
-"""One reader of published weights: find the file, read it safely, rename, derive the settings.
+"""Published weights: find the file, read it safely, rename, derive the settings.
 
     vae = load_model(AutoencoderKL, VAEConfig, "sd-vae-ft-mse", "vae")    # or "unet", "vit"
 
-Official names load as they are: diffusers' VAE and U-Net (a file or folder, with its config.json),
+Official names load unchanged: diffusers' VAE and U-Net (a file or folder, with its config.json),
 Meta's DINO, DINOv2 and registers. Hugging Face's ViTModel and Dinov2Model (RAD-DINO) are renamed by
-the table below. This project's model.pt loads too. Everything else is refused. Nothing in a file is
-executed.
+the table below. This project's model.pt loads too. Nothing in a file is executed.
 """
 import json
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from support.command import one_line
-from support.files import BOX
-from support.tensors import read_tensors
+from support.files import BOX, atomic_file
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32}  # of safetensors
 
 # Kind -> name -> (address, first digits of the SHA-256 if known).
 HUB = "https://huggingface.co/"
@@ -69,13 +71,6 @@ RENAMED = (
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 )
 
-# Options of config.json that change results but no name or shape, and the only value implemented.
-ONLY = {
-    "vae": {"act_fn": "silu"},
-    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0},
-    "vit": {"hidden_act": "gelu"},
-}
-
 
 def load_model(network, config_class, name_or_path, kind):
     """network(config_class(...)) in float32 with the weights of a published name, file or folder.
@@ -83,39 +78,34 @@ def load_model(network, config_class, name_or_path, kind):
     kind: "vae", "unet" or "vit"
     Raises FileNotFoundError, or ValueError for a damaged file or another network.
     """
-    state, settings = load_weights(name_or_path, kind)
+    path = find_weights(name_or_path, kind)
     try:
+        content = read_tensors(path)
+        if isinstance(content.get("config"), dict):  # a model.pt of this project
+            state = content["embedder" if kind == "vit" else kind]
+            state = {name.removeprefix("vit."): value for name, value in state.items()}
+            settings = content["config"][kind]
+        else:
+            state = rename(content.get("state_dict", content))
+            refuse(state, kind)
+            read_settings = {"vae": vae_settings, "unet": unet_settings, "vit": vit_settings}[kind]
+            settings = read_settings(state, read_config(path.parent), path)
+
         with torch.device("meta"):  # no time spent on random weights
             model = network(config_class(**settings))
         model = model.to_empty(device="cpu")
         model.load_state_dict(state, strict=True)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{name_or_path} does not fit ({one_line(error)[:300]}): {NEEDED[kind]}, "
-                         "or one of this version, is needed: pass another file") from error
+    except Exception as error:  # damaged and foreign files raise all kinds of errors
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} does not fit: {one_line(why)[:300]}: a complete state dict of "
+                         f"{NEEDED[kind]} is needed: pass another file") from error
     return model
 
 
-def load_weights(name_or_path, kind):
-    """The state dict under official names, and the fields of the network's config as a dict."""
-    path = find_weights(name_or_path, kind)
-    content = read_tensors(path)
-    try:
-        # A model.pt of this project holds the settings; elsewhere shapes and config.json tell them.
-        if isinstance(content.get("config"), dict):
-            state = content["embedder"] if kind == "vit" else content[kind]
-            state = {name.removeprefix("vit."): value for name, value in state.items()}
-            return state, content["config"][kind]
-        state = rename(content.get("state_dict", content))
-        refuse(state, path, kind)
-        read_settings = {"vae": vae_settings, "unet": unet_settings, "vit": vit_settings}[kind]
-        return state, read_settings(state, read_config(path.parent, kind), path)
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} is not {NEEDED[kind]} ({one_line(error)} is missing): such "
-                         "weights are needed: pass another file") from error
-
+# ---- files --------------------------------------------------------------------------------------
 
 def find_weights(name_or_path, kind):
-    """The file of a published name, which is downloaded once, of a folder, or itself."""
+    """The path of a file, of the weights in a folder, or of a published name, downloaded once."""
     path = BOX if str(name_or_path) == "box" else Path(name_or_path)
     if path.is_file():
         return path
@@ -147,6 +137,51 @@ def find_weights(name_or_path, kind):
     return path
 
 
+def read_tensors(path):
+    """The content of a file of weights; code inside it is never executed."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_safetensors(path):
+    """All tensors of a .safetensors file: name -> tensor.
+
+    Layout: length of the header (u64, little endian); the header, JSON: name -> dtype, shape and
+    byte range; then the raw tensors.
+    """
+    data = np.memmap(path, mode="c")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    data = torch.from_numpy(data[start:])
+    tensors = {}
+    for name, entry in header.items():
+        first, stop = entry["data_offsets"]
+        values = data[first:stop].clone().view(DTYPES[entry["dtype"]])
+        tensors[name] = values.reshape(entry["shape"])
+    return tensors
+
+
+def write_safetensors(path, state):
+    """Write a dict of tensors in that layout, atomically."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in state.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in state.values():
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
 def rename(state):
     """The state dict under official names."""
     renamed = {}
@@ -163,44 +198,35 @@ def rename(state):
     return renamed
 
 
-def refuse(state, path, kind):
-    """Raises ValueError, with the way out, for layouts that look right but do not fit."""
+def refuse(state, kind):
+    """ValueError, with the way out, for layouts that look right but do not fit."""
     stem = state.get({"vae": "encoder.conv_in.weight", "vit": "patch_embed.proj.weight"}.get(kind))
     projection = state.get("mid_block.attentions.0.proj_in.weight")
     compvis = re.compile(r"model\.diffusion_model|first_stage_model|input_blocks|encoder\.down\.")
     no_mask_token = "blocks.0.ls1.gamma" in state and "mask_token" not in state
     cases = (
-        (any(map(compvis.match, state)), "CompVis' layout",
-         "convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"),
-        ("reg_token" in state or no_mask_token, "timm's layout of DINOv2",
-         "pass Meta's, such as dinov2_vits14_reg"),
-        (projection is not None and projection.ndim == 2,
-         "a U-Net of Stable Diffusion 2 (linear projections)", "pass sd15"),
-        (stem is not None and stem.shape[1] == 1, "a network of one channel",
-         "spread its first weights over three channels: w.expand(-1, 3, -1, -1) / 3"),
+        (any(map(compvis.match, state)), "it has CompVis' layout: convert it with "
+         "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"),
+        ("reg_token" in state or no_mask_token, "it has timm's layout of DINOv2: pass Meta's "
+         "weights, such as dinov2_vits14_reg"),
+        (projection is not None and projection.ndim == 2, "it is a U-Net of Stable Diffusion 2 "
+         "(linear projections): pass sd15"),
+        (stem is not None and stem.shape[1] == 1, "it takes images of one channel: spread its "
+         "first weights over three: w.expand(-1, 3, -1, -1) / 3"),
     )
-    for applies, got, do in cases:
+    for applies, reason in cases:
         if applies:
-            raise ValueError(f"{path} holds {got}: {NEEDED[kind]} is needed: {do}")
+            raise ValueError(reason)
 
 
-# ---- settings: from shapes, and from config.json what shapes do not tell ------------------------
+# ---- settings: from shapes, and what shapes do not tell from config.json ------------------------
 
-def read_config(folder, kind):
+def read_config(folder):
     """config.json and preprocessor_config.json of diffusers or transformers as one dict, or {}."""
     config = {}
     for path in (folder / "config.json", folder / "preprocessor_config.json"):
-        try:
-            if path.is_file():
-                config |= json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): download it again") from error
-    if not {"_class_name", "model_type"} & config.keys():
-        return {}  # another program's
-    for option, value in ONLY[kind].items():
-        if config.get(option, value) != value:
-            raise ValueError(f"{folder / 'config.json'} says {option} = {config[option]}, but only "
-                             f"{value} is implemented: pass other weights")
+        if path.is_file():
+            config |= json.loads(path.read_text(encoding="utf-8"))
     return config
 
 
@@ -235,8 +261,7 @@ def unet_settings(state, config, path):
     # What diffusers calls attention_head_dim is the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
     if isinstance(heads, list):
-        raise ValueError(f"{path} has {heads} attention heads: one number for all levels is "
-                         "needed: pass other weights")
+        raise ValueError("its levels differ in the number of heads")
     key = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
     return {
         "in_channels": state["conv_in.weight"].shape[1],
@@ -252,14 +277,12 @@ def unet_settings(state, config, path):
 def vit_settings(state, config, path):
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    heads = config.get("num_attention_heads", dim / 64)  # 64 channels each in published ones
-    if heads not in range(1, dim + 1) or dim % heads:
-        raise ValueError(f"{path} has {dim} channels and {heads} heads: a divisor is needed: set "
-                         "num_attention_heads in a config.json beside it")
+    heads = config.get("num_attention_heads", dim / 64)  # 64 channels each in published networks
+    if heads != int(heads):
+        raise ValueError("a config.json beside it must tell num_attention_heads")
     mean = config.get("image_mean", [0.5307 if "rad-dino" in str(path) else 0.485])[0]
     if min(abs(mean - 0.485), abs(mean - 0.5307)) > 1e-3:
-        raise ValueError(f"{path.parent} subtracts the mean {mean} from pixels: ImageNet's or "
-                         "RAD-DINO's is needed: pass other weights")
+        raise ValueError(f"its pixel mean {mean} is neither ImageNet's nor RAD-DINO's")
     is_rad_dino = mean > 0.5
     return {
         "patch_size": patch,
@@ -270,7 +293,7 @@ def vit_settings(state, config, path):
         "registers": registers,
         "layer_scale": "mask_token" in state,
         # The RESIZE rules of dino.py: Meta's first, registers, transformers.
-        "interpolate_offset": 0.0 if registers or config else 0.1,
+        "interpolate_offset": 0.0 if registers or "model_type" in config else 0.1,
         "antialias": registers > 0,
         "normalise": "rad_dino" if is_rad_dino else "imagenet",
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] // dim,

@@ -1,11 +1,11 @@
-"""Fixtures of several tests. One thread for all: their tensors are tiny, and on a busy machine
-threads contend for cores, which makes these tests many times slower."""
+"""Shared fixtures. Tests run on one thread: their tensors are tiny, and on a busy machine threads
+contend for cores, which makes the tests many times slower."""
 import os
 import sys
 from functools import lru_cache
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # also for scripts that tests start
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
 import pytest
@@ -20,7 +20,7 @@ TINY = ["--data", "phantoms", "--count", "12", "--size", "32", "--batch", "2", "
 
 @pytest.fixture(scope="session")
 def drawn_once():
-    """The functions that draw one phantom; each draws the same one only once."""
+    """The functions that draw a phantom, with a cache."""
     from support import phantoms
     return {name: lru_cache(maxsize=None)(getattr(phantoms, name))
             for name in ("_chest", "_histology")}
@@ -28,8 +28,7 @@ def drawn_once():
 
 @pytest.fixture(scope="module")
 def small_networks(drawn_once):
-    """train.py with networks of 0.2 M parameters, for tests of files and not of pictures; phantoms
-    are drawn once."""
+    """train.py with networks of 0.2 M parameters; phantoms are drawn once."""
     from dataclasses import replace
 
     import train
@@ -53,8 +52,8 @@ def small_networks(drawn_once):
 
 @pytest.fixture(scope="module")
 def labelled_run(tmp_path_factory):
-    """A run folder with an untrained model of 32 px, and its 60 chests of 30 patients: columns of
-    findings, of a kind (even, odd) and of one value alone."""
+    """A run folder with an untrained model of 32 px and its 60 chests of 30 patients. The columns:
+    findings, a kind (even, odd), and one that is constant."""
     from dino import ViTConfig
     from dinodiff import DinoDiffusion, DinoDiffusionConfig
     from support.datasets import open_dataset
@@ -91,6 +90,6 @@ def labelled_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A run's folder with a small model of random weights, its cache and sources; read only."""
+    """A run folder with a small model of random weights, its cache and sources: read only."""
     from small_run import write_run
     return write_run(tmp_path_factory.mktemp("runs") / "tokens")

@@ -1,5 +1,4 @@
-"""Tests of support/fast.py: attention is the fused one; compiled networks are one graph a block."""
-
+"""support/fast.py: attention equals the fused kernel; a compiled block is one graph."""
 import pytest
 import torch
 import torch._dynamo
@@ -14,8 +13,8 @@ UNET = UNetConfig(4, 4, 8, (1,), 1, (True,), 12, 2)  # one level: tracing takes 
 
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03)))
-def test_attention_is_the_fused_one(dtype, tolerance):
-    """With a mask, values and gradients, in both formats: those of the fused kernel in float32."""
+def test_attention_equals_the_fused_kernel(dtype, tolerance):
+    """Values and gradients, with a mask, in both formats."""
     q, k, v = inputs(0, (2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4))
     mask = torch.tensor([True, True, False, True, True, True, False]).view(1, 1, 1, 7)
     results = []
@@ -29,7 +28,7 @@ def test_attention_is_the_fused_one(dtype, tolerance):
 
 @pytest.fixture
 def counter():
-    """Counts the graphs that are compiled, and runs them as they are."""
+    """A backend that counts graphs and runs them eagerly."""
     torch._dynamo.reset()
     yield CompileCounter()
     torch._dynamo.reset()
@@ -42,7 +41,7 @@ def steps(unet, count, batch=2):
 
 
 def test_compiled_blocks_keep_their_graphs(counter):
-    """Blocks compile without a break; steps add no graph, other batches at most one a block."""
+    """Blocks compile without a break; steps add no graph, another batch at most one per block."""
     unet = UNet(UNET)
     compile_blocks(unet, backend=counter, fullgraph=True)
     steps(unet, 1)

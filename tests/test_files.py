@@ -1,4 +1,4 @@
-"""support/files.py: checkpoints, tables and logs are complete or absent, and contain no code."""
+"""support/files.py: checkpoints and tables, complete or damaged."""
 import errno
 import gzip
 import os
@@ -11,13 +11,13 @@ from support.command import UserError
 
 
 class Payload(str):
-    """Unpickling it would create a folder of that name."""
+    """Unpickling this creates a folder of that name."""
     def __reduce__(self):
         return os.mkdir, (str(self),)
 
 
 def test_checkpoints(tmp_path):
-    """A saved dict comes back; foreign, cut, older and malicious files are refused, and not run."""
+    """A saved dict comes back; foreign, truncated, older and malicious files are refused."""
     path = tmp_path / "runs" / "a" / "model.pt"
     version = files.CHECKPOINT_VERSION
     files.save_atomic(path, {"version": version, "w": torch.arange(3.0)})
@@ -35,7 +35,7 @@ def test_checkpoints(tmp_path):
 
 
 def test_which_checkpoint(tmp_path, monkeypatch, capsys):
-    """The newest run; without one the bundled model, which is said; a file or folder by name."""
+    """The newest run; without one the bundled model, with a note; a file or folder by name."""
     monkeypatch.setattr(files, "BOX", tmp_path / "box.pt")
     for argument in (None, "box", tmp_path):
         with pytest.raises(UserError, match="python train.py --data cxr"):
@@ -54,8 +54,8 @@ def test_which_checkpoint(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    """If writing fails half-way, or the disk is full, the old file stays and no other is left;
-    next_folder names none that exists."""
+    """If writing fails, or the disk is full, the old file stays and no other is left; next_folder
+    avoids existing ones."""
     files.save_atomic(tmp_path / "x.pt", {"a": 1})
     with pytest.raises(Exception, match="pickle"):
         files.save_atomic(tmp_path / "x.pt", {"a": torch.zeros(1000), "b": lambda: 0})
@@ -78,9 +78,9 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     "\ufefffile;label;age\r\na.png;x, y;4\r\nb.png;ü\r\n",
     "file\tlabel\tage\na.png\tx, y\t4\t\n\nb.png\tü\t\n",
     'file, label ,age\na.png, "x, y", 4\nb.png, ü,'])
-def test_tables_of_others(tmp_path, text):
-    """Commas, semicolons and tabs; Excel's mark; spaces, short rows and empty lines; compressed.
-    What is not UTF-8 is one line."""
+def test_tables(tmp_path, text):
+    """Commas, semicolons and tabs; Excel's byte order mark; spaces, short rows and empty lines;
+    compressed. Other encodings are refused."""
     rows = [{"file": "a.png", "label": "x, y", "age": "4"},
             {"file": "b.png", "label": "ü", "age": ""}]
     (tmp_path / "x.csv").write_text(text, encoding="utf-8", newline="")

@@ -1,4 +1,4 @@
-"""train.py --init, and the model in the box: where a training starts, and what is refused."""
+"""train.py --init, the bundled model, and packed models."""
 import numpy as np
 import pytest
 import torch
@@ -74,8 +74,8 @@ def test_a_mismatch_is_refused(small_run, tmp_path, flags, said):
 # ---- the box -----------------------------------------------------------------------------------
 
 def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
-    """No run, no flag: two sharp images that follow a source, into samples/; a photograph gets a
-    note; --no-refine gives softer ones."""
+    """Without a run or flags, samples go to samples/; a photograph gets a note; with --no-refine,
+    samples are softer."""
     monkeypatch.chdir(tmp_path)
     assert BOX.stat().st_size < 30e6
     photograph = np.random.default_rng(0).integers(0, 255, (140, 150, 3), np.uint8)
@@ -100,7 +100,7 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
 
 
 def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
-    """Half precision, no paths of the run, centres in place of the cache."""
+    """Half precision, no paths of the run, prototypes instead of the cache."""
     from experiments import __main__ as experiments
     path = tmp_path / "p" / "model.pt"
     experiments.main(["pack", str(small_run), str(path), "--prototypes", "6"])
@@ -112,15 +112,3 @@ def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
     images = [m.sample(None, [3], steps=2) for m in (seen, again)]
     assert (images[0] - images[1]).abs().mean() < 0.02
     assert len(make(tmp_path / "p", tmp_path / "out", "--prototypes", "4")) == 4
-
-
-def test_embed_writes_what_the_model_sees(small_run, tmp_path):
-    from experiments import __main__ as experiments
-    from support.images import load_image
-    experiments.main(["embed", str(small_run / "held_out"), "--checkpoint", str(small_run), "--out",
-                      str(tmp_path / "x.npz"), "--device", "cpu"])
-    found = np.load(tmp_path / "x.npz")
-    model = DinoDiffusion.from_checkpoint(load_checkpoint(small_run / "model.pt"))
-    first = load_image(small_run / "held_out" / str(found["files"][0]), 32)
-    np.testing.assert_allclose(found["tokens"][0], model.embedder.tokens(first[None])[0],
-                               atol=1e-4)

@@ -1,7 +1,7 @@
-"""Several processes: two gloo ranks on the CPU share batches, stop and resume together.
+"""Two gloo ranks on the CPU share batches, stop and resume together.
 
-torchrun's own launcher forks them. Means of parts are rounded in another order than that of the
-whole; what no sum crosses (the cache, samples) must agree bit for bit.
+torchrun's own launcher forks them. Sums over ranks are rounded differently; caches and samples,
+which need none, must agree bit for bit.
 """
 import csv
 import os
@@ -27,7 +27,7 @@ SHARED = [*TINY[:6], "--batch", "8", *TINY[8:], "--holdout", "0"]
 
 
 def on_two_ranks(work):
-    """Call work() in two processes, as torchrun does; what each returns."""
+    """Call work() in two processes, as torchrun does; a list of what each returns."""
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork",
                           rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     results = elastic_launch(config, work)()
@@ -43,8 +43,8 @@ def together(tmp_path_factory, small_networks):
 
 
 def test_two_ranks_resume_exactly(together, tmp_path):
-    """Rank 0 alone gets the signal; both stop, and after a resume on two ranks losses and weights
-    are bit for bit those of two ranks that were never stopped."""
+    """Only rank 0 gets the signal; both stop, and after a resume losses and weights are equal, bit
+    for bit, to those of a run that was never stopped."""
     out = tmp_path / "run"
 
     def stop():
@@ -98,8 +98,8 @@ def fitted(accumulate=1):
 
 
 def test_a_batch_cut_in_parts_gives_the_step_of_the_whole(tmp_path):
-    """Two ranks, --accumulate and both: the weights after five clipped steps are those of one
-    process (rounding: 1e-6), and both ranks hold the same ones. A cache is equal bit for bit."""
+    """Two ranks, --accumulate, and both: the weights after five clipped steps equal those of one
+    process (rounding: 1e-6), and those of the other rank exactly. A cache is equal bit for bit."""
     def cached(folder):
         build_cache(folder, {"x": ((1,), np.float32)}, First(), lambda x, rows: {"x": x.exp()},
                     "a", Run(), batch=3)
@@ -116,7 +116,7 @@ def test_a_batch_cut_in_parts_gives_the_step_of_the_whole(tmp_path):
 
 
 def test_samples_are_those_of_one_process(together, tmp_path):
-    """Five images in batches of two, the last round not full: all files are equal bit for bit."""
+    """Five images in batches of two, the last one not full: all files are equal bit for bit."""
     def work(name="one"):
         return sample.main(["--random", "--count", "5", "--steps", "3", "--batch", "2", "--device",
                             "cpu", "--checkpoint", str(together), "--out", str(tmp_path / name)])
@@ -129,7 +129,7 @@ def test_samples_are_those_of_one_process(together, tmp_path):
 
 
 def test_batches_that_ranks_cannot_share_are_refused(tmp_path):
-    """Every rank needs the same number of images: the means of the parts must be the whole's."""
+    """Every rank needs the same number of images, because their mean gradients are averaged."""
     def work():
         with pytest.raises(UserError, match="cannot be cut into"):
             train.main([*SHARED, "--batch", "3", "--out", str(tmp_path / "run")])

@@ -1,4 +1,4 @@
-"""A run's folder and its watch: state, log, signals, losses."""
+"""support/run.py: the state of a run, its log, flags, signals, losses that are not finite."""
 import argparse
 import json
 import signal
@@ -13,7 +13,7 @@ ONE = torch.tensor(1.0)
 
 
 def network(layout=torch.contiguous_format):
-    """A small convolution with its optimizer, always the same."""
+    """A small convolution, always the same, and its optimizer."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(6, 4, 3, padding=1).to(memory_format=layout)
     return conv, torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
@@ -29,8 +29,8 @@ def step(conv, optimizer, seed):
 
 
 def test_a_saved_state_comes_back(tmp_path):
-    """Model, optimizer and EMA of a stage, results of finished ones; log rows after the saved step
-    are dropped."""
+    """Model, optimizer and EMA of a stage, and results of finished stages; log rows after the saved
+    step are dropped."""
     run = Run(tmp_path / "run", {"size": 1})
     conv, optimizer = network()
     run.finish("vae", {"w": torch.ones(2)})
@@ -54,6 +54,22 @@ def test_a_saved_state_comes_back(tmp_path):
     again.close()
 
 
+def test_a_resumed_run_keeps_what_was_measured_before_the_saved_step(tmp_path):
+    """A row of held-out images at the saved step itself is dropped, because the run is about to
+    measure it again; that of a finished stage stays."""
+    run = Run(tmp_path, {})
+    run.finish("vae", {})
+    for stage in ("vae, held out", "unet, held out"):
+        for step in (1, 2, 3):
+            run.log(stage=stage, step=step, loss=1.0)
+    run.save("unet", 2, *network(), None)
+    run.close()
+    again = Run(tmp_path, {}, resume=True)
+    assert [(row["stage"], row["step"]) for row in again.rows()] == [
+        ("vae, held out", 1), ("vae, held out", 2), ("vae, held out", 3), ("unet, held out", 1)]
+    again.close()
+
+
 @pytest.fixture
 def parser():
     parser = argparse.ArgumentParser()
@@ -65,7 +81,7 @@ def parser():
 
 
 def test_flags_of_a_resumed_run(parser, tmp_path):
-    """Flags that are left out are as the run began; the device may change, and the place of the
+    """Flags that are left out keep their values; the device may change, and the place of the
     images; anything else is refused, and so is a folder with a run without --resume."""
     out = str(tmp_path)
     assert resume_flags(parser, ["--lr", "0.2"], out).lr == 0.2  # no run yet
@@ -85,9 +101,9 @@ def test_flags_of_a_resumed_run(parser, tmp_path):
         resume_flags(parser, ["--resume"], out)
 
 
-def test_a_state_of_another_memory_layout_continues_as_before(tmp_path):
-    """AdamW's moments take the strides of their parameters: a run saved in channels_last and
-    resumed in the contiguous layout makes the same steps (rounding: 1e-5)."""
+def test_a_state_of_another_memory_layout_resumes(tmp_path):
+    """Moments take the strides of their parameters: a run saved in channels_last and resumed in the
+    contiguous layout makes the same steps (rounding: 1e-5)."""
     conv, optimizer = network(torch.channels_last)
     for seed in range(3):
         step(conv, optimizer, seed)
@@ -104,7 +120,7 @@ def test_a_state_of_another_memory_layout_continues_as_before(tmp_path):
 
 
 def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
-    """`fit` may be called without a run: losses and gradients are still watched."""
+    """`fit` may be called without a run: losses are still watched."""
     monkeypatch.chdir(tmp_path)
     conv, optimizer = network()
     progress = Run().begin("test", 3, 3, conv, optimizer, None)
@@ -115,8 +131,8 @@ def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_signal_saves_and_stops_after_the_step(tmp_path):
-    """The first signal: state.pt holds the step, Stopped the number; a second one would kill.
-    After the last step nothing is stopped, and afterwards handlers are as before."""
+    """The first signal saves the step and raises Stopped with its number; a second one would kill.
+    After the last step nothing is raised. The handlers of before are restored."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run = Run(tmp_path / "run", {})
     progress = run.begin("vae", 2, 2, *network(), None)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import sample
 from small_run import make, pixels, write_run
@@ -43,7 +43,7 @@ def unconditional(tmp_path_factory):
     (["--interpolate", "IMAGE", "IMAGE2", "--frames", "3", "--count", "2"], "interpolate", 6),
     (["--prototypes", "2", "--count", "2"], "prototype", 4),
     (["--random", "--count", "2", "--sampler", "ddpm"], "random", 2),
-    (["--random", "--count", "2", "--sampler", "ddim", "--eta", "1"], "random", 2),
+    (["--random", "--count", "2", "--sampler", "ddim"], "random", 2),
 ])
 def test_every_way_to_sample_writes_images_grid_and_table(small_run, tmp_path, arguments, says,
                                                           count):
@@ -123,7 +123,7 @@ def test_perturbation_and_start_noise_are_different_draws():
 
 def test_a_refined_sample_says_so(small_run, tmp_path):
     """With a refiner, detail by default and the decoder alone with --no-refine; the table says
-    which; a model without one refuses --no-refine."""
+    which."""
     refiner = UNetConfig(in_channels=8, out_channels=4, base_channels=8,
                          channel_multipliers=(1, 2), layers_per_block=1,
                          attention_levels=(False, False), context_dim=8, num_heads=2)
@@ -132,8 +132,39 @@ def test_a_refined_sample_says_so(small_run, tmp_path):
     soft = make(run, tmp_path / "b", "--random", "--count", "2", "--no-refine")
     assert sharp[0]["refined"] == "True" and soft[0]["refined"] == "False"
     assert (pixels(tmp_path / "a", sharp) != pixels(tmp_path / "b", soft)).any()
-    with pytest.raises(UserError, match="has no refiner"):
-        make(small_run, tmp_path / "c", "--random", "--no-refine")
+
+
+def test_an_animation_ends_in_the_grid(small_run, tmp_path):
+    """animation.gif: a frame for each step and, with a refiner, one for it; the last is grid.png,
+    the first is not, and all sources stand still; the images are those made without it."""
+    refiner = UNetConfig(8, 4, 8, (1, 2), 1, (False, False), 8, 2)
+    run = write_run(tmp_path / "run", refiner=refiner)
+    request = ["--from-image", "IMAGE", "IMAGE2", "--count", "2", "--batch", "3"]
+    rows = make(run, tmp_path / "a", *request, "--animate", steps=4)
+    plain = make(run, tmp_path / "b", *request, steps=4)
+    assert (pixels(tmp_path / "a", rows) == pixels(tmp_path / "b", plain)).all()
+    assert not (tmp_path / "b" / "animation.gif").exists()
+
+    frames, durations = read_gif(tmp_path / "a" / "animation.gif")
+    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    assert len(frames) == 5 and durations[-1] == 1000 > durations[0]
+    assert (frames[-1] == grid).all()
+    for frame in frames[:-1]:
+        assert (frame[:, :130] == grid[:, :130]).all() and (frame != grid).any()
+
+    # Without a refiner the last step is the image; img2img begins late, so it has fewer steps.
+    make(small_run, tmp_path / "c", "--from-image", "IMAGE", "--strength", "0.5", "--sampler",
+         "ddim", "--animate", steps=4)
+    frames, _ = read_gif(tmp_path / "c" / "animation.gif")
+    assert len(frames) == 2
+    assert abs(frames[-1].astype(int) - np.asarray(Image.open(tmp_path / "c/grid.png"))).mean() < 4
+
+
+def read_gif(path):
+    """Its frames (H, W, 3) uint8, and their milliseconds."""
+    frames = [(np.asarray(frame.convert("RGB")), frame.info["duration"])
+              for frame in ImageSequence.Iterator(Image.open(path))]
+    return zip(*frames)
 
 
 # ---- prompts
@@ -245,7 +276,8 @@ def test_prototypes_need_the_runs_tokens(small_run, tmp_path, monkeypatch, conte
 
 @pytest.mark.parametrize("line,says", [
     ("--from-image /nowhere.png", "/nowhere.png"), ("--interpolate TEXT TEXT", "TEXT"),
-    ("--from-image EMPTY", "EMPTY"), ("--prototypes 25", "25"), ("--random --steps 1001", "1 to"),
+    ("--from-image EMPTY", "EMPTY"), ("--prototypes 25", "25"),
+    ("--random --count 33 --animate", "at most 32"),
     ("--random --device tpu", "--device auto"), ("--from-vector TEXT", "TEXT"),
     ("--random --out FULL", "pass another --out")])
 def test_requests_that_cannot_be_met(small_run, tmp_path, monkeypatch, line, says):
@@ -265,7 +297,8 @@ def test_requests_that_cannot_be_met(small_run, tmp_path, monkeypatch, line, say
 @pytest.mark.parametrize("line", [
     "", "--random --prototypes 2", "--random --perturb 1", "--random --strength 0", "--random "
     "--frames 0", "--random --row 2", "--random --count 0", "--random --sampler euler",
-    "--random --guidance-scale nan", "--random --eta 0.5", "--random --nonsense"])
+    "--random --guidance-scale nan", "--random --steps 1001", "--random --steps 51 --animate",
+    "--random --sampler ddpm --animate", "--random --nonsense"])
 def test_bad_command_lines(line, capsys):
     with pytest.raises(SystemExit) as end:
         sample.main(line.split())

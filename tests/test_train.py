@@ -18,6 +18,7 @@ from support.datasets import open_dataset
 from support.files import load_checkpoint, read_jsonl
 from support.pictures import save_png
 from support.run import Run
+from support.training_set import TrainingSet
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 TINY = ["--data", "phantoms", "--count", "40", "--size", "32", "--batch", "4", "--steps", "4",
@@ -61,12 +62,21 @@ def losses(folder):
     return [(r["stage"], r["step"], r["loss"]) for r in read_jsonl(folder / "log.jsonl")]
 
 
+def held_out_rows(folder):
+    return [row for row in read_jsonl(folder / "log.jsonl") if row["stage"] == "unet, held out"]
+
+
+def trained_losses(folder):
+    return [row for row in losses(folder) if row[0] in train.STAGES]
+
+
 def test_a_run_leaves_what_it_promises(finished):
     """Config, log of all stages, split, curves, grids, model, state, cache, example sources."""
     for name in ("config.json", "log.jsonl", "split.csv", "curves.png", "model.pt", "state.pt",
-                 "grid_000004.png", "grid_refined.png", "cache/latents.npy", "cache/tokens.npy"):
+                 "grid_000004.png", "grid_refined.png", "noise_levels.png", "cache/latents.npy",
+                 "cache/tokens.npy"):
         assert (finished / name).stat().st_size > 0, name
-    assert [row[:2] for row in losses(finished)] == [
+    assert [row[:2] for row in trained_losses(finished)] == [
         (stage, step) for stage in train.STAGES for step in (1, 2, 3, 4)]
     assert list((finished / "held_out").glob("*.png"))
     tokens = np.load(finished / "cache/tokens.npy", mmap_mode="r")
@@ -95,10 +105,50 @@ def test_previews_change_nothing(finished, tmp_path):
         stop_after(patch, "unet", 2)
         assert train.main(flags) == 130
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
-    assert losses(tmp_path / "run") == losses(finished)
+    assert trained_losses(tmp_path / "run") == trained_losses(finished)
     mine, theirs = weights(tmp_path / "run"), weights(finished)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert len(list((tmp_path / "run").glob("grid_0*.png"))) == 4
+
+    # What was measured on held-out images is there once for each preview, and by level at the end.
+    rows = held_out_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [len(row.get("levels", ())) for row in rows] == [0, 0, 0, 10]
+    assert rows[-1] == held_out_rows(finished)[-1]
+
+
+def test_held_out_loss_is_that_of_unseen_images_at_all_timesteps(finished):
+    """The same at every call. A U-Net that answers 0 has the loss a_t + (1 - a_t) E[x0^2] of the
+    held-out images, over all timesteps and in each tenth of them (4 % for chance)."""
+    model = model_of(finished)
+    torch.nn.init.zeros_(model.unet.conv_out.weight)
+    torch.nn.init.zeros_(model.unet.conv_out.bias)
+    model.scale.mul_(2)  # so that E[x0^2] is far from 1
+    images = open_dataset("phantoms", 32, count=40)
+    held_out = train.HeldOut(model, TrainingSet(images, torch.arange(20), torch.arange(20, 40)),
+                             None, seed=0)
+    mean, std = model.posterior(images.batch(range(20, 40)))
+    power = (((mean - model.shift).square() + std ** 2) * model.scale ** 2).mean()
+    assert power > 2
+    for low, high in ((0, 1000), *((low, low + 100) for low in range(0, 1000, 100))):
+        a = model.schedule.alphas_cumprod[low:high]
+        loss = held_out.loss(model, low, high - 1)
+        assert loss == pytest.approx((a + (1 - a) * power).mean().item(), rel=0.04)
+        assert loss == held_out.loss(model, low, high - 1)
+
+
+def test_samples_that_are_copies_are_counted(finished):
+    """Training images given as samples are all nearer to one than held-out images are; held-out
+    images given as samples are not, but for the nearest."""
+    model = model_of(finished)
+    images = open_dataset("phantoms", 32, count=40)
+    split = {r["file"]: r["split"] for r in csv.DictReader(open(finished / "split.csv"))}
+    parts = {part: torch.tensor([i for i, file in enumerate(images.files) if split[file] == part])
+             for part in ("train", "test")}
+    held_out = train.HeldOut(model, TrainingSet(images, parts["train"], parts["test"]), None, 0)
+    cache = Latents(finished / "cache")
+    assert held_out.share_near(model, cache, images.batch(parts["train"][:8])) == 1
+    assert held_out.share_near(model, cache, images.batch(parts["test"])) < 0.5
 
 
 def test_fit_goes_on_where_a_run_stands(tmp_path):

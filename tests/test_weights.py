@@ -1,6 +1,6 @@
-"""Tests of support/weights.py: official names and Hugging Face's layouts load, others are refused.
+"""support/weights.py: official names and Hugging Face's layouts load, others are refused.
 
-Libraries' layouts come with names, config.json and outputs (tests/reference/weights.npz).
+tests/reference/weights.npz has the names, config.json and outputs of the libraries' networks.
 """
 import json
 from dataclasses import asdict
@@ -14,15 +14,14 @@ import torch
 from dino import V1, V2, V2_REG, ViTConfig, VisionTransformer, load_dino
 from make_diffusers import fill_parameters
 from make_weights import DIFFUSERS, TRANSFORMERS, fill_state, inputs
-from support.tensors import write_safetensors
-from support.weights import PUBLISHED, load_model, load_weights
+from support.weights import PUBLISHED, load_model, read_tensors, write_safetensors
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "weights.npz")
 NETWORKS = {"vae": (AutoencoderKL, VAEConfig), "unet": (UNet, UNetConfig),
             "vit": (VisionTransformer, ViTConfig)}
-# Three levels, so that counting them from the wrong end shows; two ResNet blocks a level likewise.
+# Three levels and two blocks per level, so that counting them from the wrong end shows.
 CONFIGS = {"vae": VAEConfig(3, 4, 32, (1, 2, 4), 1),
            "unet": UNetConfig(4, 4, 32, (1, 2, 3), 2, (True, True, False), 24, 8),
            "vit": ViTConfig(14, 64, 2, 1, **{**V2, "image_size": 84}),
@@ -32,14 +31,14 @@ CONFIGS = {"vae": VAEConfig(3, 4, 32, (1, 2, 4), 1),
 
 @pytest.fixture(scope="module")
 def states():
-    """State dicts under official names; "v1" and "reg" are ViTs too."""
+    """State dicts under official names; "v1" and "reg" are ViTs."""
     return {name: dict(fill_parameters(NETWORKS.get(name, NETWORKS["vit"])[0](config),
                                        1).state_dict())
             for name, config in CONFIGS.items()}
 
 
 def assert_same(path, state, kind):
-    """The file holds exactly this state; returns the config of the network that it fills."""
+    """The file loads as exactly this state; returns the network's config."""
     model = load_model(*NETWORKS[kind], path, kind)
     loaded = model.state_dict()
     assert loaded.keys() == state.keys()
@@ -51,7 +50,7 @@ def assert_same(path, state, kind):
 # ---- layouts of libraries, with their outputs ----
 
 def library_folder(case, folder):
-    """A folder as the library saves it, with the values its outputs were made with."""
+    """A folder as the library saves it, with the weights of the stored outputs."""
     files = json.loads(str(REFERENCE[case]))
     stem = "diffusion_pytorch_model" if case in DIFFUSERS else "model"
     write_safetensors(folder / f"{stem}.safetensors", fill_state(files["shapes"]))
@@ -60,14 +59,14 @@ def library_folder(case, folder):
 
 
 def assert_close(ours, name):
-    # float32 sums in another order differ by about 4e-6; other heads or groups by about 0.1
+    # float32 sums in another order differ by 4e-6; other heads or groups by about 0.1
     np.testing.assert_allclose(ours, REFERENCE[name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", DIFFUSERS)
 @torch.no_grad()
 def test_parity_with_diffusers(case, tmp_path):
-    """Other heads and groups are read from config.json."""
+    """Unusual heads and groups are read from config.json."""
     folder = library_folder(case, tmp_path)
     if case.startswith("vae"):
         vae = AutoencoderKL.from_pretrained(folder)
@@ -83,7 +82,7 @@ def test_parity_with_diffusers(case, tmp_path):
 @pytest.mark.parametrize("case", TRANSFORMERS)
 @torch.no_grad()
 def test_parity_with_transformers(case, tmp_path):
-    """Positions are resized as there; heads come from config.json."""
+    """Position embeddings are resized as in transformers; heads come from config.json."""
     vit = load_dino(library_folder(case, tmp_path))
     x, = inputs((2, 3, 56, 84))
     assert vit.config.num_heads == 4
@@ -103,22 +102,19 @@ def test_official_vits(name, states, tmp_path):
 
 @pytest.mark.parametrize("kind", ["vae", "unet"])
 def test_files_and_folders(kind, states, tmp_path):
-    """Half precision, variants and subfolders hold the same weights, read as float32."""
+    """Files in half precision, in folders and subfolders, load as float32."""
     half = {name: tensor.half() for name, tensor in states[kind].items()}
     rounded = {name: tensor.float() for name, tensor in half.items()}
-    stem = "diffusion_pytorch_model"
-    for variant, ending, given, expected in (
-            ("bin", ".bin", half, rounded), ("plain", ".safetensors", states[kind], states[kind]),
-            ("fp16", ".fp16.safetensors", half, rounded)):
-        folder = tmp_path / variant / kind
+    for ending in (".bin", ".safetensors"):
+        folder = tmp_path / ending / kind
         folder.mkdir(parents=True)
-        file = folder / f"{stem}{ending}"
+        file = folder / f"diffusion_pytorch_model.fp16{ending}"
         if ending == ".bin":
-            torch.save(given, file)
+            torch.save(half, file)
         else:
-            write_safetensors(file, given)
+            write_safetensors(file, half)
         for path in (file, folder, folder.parent):
-            assert assert_same(path, expected, kind) == CONFIGS[kind]
+            assert assert_same(path, rounded, kind) == CONFIGS[kind]
 
 
 def test_attention_names_of_older_diffusers(states, tmp_path):
@@ -135,7 +131,7 @@ def test_attention_names_of_older_diffusers(states, tmp_path):
 
 
 def test_own_checkpoints(states, tmp_path):
-    """A run's model.pt and its folder, with settings that no shape tells."""
+    """A run's model.pt and its folder, with settings that do not follow from shapes."""
     vit_config = ViTConfig(14, 64, 2, 2, **{**V2, "image_size": 84})
     vit = {f"vit.{name}": value for name, value in states["vit"].items()}
     unet_config = UNetConfig(4, 4, 32, (1, 2, 3), 2, (True, True, False), 24, 4)
@@ -150,12 +146,12 @@ def test_own_checkpoints(states, tmp_path):
         assert assert_same(path, states["vit"], "vit").num_heads == 2
 
     torch.save({"config": {"vit": {"colour": 1}}, "embedder": vit}, tmp_path / "vit.pt")
-    with pytest.raises(ValueError, match="vit.pt does not fit .*colour.*pass another file"):
+    with pytest.raises(ValueError, match="vit.pt does not fit: .*colour.*pass another file"):
         load_dino(tmp_path / "vit.pt")
 
 
 def test_published_names(states, monkeypatch, tmp_path):
-    """A file in torch.hub's folder is used; without it and a network the error says what to do."""
+    """A file in torch.hub's folder is used; if a download fails, the error says what to do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
@@ -167,7 +163,7 @@ def test_published_names(states, monkeypatch, tmp_path):
         for name, (url, _) in names.items():
             with pytest.raises(FileNotFoundError, match=f"could not download {name} .*no route.*"
                                f"save {url} as {tmp_path}/hub/checkpoints/"):
-                load_weights(name, kind)
+                load_model(*NETWORKS[kind], name, kind)
 
     checkpoints = tmp_path / "hub" / "checkpoints"
     torch.save(states["v1"], checkpoints / "dino_deitsmall16_pretrain.pth")
@@ -185,43 +181,31 @@ def test_published_names(states, monkeypatch, tmp_path):
 def write_folder(folder, state, config, preprocessor=None):
     folder.mkdir(exist_ok=True)
     write_safetensors(folder / "model.safetensors", state)
-    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     if preprocessor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
 
 
 def test_config_is_honoured(states, tmp_path):
-    """Heads, groups and pixel statistics come from the folder; other programs' are left alone."""
-    unet = {"_class_name": "UNet2DConditionModel"}
+    """Heads, groups and pixel statistics come from the folder; other entries are ignored."""
     for key, heads in (("attention_head_dim", 4), ("num_attention_heads", 2)):
-        write_folder(tmp_path / "u", states["unet"], {**unet, key: heads, "norm_num_groups": 16})
-        settings = load_weights(tmp_path / "u", "unet")[1]
-        assert settings["num_heads"] == heads and settings["norm_groups"] == 16
-    write_folder(tmp_path / "v", states["vae"], {"steps": 3})  # another program's
-    assert load_weights(tmp_path / "v", "vae")[1]["norm_groups"] == 0
+        config = {"_class_name": "UNet2DConditionModel", key: heads, "norm_num_groups": 16}
+        unet = UNet.from_pretrained(write_folder(tmp_path / "u", states["unet"], config))
+        assert unet.config.num_heads == heads and unet.config.norm_groups == 16
+    write_folder(tmp_path / "u", states["unet"], {"attention_head_dim": [2, 4, 6]})
+    with pytest.raises(ValueError, match="levels differ in the number of heads"):
+        UNet.from_pretrained(tmp_path / "u")
+    vae = AutoencoderKL.from_pretrained(write_folder(tmp_path / "v", states["vae"], {"steps": 3}))
+    assert vae.config == CONFIGS["vae"]
 
     dinov2 = {"model_type": "dinov2", "num_attention_heads": 4}
     for mean, rule in (([0.485, 0.456, 0.406], "imagenet"), ([0.5307] * 3, "rad_dino")):
         write_folder(tmp_path / "d", states["vit"], dinov2, {"image_mean": mean})
-        assert load_weights(tmp_path / "d", "vit")[1]["normalise"] == rule
+        assert load_dino(tmp_path / "d").config.normalise == rule
     write_folder(tmp_path / "d", states["vit"], dinov2, {"image_mean": [0.5] * 3})
-    with pytest.raises(ValueError, match="mean 0.5 .*pass other weights"):
-        load_weights(tmp_path / "d", "vit")
-
-
-@pytest.mark.parametrize("kind,config,match", [
-    ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos = False.*pass other weights"),
-    ("unet", {"attention_head_dim": 5}, "u does not fit .*num_heads"),
-    ("unet", {"attention_head_dim": [2, 4, 6]}, "one number for all levels"),
-    ("vae", "{", "config.json is damaged .*download it again")])
-def test_config_is_refused(kind, config, match, states, tmp_path):
-    """Options that are not implemented here are refused when the folder is read."""
-    if isinstance(config, dict):
-        config = {"_class_name": {"vae": "AutoencoderKL"}.get(kind, "UNet2DConditionModel"),
-                  **config}
-    write_folder(tmp_path / "u", states[kind], config)
-    with pytest.raises(ValueError, match=match):
-        load_model(*NETWORKS[kind], tmp_path / "u", kind)
+    with pytest.raises(ValueError, match="mean 0.5 is neither"):
+        load_dino(tmp_path / "d")
 
 
 @pytest.mark.parametrize("kind,change,match", [
@@ -229,26 +213,64 @@ def test_config_is_refused(kind, config, match, states, tmp_path):
      "CompVis.*from_single_file"),
     ("unet", lambda s: {name: t[..., 0, 0] if "proj_in.weight" in name else t
                         for name, t in s.items()}, "Stable Diffusion 2 .*sd15"),
-    ("vit", lambda s: {name: t for name, t in s.items() if name != "mask_token"}, "timm.*Meta's")])
-def test_other_layouts_are_refused_by_name(kind, change, match, states, tmp_path):
-    """Layouts that are often taken for those that fit are called by name, with the way out."""
+    ("vae", lambda s: {**s, "encoder.conv_in.weight": s["encoder.conv_in.weight"][:, :1]},
+     "one channel.*expand"),
+    ("vit", lambda s: {name: t for name, t in s.items() if name != "mask_token"}, "timm.*Meta's"),
+    ("vit", lambda s: {"model.patch_embed.proj.weight": s["patch_embed.proj.weight"]},
+     "patch_embed.proj.weight' is missing"),
+    ("unet", lambda s: {**s, "conv_out.bias": s["conv_out.bias"][:3]}, "size mismatch.*conv_out"),
+    ("vae", lambda s: {**s, "decoder.extra.weight": torch.zeros(1)}, "decoder.extra.weight"),
+    ("vae", lambda s: [s], "list")])
+def test_other_layouts_are_refused(kind, change, match, states, tmp_path):
+    """Layouts that are often confused with those that fit are named, with the way out."""
     torch.save(change(states[kind]), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=f"w.pt holds .*{match}"):
-        load_weights(tmp_path / "w.pt", kind)
+    with pytest.raises(ValueError, match=f"(?s)w.pt does not fit: .*{match}.*pass another file"):
+        load_model(*NETWORKS[kind], tmp_path / "w.pt", kind)
 
 
-def test_missing_and_other_files(states, tmp_path):
-    """A wrong path lists what is accepted; other networks say what is missing; loading is strict.
-    """
-    with pytest.raises(FileNotFoundError, match="no weights at .*train.py"):
-        load_weights(tmp_path / "nothing", "vae")
-    for kind, other in (("vae", "unet"), ("unet", "vae"), ("vit", "vae")):
-        torch.save(states[other], tmp_path / "w.pt")
-        with pytest.raises(ValueError, match="w.pt is not .* is missing.*pass another file"):
-            load_weights(tmp_path / "w.pt", kind)
+def test_missing_and_sharded_weights(tmp_path):
+    """A wrong path lists what is accepted; shards are refused with the way to join them."""
+    with pytest.raises(FileNotFoundError, match="no weights at .*sd-vae-ft-mse.*train.py"):
+        AutoencoderKL.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="several files.*max_shard_size"):
+        AutoencoderKL.from_pretrained(tmp_path)
 
-    state = {**states["vae"], "decoder.extra.weight": torch.zeros(1)}
-    del state["quant_conv.bias"]
-    torch.save(state, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="w.pt does not fit .*quant_conv.bias.*pass another file"):
-        AutoencoderKL.from_pretrained(tmp_path / "w.pt")
+
+# ---- safetensors ----
+
+def test_safetensors_round_trip(tmp_path):
+    """A file made by hand, of all kinds of shapes, and our own with the same tensors."""
+    path = tmp_path / "w.safetensors"
+    arrays = {"F32": np.arange(6, dtype=np.float32).reshape(2, 3), "F16": np.float16([0.5, -2, 1]),
+              "I64": np.array(2**40), "F64": np.zeros((0, 3))}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, array in arrays.items():
+        header[name] = {"dtype": name, "shape": array.shape,
+                        "data_offsets": [len(data), len(data) + array.nbytes]}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+    tensors = read_tensors(path)
+    tensors |= {"bf16": torch.tensor([1.5], dtype=torch.bfloat16), "view": torch.rand(3, 2).T}
+    write_safetensors(path, tensors)
+    again = read_tensors(path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    for name, array in arrays.items():
+        assert again[name].numpy().dtype == array.dtype
+        np.testing.assert_array_equal(again[name], array)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-1], lambda content: content[:8] + b"x" + content[9:],
+    lambda content: (2**63).to_bytes(8, "little") + content[8:],
+    lambda content: content.replace(b'"F32"', b'"F99"', 1),
+    lambda content: content.replace(b'"shape": [', b'"shape": [9, ', 1)])
+def test_damaged_safetensors_are_refused(damage, states, tmp_path):
+    """Truncated files, and headers that make no sense."""
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, states["vae"])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="w.safetensors does not fit.*pass another file"):
+        AutoencoderKL.from_pretrained(path)

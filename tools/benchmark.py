@@ -3,6 +3,7 @@
     pip install diffusers timm scikit-learn pytorch-fid        # for this script alone
     python tools/benchmark.py all                              # two CPU cores, about 15 minutes
     python tools/benchmark.py unet sample --repeats 15         # or single parts
+    python tools/benchmark.py threads                          # ours alone: 1 thread, 2, or asleep
 
 Both sides get the same weights (parameter names agree), inputs, threads,
 float32 and fused AdamW, and nothing else is set: the networks alone differ. Pairs alternate in one
@@ -13,6 +14,8 @@ that ours is faster. A busy machine spoils times, and ratios less; least of all 
 """
 # ruff: noqa: B023 - closures are called in the round of the loop that makes them
 import argparse
+import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -29,6 +32,7 @@ from dinodiff import NoiseSchedule, ddim_sample, guided
 from evaluate import frechet_distance
 from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs
 from prompts import inertia, kmeans
+from support.command import autocast_dtype
 from train import PRESETS
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
@@ -38,7 +42,7 @@ WIDE = UNetConfig(4, 4, 64, (1, 2, 4), 2, (True, True, True), 192, 4)
 
 
 def seconds(work):
-    """With one thread CPU seconds, which other work on the machine spoils less."""
+    """CPU seconds with one thread, because other work distorts them less; else wall time."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     work()
@@ -46,7 +50,7 @@ def seconds(work):
 
 
 def compare(name, ours, peer, repeats):
-    """Alternate the two after a warm-up of each; print medians and the median ratio of pairs."""
+    """Alternate the two after a warm-up; print medians, and the median ratio of pairs."""
     ours(), peer()
     times = np.empty((repeats, 2))
     for i in range(repeats):
@@ -59,14 +63,14 @@ def compare(name, ours, peer, repeats):
 
 
 def check(name, ours, peer, tolerance=1e-4):
-    """Stop unless the results agree, relative to the largest entry of the peer's."""
+    """Stop unless the results agree, relative to the peer's largest entry."""
     error = ((ours - peer).abs().max() / peer.abs().max()).item()
     print(f"{name}: largest difference / largest entry {error:.1e}", flush=True)
-    assert error < tolerance, f"{name}: {error:.1e} is over {tolerance:.0e}, times mean nothing"
+    assert error < tolerance, f"{name}: {error:.1e} is over {tolerance:.0e}: results differ"
 
 
 def same_weights(ours, peer):
-    """Both filled with the same reproducible weights."""
+    """Both networks, filled with the same reproducible weights."""
     peer.load_state_dict(fill_parameters(ours, 0).state_dict(), strict=True)
     return ours, peer
 
@@ -115,7 +119,7 @@ def benchmark_sample(repeats, batch=8, steps=50, scale=2.0):
     from diffusers import DDIMScheduler
     ours, peer = (net.requires_grad_(False) for net in unet_pair(TINY))
     noise, context, null = inputs(1, (batch, 4, 16, 16), (batch, 4, 192), (batch, 4, 192))
-    for net in (ours, peer):  # a prediction of about unit size, so that nothing explodes
+    for net in (ours, peer):  # predictions of about unit size, so that nothing explodes
         net.conv_out.weight.mul_(0.3)
     schedule = NoiseSchedule(1000, "scaled_linear", "v", zero_terminal_snr=True)
     scheduler = DDIMScheduler(
@@ -163,6 +167,59 @@ def benchmark_vit(repeats, batch=8):
     calls = (lambda: ours(x)[:, 0], lambda: peer(preprocess(x, "imagenet")))
     check("ViT-S/16", *(call() for call in calls))
     compare(f"ViT-S/16, {batch} images of 224 px", *calls, repeats)
+
+
+# ---------------------------------------------------------------- threads beside a busy program
+
+def busy_program(is_on):
+    """Multiply matrices with one thread while is_on is set."""
+    torch.set_num_threads(1)
+    a = torch.randn(512, 512)
+    while is_on.wait():
+        a @ a
+
+
+def unet_steps(threads, most=5, patience=4):
+    """Seconds of up to `most` training steps, fewer if slow: stops after `patience` seconds."""
+    torch.set_num_threads(threads)
+    unet = UNet(TINY)
+    xt, context, target = inputs(1, (16, 4, 16, 16), (16, 4, TINY.context_dim), (16, 4, 16, 16))
+    step = training_step(lambda: unet(xt, torch.arange(16) * 62, context).float(),
+                         unet.parameters(), target)
+    times = []
+    device = torch.device("cpu")
+    with torch.autocast("cpu", enabled=autocast_dtype(device) == torch.bfloat16):
+        step()
+        while len(times) < most and sum(times) < patience:
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+    return times
+
+
+def benchmark_threads(repeats):
+    """A step of tiny, quiet and beside a busy program, in processes that take turns."""
+    spawn = multiprocessing.get_context("spawn")  # OpenMP reads its settings when it is loaded
+    is_on = spawn.Event()
+    spawn.Process(target=busy_program, args=(is_on,), daemon=True).start()
+    more = max(2, torch.get_num_threads())
+    workers = {}
+    for name, count, policy in (("1", 1, {}), (f"{more}", more, {}),
+                                (f"{more}, passive", more, {"OMP_WAIT_POLICY": "PASSIVE"})):
+        os.environ.update(policy)
+        workers[name] = spawn.Pool(1), count
+        workers[name][0].apply(unet_steps, (1, 1))  # waits until it has started
+
+    times = {name: {"quiet": [], "busy": []} for name in workers}
+    for state in ["quiet", "busy"] * min(repeats, 3):
+        is_on.set() if state == "busy" else is_on.clear()
+        for name, (pool, count) in workers.items():
+            times[name][state] += pool.apply(unet_steps, (count,))
+    print("\n| threads | quiet | beside one busy program |\n| --- | --- | --- |")
+    for name, states in times.items():
+        cells = [f"{statistics.median(x):.2f} s ({min(x):.2f} to {max(x):.2f})"
+                 for x in states.values()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 # ---------------------------------------------------------------- statistics

@@ -1,9 +1,9 @@
-"""Make walkthrough.ipynb from docs/walkthrough.md: run its blocks in order and keep what they show.
+"""Make walkthrough.ipynb from docs/walkthrough.md: run its blocks in order and store the outputs.
 
     python tools/make_notebook.py
 
-Text becomes text cells and each ```python block a code cell, with a cell for its picture; printed
-lines and pictures are stored as outputs. The pictures also go to assets/, for the page.
+Text becomes text cells, and each ```python block a code cell, followed by a cell for its picture.
+Pictures also go to assets/, for the page.
 """
 import base64
 import contextlib
@@ -34,8 +34,8 @@ def cell(kind, text, *outputs):
 
 
 def picture_cell(name):
-    """Shows a picture that the cell before has written; it moves to assets/, grey if it has no
-    colours but the decoder's faint tint, which takes a third of the bytes."""
+    """A cell that shows the picture written by the cell before. The picture moves to assets/, in
+    grey if its colours are faint, which takes a third of the bytes."""
     picture = Image.open(name)
     if np.ptp(np.asarray(picture.convert("RGB")), axis=2).mean() < 10:
         picture = picture.convert("L")
@@ -51,7 +51,7 @@ def main():
     cells = [cell("code", START)]
     session = {}
     for i, part in enumerate(re.split(r"^```python\n(.*?)^```\n", page, flags=re.M | re.S)):
-        if i % 2 == 0:  # text and code alternate; pictures are outputs here
+        if i % 2 == 0:  # text and code alternate
             text = re.sub(r"^!\[.*\n", "", part, flags=re.M).replace("](../", "](")
             cells.append(cell("markdown", text.strip()))
             continue

@@ -1,11 +1,11 @@
-"""Makes diffusers_vae.npz and diffusers_unet.npz: outputs of diffusers' nets on equal weights.
+"""Makes diffusers_vae.npz and diffusers_unet.npz: outputs of diffusers' networks.
 
 Made with diffusers 0.42.1, torch 2.15.0, numpy 2.4.6, Python 3.11, CPU, float32:
 
     python tests/reference/make_diffusers.py
 
-No weights are stored: `fill_parameters` gives the same ones to any net whose parameters have the
-same names and shapes. The official architecture is stored as a hash (see `layout`).
+No weights are stored: `fill_parameters` gives equal weights to any two networks whose parameters
+have the same names and shapes. The official architecture is stored as a hash (see `layout`).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ UNET_CASES = {"ours": (32, (1, 2, 2), 1, (False, True, True), 24, 4, (8, 12)),
 
 
 def fill_parameters(net, seed):
-    """Overwrites all parameters, in the order of their names, so that activations stay near 1."""
+    """Overwrite all parameters, in the order of their names; activations stay near 1."""
     random = np.random.RandomState(seed)
     for name, p in sorted(net.named_parameters()):
         noise = torch.from_numpy(random.standard_normal(tuple(p.shape))).float()
@@ -41,9 +41,9 @@ def inputs(seed, *shapes):
 
 
 def layout(net):
-    """sha256 over all parameter names and shapes, and all norms' groups and eps, sorted lines.
+    """sha256 of the sorted lines of names and shapes, and of each norm's groups and eps.
 
-    eps is in it because outputs of order 1 do not tell 1e-5 from 1e-6.
+    eps is included because outputs of order 1 do not distinguish 1e-5 from 1e-6.
     """
     lines = [f"{name} {tuple(p.shape)}" for name, p in net.state_dict().items()]
     lines += [f"{name} {getattr(m, 'num_groups', 0)} {m.eps}" for name, m in net.named_modules()

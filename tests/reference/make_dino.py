@@ -1,16 +1,16 @@
 """Makes dino.npz: outputs of the official DINO and DINOv2 networks on random weights and images.
 
-    python tests/reference/make_dino.py DINO_CLONE DINOV2_CLONE [--full]
+    python tests/reference/make_dino.py DINO_CLONE DINOV2_CLONE
 
 Made with facebookresearch/dino 7c446df, facebookresearch/dinov2 b8931f7 (both Apache-2.0), torch
-2.15.0, numpy 2.4. Weights and images come from numpy's RandomState, so the file holds results only:
+2.15.0, numpy 2.4. Weights and images come from numpy's RandomState, so only results are stored:
 CASE/HxW/global (2, G, D), /last (2, blocks, D), /patches (2, N, D), /attention (v1), and keys/NAME,
-a sha256 of the sorted "name shape" lines of the official state dict. --full prints the largest
-difference from ours at the full sizes instead (minutes).
+a sha256 of the sorted "name shape" lines of the official state dict.
 """
 
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ NAMES = ("dino_vits16", "dino_vitb8", "dinov2_vits14", "dinov2_vitl14_reg")
 
 
 def fill(module, seed=0):
-    """Random weights in the order of the sorted names: standard deviation 0.2, gains around 1."""
+    """Random weights in the order of the sorted names: deviation 0.2, gains around 1."""
     random = np.random.RandomState(seed)
     state = module.state_dict()
     for name in sorted(state):
@@ -50,25 +50,20 @@ def fingerprint(state):
 
 
 def official_input(x):
-    """What the official evaluation feeds: [0, 1], then ImageNet mean and standard deviation."""
+    """As in the official evaluation: [0, 1], then normalised with ImageNet's statistics."""
     mean, std = (torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((x + 1) / 2 - mean) / std
 
 
 @torch.no_grad()
-def main(dino, dinov2, full):
-    sys.path[:0] = [dino, dinov2, str(Path(__file__).parents[2])]
+def main(dino, dinov2):
+    sys.path[:0] = [dino, dinov2]
     import vision_transformer as v1
     from dinov2.hub import backbones
     from dinov2.layers import MemEffAttention, NestedTensorBlock
     from dinov2.models.vision_transformer import DinoVisionTransformer
-    from functools import partial
 
-    def build(name):
-        if name.startswith("dinov2"):
-            return getattr(backbones, name)(pretrained=False)
-        return {"s": v1.vit_small, "b": v1.vit_base}[name[8]](patch_size=int(name[9:]))
-
+    # Outputs of miniatures.
     results = {}
     norm = partial(torch.nn.LayerNorm, eps=1e-6)
     for case, (patch, native, registers, is_v2, sides) in CASES.items():
@@ -97,23 +92,16 @@ def main(dino, dinov2, full):
                 results[key + "/attention"] = attention.numpy()
             results[key + "/global"], results[key + "/patches"] = tokens.numpy(), patches.numpy()
             results[key + "/last"] = torch.stack(last, dim=1).numpy()
-    for name in () if full else NAMES:
-        results["keys/" + name] = np.array(fingerprint(build(name).state_dict()))
-    if full:
-        from dino import VISION_TRANSFORMERS, VisionTransformer
-        for name in ("dino_vits16", "dino_vits8", "dinov2_vits14", "dinov2_vits14_reg"):
-            theirs = fill(build(name))
-            ours = fill(VisionTransformer(VISION_TRANSFORMERS[name]))
-            patch = ours.config.patch_size
-            for side in [(224, 224), (12 * patch, 12 * patch), (10 * patch, 18 * patch)] + (
-                    [(518, 518)] if patch == 14 else [(480, 480)]):
-                x = picture(side)[:1]
-                cls = theirs(official_input(x))
-                print(name, side, f"largest difference {(ours(x)[:, 0] - cls).abs().max():.1e}",
-                      f"(values up to {cls.abs().max():.1f})", flush=True)
-        return
+
+    # Names and shapes of the published networks.
+    for name in NAMES:
+        if name.startswith("dinov2"):
+            vit = getattr(backbones, name)(pretrained=False)
+        else:
+            vit = {"s": v1.vit_small, "b": v1.vit_base}[name[8]](patch_size=int(name[9:]))
+        results["keys/" + name] = np.array(fingerprint(vit.state_dict()))
     np.savez_compressed(Path(__file__).with_name("dino.npz"), **results)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], full="--full" in sys.argv)
+    main(*sys.argv[1:])

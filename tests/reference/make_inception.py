@@ -1,4 +1,4 @@
-"""Makes inception.npz: what pytorch-fid's Inception says of two pictures, with seeded weights.
+"""Makes inception.npz: features of two pictures by pytorch-fid's Inception, with seeded weights.
 
     pip install --no-deps pytorch-fid==0.3.0 && PYTHONPATH=.:tests python \
         tests/reference/make_inception.py

@@ -1,4 +1,4 @@
-"""Makes metrics.npz: inputs and what scikit-learn 1.9.1, prdc 0.2 and SciPy 1.17.1 say of them.
+"""Makes metrics.npz: inputs, and their metrics by scikit-learn 1.9.1, prdc 0.2, SciPy 1.17.1.
 
     pip install scikit-learn==1.9.1 prdc==0.2 scipy==1.17.1 && python make_metrics.py
 

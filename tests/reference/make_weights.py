@@ -1,12 +1,11 @@
 """Makes weights.npz: outputs of diffusers' and transformers' networks in their own layouts.
 
-Made with diffusers 0.42.1, transformers 5.24.0, torch 2.14.1, Python 3.11, CPU,
-float32:
+Made with diffusers 0.42.1, transformers 5.24.0, torch 2.14.1, Python 3.11, CPU, float32:
 
     python tests/reference/make_weights.py
 
-No weights are stored, only the names and shapes that stand in each library's file and its
-config.json: `fill_state` gives the same values to the test, which writes such a file itself.
+No weights are stored, only the names and shapes in each library's file, and its config.json. The
+test writes such a file itself; `fill_state` gives it the same values.
 """
 import json
 import tempfile
@@ -35,7 +34,7 @@ TRANSFORMERS = {
 
 
 def fill_state(shapes, seed=1):
-    """Values for a dict of shapes, in the order of the names, so that activations stay near 1."""
+    """Values for a dict of shapes, in the order of the names; activations stay near 1."""
     random = np.random.RandomState(seed)
     state = {}
     for name, shape in sorted(shapes.items()):
@@ -57,7 +56,7 @@ def inputs(*shapes):
 
 
 def filled(network):
-    """The network with values of fill_state under the names of its file, these, and its config."""
+    """The network with the values of fill_state; the shapes in its file, and its config."""
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +70,7 @@ def filled(network):
 
 
 def normalise(x):
-    """As ImageNet's pixels."""
+    """Pixels in [-1, 1], normalised with ImageNet's statistics."""
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     return ((x + 1) / 2 - mean) / std
 

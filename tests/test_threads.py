@@ -1,0 +1,139 @@
+"""Tests of support/threads.py: the rule, what is measured when, and that a run keeps its number."""
+import json
+import time
+
+import pytest
+import torch
+
+import train
+from conftest import TINY
+from dinodiff import DinoDiffusion, DinoDiffusionConfig
+from support import threads
+from support.command import UserError
+from support.threads import choose_threads, measure_threads, rehearse, set_threads
+from unet import UNetConfig
+from vae import VAEConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def default_of_two(monkeypatch):
+    """Two threads, as on a machine of two cores whose user has set nothing."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def never():
+    raise AssertionError("measured")
+
+
+def step_of(seconds):
+    """A step that takes seconds[threads]."""
+    return lambda: time.sleep(seconds[torch.get_num_threads()])
+
+
+@pytest.mark.parametrize("timings, threads", (
+    ({1: 1.0, 2: 0.5}, 2),          # twice as fast
+    ({1: 1.25, 2: 1.0}, 2),         # just enough
+    ({1: 1.2, 2: 1.0}, 1),          # too little
+    ({1: 0.4, 2: 5.0}, 1),          # beside a busy program
+    ({1: 1.0, 2: 0.6, 8: 0.3}, 8),
+    ({1: 1.0, 2: 0.3, 8: 0.6}, 2),
+))
+def test_more_threads_must_gain_a_quarter(timings, threads):
+    assert choose_threads(timings) == threads
+
+
+def test_timings_are_those_of_the_number_of_threads():
+    """The shortest call counts; a slow step is made only once."""
+    calls = []
+
+    def step():
+        calls.append(torch.get_num_threads())
+        if calls.count(1) != 3:
+            time.sleep(0.02)
+
+    timings = measure_threads(step, (1, 2))
+    assert calls == [1] * 4 + [2] * 4
+    assert timings[1] < 0.01 and 0.02 <= timings[2] < 1
+
+
+def test_a_slow_step_is_made_once(monkeypatch):
+    monkeypatch.setattr(threads, "PATIENCE", 0.005)
+    calls = []
+    measure_threads(lambda: calls.append(time.sleep(0.01)), (1, 2))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("seconds, chosen, words", (
+    ({1: 0.01, 2: 0.1}, 1, "1 thread: 2 threads are 0."),
+    ({1: 0.1, 2: 0.01}, 2, "as fast as 1"),
+))
+def test_the_choice_is_set_and_said(seconds, chosen, words, capsys):
+    assert set_threads(0, CPU, 1000, step_of(seconds)) == chosen == torch.get_num_threads()
+    assert words in capsys.readouterr().out
+
+
+def test_nothing_is_measured_without_need(monkeypatch, capsys):
+    """A number is given, the run is short, there are ranks, or OMP_NUM_THREADS is set; on a GPU
+    the number stays as it is."""
+    assert set_threads(3, CPU, 1000, never) == torch.get_num_threads() == 3
+    assert set_threads(0, CPU, 99, never) == 3
+    assert set_threads(0, torch.device("cuda"), 1000, never) == 0
+    assert torch.get_num_threads() == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "ranks", lambda: 2)
+        assert set_threads(0, CPU, 1000, never) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert set_threads(0, CPU, 1000, never) == 3
+    torch.set_num_threads(1)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert set_threads(0, CPU, 1000, never) == 1  # one core
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("condition", ("dino", "labels"))
+def test_a_rehearsal_leaves_no_trace(condition):
+    """Neither in the random state, nor in weights, gradients or buffers; every weight of the U-Net
+    has its part in it."""
+    labels = ("clear", "sick") if condition == "labels" else ()
+    model = DinoDiffusion(DinoDiffusionConfig(
+        image_size=32, vae=VAEConfig(3, 4, 8, (1, 2, 4), 1), condition=condition,
+        unet=UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2), labels=labels,
+        template="a <label> chest" if labels else ""))
+    gradients = set()
+    for name, p in model.unet.named_parameters():
+        p.register_hook(lambda gradient, name=name: gradients.add(name))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    measure_threads(lambda: rehearse(model, 2, torch.bfloat16), (1,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert gradients == {name for name, _ in model.unet.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_a_resumed_run_takes_the_same_number(tmp_path, monkeypatch):
+    """Measured once, on the model itself; then read from config.json; another number is refused."""
+    monkeypatch.setattr(threads, "MIN_STEPS", 1)
+    counts = []
+
+    def timings(step, tried):
+        step()
+        counts.append(tried)
+        return {1: 0.1, 2: 1.0}
+
+    monkeypatch.setattr(threads, "measure_threads", timings)
+    flags = [*TINY, "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["threads"] == 1
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert train.main([*flags, "--resume"]) == 0
+    assert torch.get_num_threads() == 1 and counts == [(1, 2)]
+    with pytest.raises(UserError, match="--threads 2 differs from the run's 1"):
+        train.main([*flags, "--resume", "--threads", "2"])

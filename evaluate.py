@@ -33,7 +33,7 @@ from torchvision.models import inception
 from support.command import (Help, UserError, number, pick_device, print_table, run_script,
                              user_errors)
 from support.datasets import open_dataset
-from support.splits import split_holdout
+from support.training_set import split_holdout
 
 
 # ---------------------------------------------------------------- distances between feature sets

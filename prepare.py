@@ -2,9 +2,9 @@
 
     nih       ChestX-ray14: Data_Entry_2017*.csv, images_*/images/; test: test_list.txt
     chexpert  CheXpert(-small): train.csv, valid.csv; test: valid (or test.csv)
-    mimic     MIMIC-CXR-JPG: *-metadata, *-chexpert and *-split.csv(.gz)
-    rsna      RSNA pneumonia: stage_2_train_labels.csv, a row a box; an image is its own patient
-    vindr     VinDr-CXR: annotations/image_labels_train.csv, _test.csv, a row a reader
+    mimic     MIMIC-CXR-JPG: *-chexpert.csv(.gz) and *-split.csv(.gz)
+    rsna      RSNA pneumonia: stage_2_train_labels.csv, one row per box; one image per patient
+    vindr     VinDr-CXR: annotations/image_labels_train.csv, _test.csv, one row per reader
     padchest  PadChest: PADCHEST_*.csv(.gz), Labels as lists
     kermany   chest_xray: train/, val/, test/ with NORMAL, PNEUMONIA; patients by file name
     pcam      Kaggle's train_labels.csv, or PatchCamelyon's *_x.h5, *_y.h5 (unpacked to images/)
@@ -18,18 +18,20 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from PIL import Image
+
 from support.command import UserError, run_script
 from support.datasets import match_names
 from support.files import read_csv, write_csv
-from support.images import image_root, list_images
+from support.images import image_root, scan_folder
 from support.pictures import save_png
 
 
-def tables(folder, pattern, needed=True):
-    """The rows of all tables of that name below the folder; UserError if a needed one lacks."""
+def tables(folder, pattern):
+    """The rows of all tables of that name below the folder; UserError if there is none."""
     paths = [path for path in sorted(folder.rglob(pattern))
              if path.name.endswith((".csv", ".csv.gz"))]
-    if needed and not paths:
+    if not paths:
         raise UserError(f"{folder} has no {pattern}", "the set as its owners ship it is needed",
                         "unpack its tables there, or name another SET")
     return [row for path in paths for row in read_csv(path)]
@@ -42,11 +44,11 @@ def findings(row, first):
 
 
 def one_hot(values):
-    """The values that an image has -> {value: "1"}; main fills the others with 0."""
+    """The values that an image has -> {value: "1"}; merge fills the others with 0."""
     return {value.strip(): "1" for value in values if value.strip()}
 
 
-# Each yields (name of the image, patient, split, {finding: answer}).
+# Each yields (name of the image, patient, split, {finding: answer}); answers: 1, 0, -1 or empty.
 
 def nih(folder):
     test = {name for path in folder.rglob("test_list.txt") for name in path.read_text().split()}
@@ -58,8 +60,8 @@ def nih(folder):
 
 def chexpert(folder):
     has_test = any(folder.rglob("test.csv"))
-    for part in ("train", "valid", "test"):
-        for row in tables(folder, f"{part}.csv", needed=part == "train"):
+    for part in ("train", "valid", *(["test"] if has_test else [])):
+        for row in tables(folder, f"{part}.csv"):
             _, _, path = row["Path"].partition("/")  # behind CheXpert-v1.0-small/
             patient = re.search(r"patient\d+", path)[0]
             split = "test" if part == "test" or (part == "valid" and not has_test) else "train"
@@ -67,12 +69,13 @@ def chexpert(folder):
 
 
 def mimic(folder):
-    splits = {row["dicom_id"]: row["split"] for row in tables(folder, "*-split.csv*", False)}
-    answers = {row["study_id"]: row for row in tables(folder, "*-chexpert.csv*", False)}
-    for row in tables(folder, "*-metadata.csv*"):
-        study = answers.get(row["study_id"])  # subject_id, study_id, then the findings
-        found = findings(study, [*study][2]) if study else None
-        yield row["dicom_id"], row["subject_id"], splits.get(row["dicom_id"], ""), found
+    studies = tables(folder, "*-chexpert.csv*")
+    names = [*studies[0]][2:]  # behind subject_id and study_id
+    answers = {row["study_id"]: findings(row, names[0]) for row in studies}
+    unknown = dict.fromkeys(names, "")  # some studies have no answers
+    for row in tables(folder, "*-split.csv*"):
+        found = answers.get(row["study_id"], unknown)
+        yield row["dicom_id"], row["subject_id"], row["split"], found
 
 
 def rsna(folder):
@@ -95,7 +98,7 @@ def padchest(folder):
 
 
 def kermany(folder):
-    for path in list_images(folder):
+    for path in scan_folder(folder)[0]:
         *_, part, label, name = path.parts
         if part not in ("train", "val", "test") or label not in ("NORMAL", "PNEUMONIA"):
             raise ValueError(path)
@@ -111,21 +114,17 @@ def pcam(folder):
             yield f"train/{row['id']}.tif", "", "", {"tumour": row["label"]}
         return
     import h5py
-    import torch
     for x_path in sorted(folder.glob("*_x.h5")):
         part = re.search("train|valid|test", x_path.name)[0]
         with h5py.File(x_path) as x, h5py.File(str(x_path).replace("_x.h5", "_y.h5")) as y:
             for i, (pixels, label) in enumerate(zip(x["x"], y["y"][:].reshape(-1).tolist())):
                 name = f"{part}_{i:06d}.png"
-                image = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
-                save_png(folder / "images" / name, image)
+                save_png(folder / "images" / name, Image.fromarray(pixels), sync=False)
                 yield name, "", "test" if part == "test" else "train", {"tumour": str(label)}
 
 
-MAKERS = (nih, chexpert, mimic, rsna, vindr, padchest, kermany, pcam)
-SETS = {make.__name__: make for make in MAKERS}
-
-
+SETS = {make.__name__: make
+        for make in (nih, chexpert, mimic, rsna, vindr, padchest, kermany, pcam)}
 UNCERTAIN = {"ignore": "", "zeros": "0", "ones": "1"}
 
 
@@ -135,39 +134,35 @@ def merge(rows, uncertain):
     images = {}
     answers = defaultdict(set)
     for name, patient, split, found in rows:
-        images[name] = [patient, split, found is not None]
-        for finding, answer in (found or {}).items():
+        images[name] = [name, patient, split]
+        for finding, answer in found.items():
             answers[name, finding].add(answer)
     names = sorted({finding for _, finding in answers})
 
-    def cell(name, finding, is_known):
-        given = answers[name, finding]
-        if "1" in given or not is_known:
-            return "1" if is_known else ""
-        return uncertain if "-1" in given else "0"
-
-    return [["file", "patient", "split", *names],
-            *([name, patient, split, *(cell(name, finding, is_known) for finding in names)]
-              for name, (patient, split, is_known) in images.items())]
+    table = [["file", "patient", "split", *names]]
+    for name, row in images.items():
+        for finding in names:
+            given = answers[name, finding]
+            cell = "" if given == {""} else "0"
+            row.append("1" if "1" in given else uncertain if "-1" in given else cell)
+        table.append(row)
+    return table
 
 
 def prepare(name, folder, uncertain="ignore"):
     """Write folder/labels.csv for the images that are there; returns (rows written, left out)."""
     try:
         table = merge(SETS[name](folder), UNCERTAIN[uncertain])
-    except (KeyError, TypeError, ValueError, ImportError) as error:
+    except (LookupError, TypeError, ValueError, ImportError) as error:
         raise UserError(f"{folder} is not {name} as its owners ship it ({error!r})",
                         "its own tables are needed", "compare the list in prepare.py") from error
     root = image_root(folder)
-    files = [path.relative_to(root).as_posix() for path in list_images(folder)]
+    files = [path.relative_to(root).as_posix() for path in scan_folder(folder)[0]]
     indices = match_names([row[0] for row in table[1:]], files, root.resolve().as_posix())
     rows = [[files[i], *row[1:]] for i, row in zip(indices, table[1:]) if i is not None]
     if not rows:
         raise UserError(f"the tables in {folder} name none of its {len(files):,} images",
                         f"the images of {name} are needed", "unpack them below that folder")
-    if not any(row[1] for row in rows):  # no patients: leave the column out, so that runs say so
-        table[0].remove("patient")
-        rows = [[row[0], *row[2:]] for row in rows]
     write_csv(folder / "labels.csv", [table[0], *rows])
     return len(rows), len(table) - 1 - len(rows)
 

@@ -38,7 +38,8 @@ from dino import (DINO, TOKEN_KINDS, VISION_TRANSFORMERS, VisionTransformer, con
                   load_dino)
 from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import balance, kmeans, labels_for_prompts, plan_prompts, prompt_numbers
-from support.cache import Latents, Pictures, build_cache, decode_once, fingerprint, loader
+from support.cache import (Latents, Pictures, build_cache, decode_once, fingerprint, loader,
+                           read_vectors)
 from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
                              user_errors)
 from support.fast import compile_blocks
@@ -53,7 +54,6 @@ from support.seeds import batch_rows, step_seed
 from support.threads import rehearse, set_threads
 from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
                                   write_prompts)
-from support.vectors import read_vectors
 from unet import UNet, UNetConfig
 from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,
                  start_from_patches, vae_loss)

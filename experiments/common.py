@@ -15,7 +15,7 @@ from support.command import UserError, number, pick_device, user_errors
 from support.datasets import ImageSet, label_matrix, open_dataset
 from support.files import load_checkpoint, read_csv, resolve_checkpoint
 from support.phantoms import CHEST_LABELS
-from support.splits import read_split
+from support.training_set import read_split
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from support.command import StatusLine, UserError, number
 from support.datasets import open_dataset
 from support.files import make_folder, resolve_checkpoint, write_text_atomic
 from support.pictures import COLOURS, to_picture
-from support.splits import read_split
+from support.training_set import read_split
 
 SHAPES = ("M-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0", "M-7-7H7V7H-7z", "M0-10L9 7H-9z",
           "M0-11L8 0 0 11-8 0z", "M-3-9H3V-3H9V3H3V9H-3V3H-9V-3H-3z")  # one for each of COLOURS

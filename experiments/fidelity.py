@@ -23,7 +23,7 @@ from experiments.statistics import subsample_interval
 from support.command import UserError, number, pick_device, print_table, user_errors
 from support.datasets import open_dataset
 from support.files import resolve_checkpoint, write_json
-from support.splits import split_holdout
+from support.training_set import split_holdout
 
 
 JUDGES = ("random", "inception", "dino", "radiomics")

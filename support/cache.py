@@ -1,9 +1,13 @@
-"""What is computed once for every training image, in memory-mapped files, and how it is read.
+"""What is computed once for every image: memory-mapped files of a run, and vectors in a file.
 
     build_cache(folder, arrays, dataset, encode, made_by, run)
     for mean, std, tokens in loader(Latents(folder), [[0, 1], [2, 3]]): ...
 
-A dataset has __len__ and __getitems__(rows) -> a tuple of tensors with one row each.
+    np.savez("vectors.npz", files=names, tokens=vectors)    # (N,) of str, (N, G, D) or (N, D)
+    table = read_vectors("vectors.npz")                     # {name of an image: (G, D) float32}
+
+A dataset has __len__ and __getitems__(rows) -> a tuple of tensors with one row each. In a file of
+vectors, `files` are names as in the data set, e.g. "patient1/a.png" below the folder.
 """
 import hashlib
 import math
@@ -19,11 +23,6 @@ from support.command import StatusLine, UserError, user_errors
 from support.files import make_folder, write_text_atomic
 from support.ranks import all_ranks, rank, ranks, rows_of_rank
 from support.run import Stopped
-
-
-def are_files(images):
-    """Whether the pixels of an ImageSet are in files that must be decoded."""
-    return isinstance(images.sources, list)
 
 
 class Pictures(Dataset):
@@ -80,7 +79,7 @@ class Latents(Arrays):
 
 
 def fingerprint(tensors):
-    """A short hash of weights or indices: it tells whether a cache was made by the same ones."""
+    """A short hash of weights or indices, to tell whether a cache is still valid."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -98,7 +97,7 @@ def loader(dataset, plan, device=torch.device("cpu"), workers=None):
     workers: processes that read ahead; by default up to eight to decode files for a GPU.
     """
     if workers is None:
-        decodes = isinstance(dataset, Pictures) and are_files(dataset.images)
+        decodes = isinstance(dataset, Pictures) and isinstance(dataset.images.sources, list)
         workers = min(8, os.cpu_count()) if decodes and device.type == "cuda" else 0
     return DataLoader(dataset, batch_sampler=plan, num_workers=workers, collate_fn=tuple,
                       pin_memory=device.type == "cuda", worker_init_fn=_ignore_ctrl_c)
@@ -109,7 +108,7 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
     """Write encode(batch of the dataset, its rows) -> {name: (B, ...)} for every row.
 
     arrays: name -> (shape of a row, NumPy dtype), one file NAME.npy each.
-    made_by: tells the weights and images; a complete cache with the same text is kept.
+    made_by: identifies the weights and images; a complete cache with the same text is kept.
     Ranks take batches in turn and write into the same files of a shared folder.
     Raises Stopped after a signal: an incomplete cache is built again.
     """
@@ -154,7 +153,7 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
 def decode_once(pictures, run):
     """The same pictures without decoding: those of files are kept in the run's cache/pictures/."""
     images = pictures.images
-    if not are_files(images):
+    if not isinstance(images.sources, list):  # phantoms and .npz need no decoding
         return pictures
     folder = run.folder / "cache" / "pictures"
     arrays = {"pictures": ((3, images.size, images.size), np.float16)}
@@ -162,3 +161,24 @@ def decode_once(pictures, run):
     build_cache(folder, arrays, pictures, lambda x, rows: {"pictures": x.half()},
                 made_by, run)
     return Arrays(folder, ["pictures"])
+
+
+def read_vectors(path):
+    """{name: (G, D) float32} in the file's order; UserError for a file of another layout."""
+    need = "a .npz with files (N names) and tokens (N, G, D), finite numbers, is needed"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = [str(name) for name in archive["files"]]
+            tokens = torch.from_numpy(np.float32(archive["tokens"]))
+    except Exception as error:  # a malformed file can raise anything
+        raise UserError(f"{path} cannot be read ({str(error)[:120]})", need,
+                        "write it with numpy.savez(path, files=names, tokens=vectors)") from error
+
+    if tokens.ndim == 2:
+        tokens = tokens[:, None]  # (N, D) -> (N, 1, D)
+    if tokens.ndim != 3 or len(tokens) != len(names) or not tokens.isfinite().all():
+        raise UserError(f"{path} has tokens of shape {tuple(tokens.shape)} for {len(names)} names, "
+                        "or not finite", need, "write one vector for each name")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} names an image twice", need, "keep one row for each image")
+    return dict(zip(names, tokens))

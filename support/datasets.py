@@ -10,9 +10,9 @@ A folder holds images at any depth, or in images/, and beside them, if you like,
     file,patient,split,effusion,finding
     a/001.png,p1,train,1,mass|nodule          # a path below the folder, or a name that is unique
 
-`patient` is never split, `split` (train, val, test) is the official one, all other columns are
-labels. Without a table, folders as in train/NORMAL/x.png give the split and a column `label`.
-masks/x.png is the mask of x.png. prepare.py writes labels.csv for public sets.
+A `patient` stays on one side of a split, `split` (train, val, test) is the official one, all other
+columns are labels. Without a table, folders as in train/NORMAL/x.png give the split and a column
+`label`. masks/x.png is the mask of x.png. prepare.py writes labels.csv for public sets.
 """
 import re
 import tempfile
@@ -27,10 +27,9 @@ import numpy as np
 import torch
 
 from support.command import UserError, one_line, user_errors
-from support.dicom import DICOM_SUFFIXES, read_header
 from support.files import read_csv
-from support.images import (EIGHT_BITS, IMAGE_SUFFIXES, choose_depth, image_root, image_shape,
-                            is_dicom, is_inside, list_images, load_image, scan_folder)
+from support.images import (DICOM_SUFFIXES, EIGHT_BITS, IMAGE_SUFFIXES, choose_depth, image_root,
+                            image_shape, is_dicom, is_inside, load_image, read_header, scan_folder)
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
                               histology_phantoms)
 
@@ -44,17 +43,17 @@ NO_PATIENTS = "patients are unknown: images are split one by one; a patient may 
 class ImageSet:
     """Images by index: `images[i]` is (3, size, size) float32 in [-1, 1]."""
     name: str
-    note: str  # one line: what it is and where it lies
+    note: str  # one line: what it is and where it is
     size: int | None
     files: list  # unique names: paths below the folder
     columns: dict = field(default_factory=dict)  # label -> list of str, one cell per file
     groups: list | None = None    # the patient of each file; None: unknown
-    official: list | None = None  # "train", "test" or "" (not said) per file; None: no such split
+    official: list | None = None  # "train", "test" or "" (unknown) per file; None: no such split
     sources: object = ()  # what load_image takes, one per file; () if all are in the cache
     masks: dict = field(default_factory=dict)  # kind -> per file a path, a mask (1, H, W), or None
     depth: dict = field(default_factory=lambda: dict(EIGHT_BITS))  # of deep grey, see images.py
     problems: list = field(default_factory=list)    # lines for the user
-    unreadable: list = field(default_factory=list)  # (file, why) of images that were left out
+    unreadable: dict = field(default_factory=dict)  # file -> why it is not used
     cache: dict = field(default_factory=dict)  # index -> image
 
     def __len__(self):
@@ -80,27 +79,6 @@ class ImageSet:
         x = load_image(source, self.size).amax(0, keepdim=True) + 1
         return x >= max(x.max().item() / 2, 1e-6)
 
-    def leave_out(self, reasons):
-        """Drop images, {index: why}; UserError if that makes more than a tenth unreadable."""
-        if not reasons:
-            return
-        self.unreadable += [(self.files[i], reasons[i]) for i in reasons]
-        add_names(self.problems, f"left out as unreadable (the first: {self.unreadable[0][1]})",
-                  [file for file, _ in self.unreadable])
-        rows = [i for i in range(len(self)) if i not in reasons]
-        if len(self.unreadable) > 0.1 * (len(rows) + len(self.unreadable)):
-            raise UserError(self.problems[-1], "at least 90 % of the images must be readable",
-                            "replace or remove these files")
-
-        def remaining(cells):
-            return [cells[i] for i in rows] if cells else cells
-
-        for name in ("files", "groups", "official", "sources"):
-            setattr(self, name, remaining(getattr(self, name)))
-        self.columns = {name: remaining(cells) for name, cells in self.columns.items()}
-        self.masks = {kind: remaining(masks) for kind, masks in self.masks.items()}
-        self.cache = {new: self.cache[i] for new, i in enumerate(rows) if i in self.cache}
-
 
 def open_dataset(data, size, *, table=None, file_column="file", group_column="patient",
                  patient_from=None, seed=0, count=2400, depth=None):
@@ -123,32 +101,35 @@ def open_dataset(data, size, *, table=None, file_column="file", group_column="pa
         raise UserError(f"there is no data set {name}", "a folder of images or a MedMNIST .npz is "
                         "needed", "pass --data cxr, histology, phantoms or PATH")
 
+    # The images, then what the table, their paths and the folders of masks say about them.
     root = image_root(path)
-    paths = list_images(path)
+    paths, masks, links = scan_folder(path)
+    if not paths:
+        raise UserError(f"{path} contains no image, {len(links)} links out of it", "files "
+                        f"{' '.join(sorted(IMAGE_SUFFIXES | DICOM_SUFFIXES))} are needed",
+                        "pass another folder")
     files = [image.relative_to(root).as_posix() for image in paths]
     images = ImageSet(path.resolve().name, "", size, files, sources=paths)
-    _, mask_paths, links = scan_folder(path)
-    add_names(images.problems, "links out of the folder, left out", [link.name for link in links])
     check_files(images)
     images.depth = depth or choose_depth(images.sources)
-    note = f"{len(images):,} images from {root}"
-    note += read_table(images, path, root, table, file_column, group_column)
+    table_note = read_table(images, path, root, table, file_column, group_column)
     find_patients(images, group_column, patient_from)
-    find_masks(images, path, root, mask_paths)
-    for kind, masks in images.masks.items():
-        note += f", {sum(map(bool, masks)):,} {kind}"
+    links += find_masks(images, path, root, masks)
+    add_names(images.problems, "links out of the folder, left out", [link.name for link in links])
+
+    notes = [f"{len(images):,} images from {root}", table_note]
     if images.groups:
-        note += f", {len(set(images.groups)):,} patients"
+        notes.append(f"{len(set(images.groups)):,} patients")
     if images.official:
-        note += f", the official test part has {images.official.count('test'):,}"
+        notes.append(f"the official test part has {images.official.count('test'):,}")
     if images.depth != EIGHT_BITS:
-        note += f", deep grey, {images.depth['white']:g} is white"
-    images.note = one_line(note)
+        notes.append(f"deep grey, {images.depth['white']:g} is white")
+    images.note = one_line(", ".join(notes))
     return images
 
 
 def open_phantoms(name, size, seed, count):
-    """Generated chests, a column "0" or "1" per label, or histology patches with two columns."""
+    """`count` chests with a column of "0" and "1" per label, or histology patches."""
     with user_errors():
         if name == "histology":
             images, masks, labels, kinds = histology_phantoms(count, size, seed)
@@ -158,39 +139,37 @@ def open_phantoms(name, size, seed, count):
             images, masks, labels = chest_phantoms(count, size, seed)
             columns = {label: [str(cell) for cell in column]
                        for label, column in zip(CHEST_LABELS, labels.T.tolist())}
-    note = f"{count:,} generated phantoms, not real images ({size} px, seed {seed})"
-    if name != "phantoms":
-        note = f"no folder data/{name}/, so {note}"
+    missing = "" if name == "phantoms" else f"no folder data/{name}/, so "
+    note = f"{missing}{count:,} generated phantoms, not real images ({size} px, seed {seed})"
     files = [f"phantom_{i:06d}" for i in range(count)]
     return ImageSet(name, note, size, files, columns, groups=list(files), masks={"masks": masks},
                     cache=dict(enumerate(images.expand(-1, 3, -1, -1))))
 
 
 def open_npz(path, size):
-    """A MedMNIST file, unpacked into a temporary folder and mapped from there, not held in memory.
-    """
+    """A MedMNIST file, unpacked into a temporary folder and memory-mapped from there."""
     sources = []
     labels = []
     files = []
     try:
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-            for split in ("train", "val", "test"):
-                if f"{split}_images.npy" not in archive.namelist():
+            for side in ("train", "val", "test"):
+                if f"{side}_images.npy" not in archive.namelist():
                     continue
-                pixels, cells = (np.load(archive.extract(f"{split}_{kind}.npy", folder), "r",
+                pixels, cells = (np.load(archive.extract(f"{side}_{kind}.npy", folder), "r",
                                          allow_pickle=False) for kind in ("images", "labels"))
                 is_flat = pixels.ndim == 3 or pixels.shape[3:] == (3,)
                 if pixels.dtype != np.uint8 or not is_flat or len(pixels) != len(cells):
                     raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape}")
                 sources += [*pixels]
                 labels += np.array(cells).reshape(len(cells), -1).tolist()
-                files += [f"{split}_{i:06d}" for i in range(len(cells))]
+                files += [f"{side}_{i:06d}" for i in range(len(cells))]
         if not files:
             raise ValueError("it has no train_images")
     except Exception as error:  # a damaged file makes NumPy raise anything
         raise UserError(f"{path} cannot be read ({one_line(error)[:120]})", "MedMNIST in 2-D is "
                         "needed: train_images (N, H, W[, 3]) of uint8, train_labels (N, L)",
-                        "take a 2-D set, or download it again") from error
+                        "use a 2-D set, or download it again") from error
     columns = {f"label_{j}": [str(cell) for cell in column]
                for j, column in enumerate(zip(*labels))}
     note = f"{len(files):,} images from {path}, labels {', '.join(columns)}"
@@ -208,28 +187,47 @@ def add_names(problems, what, names):
         problems.append(f"{what}: {len(names):,} ({first}{', ...' * (len(names) > 3)})")
 
 
+def leave_out(images, reasons):
+    """Record {file: why} of unreadable images; UserError if that makes them more than a tenth."""
+    if not reasons:
+        return
+    images.unreadable |= reasons
+    add_names(images.problems, f"left out as unreadable (the first: {[*reasons.values()][0]})",
+              list(images.unreadable))
+    if len(images.unreadable) > 0.1 * len(images):
+        raise UserError(images.problems[-1], "at least 90 % of the images must be readable",
+                        "replace or remove these files")
+
+
 def check_files(images):
-    """Read the header of each file: leave out the damaged, name those that the crop cuts much."""
-    def shape_or_reason(path):
+    """Leave out files with a damaged header; name those that lose much to the centre crop."""
+    reasons = {}
+    cropped = []
+
+    def check(file, path):
         try:
-            return image_shape(path)
+            shape = image_shape(path)
         except UserError as error:
-            return one_line(error)
+            reasons[file] = one_line(error)
+            return
+        if min(shape) < 0.75 * max(shape):
+            cropped.append(file)
 
     with ThreadPool(8) as pool:  # disks are slow
-        shapes = dict(enumerate(pool.map(shape_or_reason, images.sources)))
-    reasons = {i: shape for i, shape in shapes.items() if isinstance(shape, str)}
+        pool.starmap(check, zip(images.files, images.sources))
     add_names(images.problems, "images that lose more than a quarter to the centre crop",
-              [images.files[i] for i, shape in shapes.items()
-               if i not in reasons and min(shape) < 0.75 * max(shape)])
-    images.leave_out(reasons)
+              sorted(cropped))
+    leave_out(images, dict(sorted(reasons.items())))
+    images.sources = [path for file, path in zip(images.files, images.sources)
+                      if file not in reasons]
+    images.files = [file for file in images.files if file not in reasons]
 
 
 def match_names(names, files, root=""):
-    """Which file each name means: the indices, None for names of no file or of several.
+    """The index of the file that each name means, None for names of no file or of several.
 
-    A name is a file's path, else the end of exactly one path (below `root`, whose folders count
-    too). So a bare name must be unique, and a name with other folders matches nothing.
+    A name is a file's path, or else the end of exactly one path, in which the folders of `root`
+    count too. So a bare name must be unique, and a name with other folders matches nothing.
     """
     def split_name(name):
         # The folders, and the bare name without an image's suffix.
@@ -238,19 +236,21 @@ def match_names(names, files, root=""):
         is_image = Path(last).suffix.lower() in IMAGE_SUFFIXES | DICOM_SUFFIXES
         return (*folders, Path(last).stem if is_image else last)
 
-    wanted = [split_name(name) for name in names]
     exact = {file: [i] for i, file in enumerate(files)}
     relative = defaultdict(list)
     by_end = defaultdict(list)
-    lengths = {*map(len, wanted)}
     for i, file in enumerate(files):
         relative[split_name(file)].append(i)
         path = split_name(root) + split_name(file)
-        for length in lengths:
-            by_end[path[-length:]].append(i)
-    candidates = [exact.get(name) or relative.get(parts) or by_end.get(parts, [])
-                  for name, parts in zip(names, wanted)]
-    return [same[0] if len(same) == 1 else None for same in candidates]
+        for k in range(len(path)):
+            by_end[path[k:]].append(i)
+
+    indices = []
+    for name in names:
+        parts = split_name(name)
+        same = exact.get(name) or relative.get(parts) or by_end.get(parts, [])
+        indices.append(same[0] if len(same) == 1 else None)
+    return indices
 
 
 def read_table(images, folder, root, table, file_column, group_column):
@@ -267,14 +267,14 @@ def read_table(images, folder, root, table, file_column, group_column):
     names = [row[file_column] for row in rows]
     indices = match_names(names, images.files, root.resolve().as_posix())
     row_of = {i: row for i, row in zip(indices, rows) if i is not None}
-    twice = [images.files[i] for i, n in Counter(indices).items() if n > 1 and i is not None]
-    if twice:
-        raise UserError(f"{path} has two rows for {twice[0]}", "one row per image is needed; a "
-                        "cell may hold several values, as in a|b", "merge them")
     if not row_of:
         raise UserError(f"{path} names none of the images in {root} (its first: "
                         f"{names[0] or 'empty'})", "paths below that folder are needed",
                         "correct them, or pass another --table")
+    twice = [images.files[i] for i, n in Counter(indices).items() if n > 1 and i is not None]
+    if twice:
+        raise UserError(f"{path} has two rows for {twice[0]}", "one row per image is needed; a "
+                        "cell may hold several values, as in a|b", "merge them")
     add_names(images.problems, f"rows of {path} that match no image, or several",
               [name or "(empty)" for i, name in zip(indices, names) if i is None])
     add_names(images.problems, f"images without a row in {path}",
@@ -289,25 +289,26 @@ def read_table(images, folder, root, table, file_column, group_column):
         elif name != file_column:
             images.columns[name] = cells
     labels = ", ".join(list(images.columns)[:8]) or "none"
-    return f", {path.name} ({len(row_of):,} of {len(rows):,} rows matched), labels {labels}"
+    return f"{path.name} ({len(row_of):,} of {len(rows):,} rows matched), labels {labels}"
 
 
 def read_folder_names(images):
-    """Without a table: train/ or test/ as the top folder, and a folder a class (no digits)."""
+    """Without a table: train/ or test/ as the top folder, and a folder per class (no digits)."""
     parts = [file.split("/")[:-1] for file in images.files]
     if all(folders and folders[0] in ("train", "val", "test") for folders in parts):
         images.official = official_sides([folders[0] for folders in parts])
         parts = [folders[1:] for folders in parts]
-    classes = Counter(folders[0] if len(folders) == 1 else "0" for folders in parts)
-    is_label = 2 <= len(classes) <= 20 and not any(re.search(r"\d", name) for name in classes)
-    if not is_label or min(classes.values()) < 2:
-        return ", no table"
-    images.columns["label"] = [folders[0] for folders in parts]
-    return ", no table, label = folder"
+    names = ["/".join(folders) for folders in parts]
+    classes = Counter(names)
+    are_labels = all(re.fullmatch(r"[^/\d]+", name) for name in classes)
+    if not are_labels or not 2 <= len(classes) <= 20 or min(classes.values()) < 2:
+        return "no table"
+    images.columns["label"] = names
+    return "no table, label = folder"
 
 
 def official_sides(words):
-    """Words of a column `split` -> list of "train", "test" or "" (not said); None if all are "".
+    """Words of a column `split` -> list of "train", "test" or "" (unknown); None if all are "".
 
     Validation images count as training images, unless the set has no test part.
     """
@@ -333,43 +334,45 @@ def find_patients(images, group_column, patient_from):
     elif images.groups is None and group_column != "patient":
         raise UserError(f"there is no column {group_column!r}", f"{images.name} has "
                         f"{', '.join(images.columns) or 'no table'}", "pass another --group-column")
-    elif images.groups is None and any(map(is_dicom, images.sources)):
+    elif images.groups is None:
         images.groups = [str(read_header(path).get("PatientID") or "") if is_dicom(path) else ""
                          for path in images.sources]
 
-    if not any(images.groups or ()):
+    if not any(images.groups):
         images.groups = None
         images.problems.append(NO_PATIENTS)
         return
-    add_names(images.problems, "images without a patient, each taken for one of its own",
+    add_names(images.problems, "images without a patient, each treated as a patient of its own",
               [file for file, group in zip(images.files, images.groups) if not group])
     images.groups = [group or file for group, file in zip(images.groups, images.files)]
     count = len(set(images.groups))
     if count < FEW_GROUPS:
         images.problems.append(f"only {count} different patients: is that column the patient? "
                                "A small share cannot be held out")
-    if images.official:
-        pairs = {(group, side == "test") for group, side in zip(images.groups, images.official)}
-        add_names(images.problems, "patients on both sides of the official split, held out whole",
-                  sorted(group for group, n in Counter(g for g, _ in pairs).items() if n > 1))
+    sides = [*zip(images.groups, images.official or ())]
+    tested = {group for group, side in sides if side == "test"}
+    others = {group for group, side in sides if side != "test"}
+    add_names(images.problems, "patients on both sides of the official split, held out whole",
+              sorted(tested & others))
 
 
 def find_masks(images, folder, root, beside):
-    """Set masks from masks/ and masks_*/ in the folder, and from NAME_mask beside NAME."""
+    """Set the masks: files in masks/ and masks_*/, and those `beside` the images.
+
+    Each is called like its image, with or without _mask at the end. Returns links that leave the
+    folder.
+    """
     found = [("masks", path, path.relative_to(root)) for path in beside]
     links = []
     for place in sorted(folder.glob("masks*/")):
         paths, _, outside = scan_folder(place) if is_inside(place, folder) else ([], [], [place])
-        links += [link.name for link in outside]
         found += [(place.name, path, path.relative_to(place)) for path in paths]
-    add_names(images.problems, "links to masks out of the folder, left out", links)
+        links += outside
 
-    stems = [name.with_suffix("").as_posix() for *_, name in found]
-    same = match_names(stems, images.files)
-    bare = match_names([stem.removesuffix("_mask") for stem in stems], images.files)
-    indices = [i if i is not None else j for i, j in zip(same, bare)]
+    stems = [name.with_suffix("").as_posix().removesuffix("_mask") for *_, name in found]
+    indices = match_names(stems, images.files)
     with ThreadPool(8) as pool:
-        fits = pool.starmap(is_mask_of, [(path, images.sources[i] if i is not None else None)
+        fits = pool.starmap(is_mask_of, [(path, None if i is None else images.sources[i])
                                          for (_, path, _), i in zip(found, indices)])
     left_out = []
     for (kind, path, _), i, fit in zip(found, indices, fits):
@@ -380,6 +383,7 @@ def find_masks(images, folder, root, beside):
             left_out.append(path.name)
     add_names(images.problems, "masks left out (unreadable, without an image, of other proportions "
               "than theirs, or not of two values)", left_out)
+    return links
 
 
 def is_mask_of(path, image_path):
@@ -392,7 +396,7 @@ def is_mask_of(path, image_path):
         values, counts = load_image(path, None)[0].unique(return_counts=True)
     except UserError:
         return False
-    # A frequent value in between is that of a label map, a rare one of a JPEG's soft edges.
+    # Frequent values in between belong to a label map, rare ones to a JPEG's soft edges.
     place = (values - values[0]) / (values[-1] - values[0]).clamp_min(1e-6)  # in [0, 1]
     between = (place > 0.1) & (place < 0.9) & (counts > 0.005 * counts.sum())
     is_alike = 0.95 < height * image_width / (width * image_height) < 1.05
@@ -414,13 +418,12 @@ def label_matrix(columns, names):
             raise UserError(f"there is no column {name!r}", f"the table has "
                             f"{', '.join(columns) or 'no columns'}", "pass another --label-column")
         cells = columns[name]
-        given = {*cells} - {""}
-        if given and given <= {*ANSWERS}:
+        if {""} != {*cells} <= {"", *ANSWERS}:
             parts.append((name, None, [ANSWERS.get(cell, np.nan) for cell in cells]))
             continue
-        values = [set(filter(None, cell.split("|"))) for cell in cells]
-        for value in sorted(set().union(*values)):
-            parts.append((name, value, [float(value in row) if row else np.nan for row in values]))
+        rows = [set(filter(None, cell.split("|"))) for cell in cells]
+        for value in sorted(set().union(*rows)):
+            parts.append((name, value, [float(value in row) if row else np.nan for row in rows]))
 
     count = Counter(value for _, value, _ in parts)
     labels = [name if value is None else value if count[value] == 1 else f"{name}: {value}"

@@ -1,15 +1,16 @@
 """The only reader of pixels: image files, and DICOM through pydicom, to tensors in [-1, 1].
 
-    depth = choose_depth(list_images("xrays"))        # {"white": 4095.0}, once per data set
-    x = load_image("xrays/a.png", 64, depth)          # (3, 64, 64) float32 in [-1, 1]
+    paths, masks, links = scan_folder("xrays")
+    depth = choose_depth(paths)                 # {"white": 4095.0}, once per data set
+    x = load_image(paths[0], 64, depth)         # (3, 64, 64) float32 in [-1, 1]
 
-A file of more than 8 bits ("deep grey") does not say what is white: "16 bits" often carry 8, 10, 12
-or 14. So the data set has one white for all its files, the least of these levels that holds the
-values of a sample. A file far above or below it has another depth: its own maximum decides.
+A file of more than 8 bits ("deep grey") does not say which value is white: 16 bits often carry 8,
+10, 12 or 14. So a data set has one white for all files, the lowest of these levels that holds the
+values of a sample. A file far above or below has another depth: its own maximum decides.
 """
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from support.command import UserError, one_line
-from support.dicom import DICOM_SUFFIXES, decode_dicom, read_header
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow runs a program for EPS
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+DICOM_SUFFIXES = {".dcm", ".dicom"}
 EIGHT_BITS = {"white": 255.0}
-LEVELS = [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
+LEVELS = [1, *(2 ** bits - 1 for bits in (8, 10, 12, 14, 16))]
 OVERSHOOT = 1.05   # processed pictures may exceed their white by this factor
 DEPTH_SAMPLE = 32  # files that decide the depth of a data set
 
@@ -51,6 +52,12 @@ def reading(path):
                         "check the path, or replace the file") from error
 
 
+def read_header(path):
+    """The pydicom data set of a DICOM file, without its pixels."""
+    import pydicom
+    return pydicom.dcmread(path, stop_before_pixels=True)
+
+
 def image_shape(path):
     """(height, width) from the header of a file; raises UserError if that is damaged."""
     with reading(path):
@@ -61,35 +68,29 @@ def image_shape(path):
             return image.height, image.width
 
 
-def white_level(high, is_float):
-    """The least white of 8, 10, 12, 14 or 16 bits (for floats also 1) that holds the value."""
-    levels = [1, *LEVELS] if is_float else LEVELS
-    return float(next((level for level in levels if high <= OVERSHOOT * level), high))
+def white_level(high):
+    """The lowest level that holds the value: 1 (of floats), or 8, 10, 12, 14 or 16 bits."""
+    return float(next((level for level in LEVELS if high <= OVERSHOOT * level), high))
 
 
 def choose_depth(paths):
     """The depth {"white": level} of a data set, from the largest value of a sample of its files."""
     maxima = []
-    are_floats = []
     for path in paths[::math.ceil(len(paths) / DEPTH_SAMPLE) or 1]:
-        try:
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                if image.mode[0] in "IF":
-                    maxima.append(np.asarray(image).max())
-                    are_floats.append(image.mode == "F")
-        except Exception:  # DICOM, or damaged, which is reported elsewhere
-            continue
-    return {"white": white_level(max(maxima), all(are_floats))} if maxima else dict(EIGHT_BITS)
+        with suppress(Exception), Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.mode[0] in "IF":  # DICOM files and damaged ones are skipped
+                maxima.append(np.asarray(image).max())
+    return {"white": white_level(max(maxima))} if maxima else dict(EIGHT_BITS)
 
 
-def scale_deep(deep, depth, is_float):
+def scale_deep(deep, depth):
     """Deep grey (H, W) -> [0, 1]."""
     high = deep.max()
     if not 0 <= deep.min() <= high < math.inf:
         raise ValueError("grey values below 0 or not finite")
     white = depth["white"] if depth else 0.0
     if not white / 15 <= high <= 2 * white:  # no file of that data set
-        white = white_level(high, is_float)
+        white = white_level(high)
     return (deep / white).clip(0, 1)
 
 
@@ -101,11 +102,40 @@ def decode_picture(path, depth):
         zero_is_white = image.format == "TIFF" and image.tag_v2.get(262) == 0
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        grey = scale_deep(np.asarray(image, np.float64), depth, image.mode == "F")
+        grey = scale_deep(np.asarray(image, np.float64), depth)
         return 1 - grey if zero_is_white else grey  # Pillow inverts 8 bits, but not deep grey
     if image.has_transparency_data:  # over black
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     return np.asarray(image.convert("L" if image.mode in "1L" else "RGB")) / np.float32(255)
+
+
+def decode_dicom(path):
+    """DICOM file -> (H, W) or (H, W, 3) in [0, 1], where dense is bright.
+
+    The file's lookup tables or window apply, else the percentiles 0.5 and 99.5 are black and white.
+    Raises ValueError for several frames. Source: DICOM PS3.3 C.11.
+    """
+    import pydicom
+    dicom = pydicom.dcmread(path)
+    raw = dicom.pixel_array
+    if dicom.SamplesPerPixel == 3 and raw.ndim == 3:
+        return raw / (2.0 ** dicom.BitsStored - 1)
+    if raw.ndim != 2:
+        raise ValueError(f"it has {len(raw)} frames, not one picture")
+
+    values = pydicom.pixels.apply_modality_lut(raw, dicom)
+    low, high = np.percentile(values[raw != dicom.get("PixelPaddingValue")], (0.5, 99.5))
+    if dicom.get("VOILUTSequence"):
+        values = pydicom.pixels.apply_voi_lut(values, dicom)
+        low, high = 0, 2.0 ** int(dicom.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    elif dicom.get("WindowWidth") is not None:
+        with np.errstate(over="ignore"):
+            values = pydicom.pixels.apply_voi_lut(values, dicom)
+            low, high = pydicom.pixels.apply_voi_lut(np.array([-1e6, 1e6]), dicom)  # its ends
+    grey = ((values - low) / max(high - low, 1e-6)).clip(0, 1)
+    if dicom.PhotometricInterpretation == "MONOCHROME1":  # zero is white
+        grey = 1 - grey
+    return np.where(raw == dicom.get("PixelPaddingValue"), 0, grey)
 
 
 def load_image(source, size, depth=None):
@@ -146,8 +176,10 @@ def image_root(folder):
 
 
 def scan_folder(folder):
-    """(images, masks beside them as NAME_mask, links out of the folder) of a data folder: sorted
-    paths. Hidden files, mask folders and folders of our own runs are left out."""
+    """(images, masks beside them as NAME_mask, links that leave the folder), sorted paths.
+
+    Hidden files, folders of masks and folders of our own runs are skipped.
+    """
     root = image_root(folder)
     images = []
     masks = []
@@ -169,16 +201,6 @@ def scan_folder(folder):
                 is_mask = path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems
                 (masks if is_mask else images).append(path)
     return sorted(images), sorted(masks), sorted(links)
-
-
-def list_images(folder):
-    """Sorted paths of the images of a folder, see scan_folder; UserError if there are none."""
-    images, _, links = scan_folder(folder)
-    if not images:
-        raise UserError(f"{folder} holds no image, {len(links)} links out of it", "files "
-                        f"{' '.join(sorted(IMAGE_SUFFIXES | DICOM_SUFFIXES))} are needed",
-                        "pass another folder")
-    return images
 
 
 def otsu_level(values):

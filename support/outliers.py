@@ -9,7 +9,7 @@ from support.command import StatusLine
 
 
 def find_outliers(images):
-    """The reason why each patch (B, 3, H, W) in [-1, 1] shows no tissue, a str, or "" if it does.
+    """Why each patch (B, 3, H, W) in [-1, 1] shows no tissue: a list of str, "" where it does.
 
     Measured at 64 pixels a side. Blank patches are bright, pale and have few edges; fat is bright
     and pale too, but has edges.
@@ -42,20 +42,21 @@ def drop_outliers(images, condition):
         return []
 
     # Medians, so that a coloured mark on a grey X-ray does not count.
-    sample = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
+    rows = torch.tensor([i for i, file in enumerate(images.files) if file not in images.unreadable])
+    sample = rows[torch.linspace(0, len(rows) - 1, min(64, len(rows))).long()].tolist()
     colour = torch.stack([(images[i].amax(0) - images[i].amin(0)).median() for i in sample])
     if colour.median() <= 0.1:
         return []
 
     outliers = []
-    status = StatusLine(len(images), "outliers")
-    for rows in torch.arange(len(images)).split(64):
-        reasons = find_outliers(images.batch(rows.tolist()))
-        outliers += [(i, reason) for i, reason in zip(rows.tolist(), reasons) if reason]
-        status.update(int(rows[-1]) + 1, images=len(rows))
+    status = StatusLine(len(rows), "outliers")
+    for k, part in enumerate(rows.split(64), 1):
+        reasons = find_outliers(images.batch(part.tolist()))
+        outliers += [(i, reason) for i, reason in zip(part.tolist(), reasons) if reason]
+        status.update(min(64 * k, len(rows)), images=len(part))
     status.close()
-    if 2 * len(outliers) > len(images):
-        print(f"note: {len(outliers)} of {len(images)} images look empty or out of focus, too many "
+    if 2 * len(outliers) > len(rows):
+        print(f"note: {len(outliers)} of {len(rows)} images look empty or out of focus, too many "
               "to be outliers: all are used")
         return []
     return outliers

@@ -1,7 +1,7 @@
 """Generated images with exact ground truth: chest X-rays with lung masks, H&E patches, slides.
 
-They stand in where no medical images are at hand. They are cartoons: what works on them may fail
-on patients.
+They replace medical images where there are none. They are cartoons: what works on them may fail on
+patients.
 
     images, masks, labels = chest_phantoms(16, size=64, seed=0)  # float32 in [-1, 1]
     images, masks, labels, morphology = histology_phantoms(16, size=96, seed=0)
@@ -39,7 +39,7 @@ CHEST_RANGES = dict(
 # ---- drawing tools -----------------------------------------------------------------------------
 
 def _draw(one, n, size, seed):
-    """Stack of what one(seed, number, size) returns for n numbers."""
+    """Stack the results of one(seed, number, size) for n numbers."""
     if n < 1 or size < 16:
         raise ValueError(f"got n={n}, size={size}: need n from 1, size from 16 (below is too "
                          "coarse to draw): pass larger numbers")
@@ -167,7 +167,7 @@ def _chest(seed, number, size):
     air = p.air * (1 - vessels + 0.04 * coarse) - hilum
     image -= _soft(lungs) * airy * air * (0.8 + 0.2 * _soft(chest, 0.2))
 
-    # Trachea and bronchi, spine, back ribs falling and front ribs rising outwards, collar bones.
+    # Trachea and bronchi, spine, back ribs (falling outwards), front ribs (rising), collar bones.
     airway = _soft(0.042 - (side - 0.9 * (y + 0.30).clamp(min=0)).abs(), 0.03)
     image -= 0.09 * airway * _soft(-0.14 - y, 0.06)
     spine = _soft(0.085 - side, 0.03) * (1 - 0.4 * heart)

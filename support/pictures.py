@@ -1,6 +1,5 @@
 """PNGs, grids of images, line charts."""
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +17,11 @@ def to_picture(image):
     return Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy())  # (C, H, W) -> (H, W[, 3])
 
 
-def save_png(path, image):
-    """Write (3, H, W) or (1, H, W) in [-1, 1], or a Pillow image, as a PNG."""
+def save_png(path, image, sync=True):
+    """Write (3, H, W) or (1, H, W) in [-1, 1], or a Pillow image, as a PNG; sync: to the disk."""
     picture = image if isinstance(image, Image.Image) else to_picture(image)
-    with atomic_file(path) as file:
+    with atomic_file(path, sync) as file:
         picture.save(file, format="PNG")
-
-
-def save_pngs(paths, images):
-    """Write images (N, 3 or 1, H, W) in [-1, 1] to N paths with a few threads."""
-    def save(path, image):
-        with atomic_file(path, sync=False) as file:
-            to_picture(image).save(file, format="PNG", compress_level=1)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(save, paths, images))  # waits, and raises errors
 
 
 def draw_grid(rows, captions=None):

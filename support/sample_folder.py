@@ -1,8 +1,8 @@
 """What sample.py reads and asks for, and what it writes: images/*.png, samples.csv, grid.png,
 animation.gif.
 
-Ranks write images into it side by side; rank 0 writes the table, a round at a time, and the grid.
-The table names only files that are whole.
+Ranks write images in parallel; rank 0 writes the table, round by round, and the grid. The table
+lists only complete files.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from support.command import UserError, user_errors
 from support.datasets import open_dataset
 from support.files import append_csv, make_folder
-from support.pictures import draw_grid, save_gif, save_png, save_pngs
+from support.pictures import draw_grid, save_gif, save_png
 from support.ranks import all_ranks, rank
 
 GRID_ROWS = 16
@@ -31,7 +31,7 @@ class Request:
     index: int = -1        # of the prototype or vector
     prompt: str = ""
     labels: dict = field(default_factory=dict)  # that the image inherits
-    label_rule: str = ""   # from where
+    label_rule: str = ""   # where they come from
 
 
 def find_sources(paths, read):
@@ -61,17 +61,15 @@ def find_sources(paths, read):
     return zip(*readable)
 
 
-def read_training_tokens(folder, shape, most=50_000):
-    """The raw tokens in a run's cache, (N, *shape), at most `most`; UserError for others."""
+def read_training_tokens(folder, shape):
+    """At most 50,000 raw tokens (N, *shape) of a run's cache; UserError for a damaged one."""
     path = folder / "cache" / "tokens.npy"
-    if not path.is_file():
-        raise UserError(f"no {path}", "prototypes are centres of the training tokens, which stand "
-                        "in the run's cache folder", "copy it beside model.pt")
-    with user_errors(f"{path} must be whole", "copy it here again"):
-        tokens = torch.from_numpy(np.load(path, allow_pickle=False)[:most])
-    if tokens.shape[1:] != shape or not tokens.isfinite().all():
-        raise UserError(f"{path} holds tokens {tuple(tokens.shape)}, or NaN", "need this model's, "
-                        f"N of {tuple(shape)}", "copy them there")
+    with user_errors("the training tokens in the run's cache are needed, whole",
+                     "copy its cache folder beside model.pt"):
+        tokens = torch.from_numpy(np.load(path, allow_pickle=False)[:50_000])
+        if tokens.shape[1:] != shape or not tokens.isfinite().all():
+            raise ValueError(f"{path} has tokens {tuple(tokens.shape)}, or NaN: this model's are "
+                             f"(N, {', '.join(map(str, shape))})")
     return tokens
 
 
@@ -108,7 +106,8 @@ class SampleFolder:
 
         Every rank calls it once a round. indices may be empty; round_indices: those of all ranks.
         """
-        save_pngs([self.folder / self.file(i) for i in indices], images)
+        for i, image in zip(indices, images):
+            save_png(self.folder / self.file(i), image, sync=False)
         previews = {i: image for i, image in zip(indices, images) if i in self.images}
         for part in all_ranks(previews):  # they meet here: all files of the round are whole
             self.images.update(part)
@@ -137,7 +136,7 @@ class SampleFolder:
 
         images: index of a request -> image (3, H, W).
         read_sources: request -> list of at most two images (3, H, W).
-        with_prompts: whether the words of its prompt stand before a row.
+        with_prompts: whether the prompt is written before its row.
         """
         rows = []
         captions = []

@@ -1,9 +1,15 @@
-"""Which images a run trains on, and which it holds out.
+"""Which images a run trains on, and which it holds out: images of one patient stay together.
 
-A new run reads all images once, leaves out those that cannot be decoded, and splits the rest by
-patient. It writes its decision to split.csv and unreadable.csv; a resumed run follows them.
+    train, test = split_holdout(images, 0.15, seed=0)     # int64 indices
+    write_split("split.csv", images, train, test)         # file, split (train or test), group
+    train, test = read_split("split.csv", images)         # by names, wherever the folder is now
+
+A new run reads all images once, leaves out those that cannot be decoded, and splits the rest. It
+writes its decision to split.csv and unreadable.csv; a resumed run follows them.
 """
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -11,12 +17,86 @@ from pathlib import Path
 import torch
 
 from support.command import StatusLine, UserError, one_line
-from support.datasets import ImageSet, open_dataset
+from support.datasets import ImageSet, leave_out, match_names, official_sides, open_dataset
 from support.files import read_csv, write_csv
 from support.pictures import save_grid, save_png
 from support.ranks import all_ranks, rank
-from support.splits import read_split, split_holdout, write_split
 
+
+# ---- the split ---------------------------------------------------------------------------------
+
+def split_holdout(images, holdout, seed):
+    """(train, test) indices, int64, for an ImageSet.
+
+    holdout: a share from 0 to below 1, or a CSV with the columns file and split. An official test
+    part takes precedence over a share above 0. Otherwise a hash of seed and patient decides, so
+    images added later move no others. Patients of whom any image is held out are held out whole.
+    Raises UserError if nothing is left to train on.
+    """
+    groups = images.groups or images.files
+    try:
+        share = float(str(holdout))
+    except ValueError:  # a file
+        share = None
+    if share is None:
+        _, test = read_split(holdout, images)
+        held_out = {groups[i] for i in test.tolist()}
+    elif not 0 <= share < 1:
+        raise UserError(f"--holdout {holdout}", "a share from 0 to below 1, or a CSV, is needed",
+                        "pass e.g. 0.15")
+    elif share and images.official:
+        held_out = {group for group, side in zip(groups, images.official) if side == "test"}
+    else:
+        held_out = draw_groups(groups, share, seed)
+
+    in_test = torch.tensor([group in held_out for group in groups])
+    readable = torch.tensor([file not in images.unreadable for file in images.files])
+    if in_test.all():
+        raise UserError(f"--holdout {holdout} holds out all {len(groups):,} images",
+                        "some must be left for training", "hold out less, or change --group-column")
+    return tuple(torch.nonzero(side & readable)[:, 0] for side in (~in_test, in_test))
+
+
+def draw_groups(groups, share, seed):
+    """About that share of the groups, at least one and never all; none for a share of 0."""
+    place = {}  # of each group in [0, 1)
+    for group in set(groups):
+        digest = hashlib.sha256(os.fsencode(f"{seed}/{group}")).hexdigest()
+        place[group] = int(digest[:16], 16) / 16 ** 16
+    count = sum(value < share for value in place.values())
+    count = max(1, min(count, len(place) - 1)) if share else 0
+    return set(sorted(place, key=place.get)[:count])
+
+
+def write_split(path, images, train, test):
+    """Write who is held out."""
+    groups = images.groups or images.files
+    rows = [["file", "split", "group"]]
+    for split, indices in (("train", train), ("test", test)):
+        rows += [[images.files[i], split, groups[i]] for i in indices.tolist()]
+    write_csv(path, rows)
+
+
+def read_split(path, images):
+    """(train, test) indices, int64, from a CSV with the columns file and split.
+
+    Raises UserError if it lacks the columns, or names an image that the data set does not have.
+    """
+    rows = read_csv(path)
+    if not rows or not {"file", "split"} <= set(rows[0]):
+        raise UserError(f"{path} has the columns {', '.join(rows[0] if rows else ())[:200]}",
+                        "file and split are needed", "correct its first line")
+    indices = match_names([row["file"] for row in rows], images.files)
+    if None in indices:
+        lost = rows[indices.index(None)]["file"]
+        raise UserError(f"{path} names {lost}, which {images.name} does not have (or not once)",
+                        "the images that it was made for are needed", "pass their folder as --data")
+    sides = official_sides([row["split"] for row in rows]) or ()
+    return tuple(torch.tensor(sorted(i for i, other in zip(indices, sides) if other == side),
+                              dtype=torch.int64) for side in ("train", "test"))
+
+
+# ---- a run -------------------------------------------------------------------------------------
 
 @dataclass
 class TrainingSet:
@@ -42,37 +122,34 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
         options["depth"] = json.loads(Path(folder, "config.json").read_text()).get("depth")
     images = open_dataset(data, size, seed=seed, **options)
 
-    reasons = {}
-    if is_resumed:
-        why = read_left_out(folder, "unreadable.csv", "why")
-        reasons = {i: why[file] for i, file in enumerate(images.files) if file in why}
-    elif not rank():
-        reasons = decode_all(images)
+    reasons = {} if is_resumed or rank() else decode_all(images)
     images.depth, reasons = all_ranks((images.depth, reasons))[0]
-    images.leave_out(reasons)
+    leave_out(images, reasons)
     if not rank():
         print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
+    if not is_resumed:
+        return TrainingSet(images, *split_holdout(images, holdout, seed))
 
-    train, test = read_split(split, images) if is_resumed else split_holdout(images, holdout, seed)
-    outliers = read_left_out(folder, "outliers.csv", "reason") if is_resumed else {}
-    new = {*range(len(images))} - {*train.tolist(), *test.tolist()}
-    new = [i for i in new if images.files[i] not in outliers]
+    train, test = read_split(split, images)
+    known = {images.files[i] for i in [*train.tolist(), *test.tolist()]}
+    for path in (Path(folder, "unreadable.csv"), Path(folder, "outliers.csv")):
+        known.update(row["file"] for row in (read_csv(path) if path.exists() else ()))
+    new = [file for file in images.files if file not in known]
     if new:
-        raise UserError(f"the images differ from those that {folder} began with (new: "
-                        f"{images.files[min(new)]})", "the same images are needed",
-                        "restore them, or start a run with --out DIR")
+        raise UserError(f"the images differ from those that {folder} began with (new: {new[0]})",
+                        "the same images are needed", "restore them, or start a run with --out DIR")
     return TrainingSet(images, train, test)
 
 
 def decode_all(images):
-    """{index: why} of the images that cannot be decoded; the others are then in the cache."""
+    """{file: why} of the images that cannot be decoded; the others are then in the cache."""
     reasons = {}
 
     def decode(i):
         try:
             images[i]
         except UserError as error:
-            reasons[i] = one_line(error)
+            reasons[images.files[i]] = one_line(error)
 
     if len(images.sources):  # phantoms have none
         status = StatusLine(len(images), "reading")
@@ -83,31 +160,22 @@ def decode_all(images):
     return dict(sorted(reasons.items()))
 
 
-def read_left_out(folder, name, column):
-    """{file: reason} of a table of the images that the run left out when it began."""
-    path = Path(folder, name)
-    return {row["file"]: row[column] for row in read_csv(path)} if path.exists() else {}
-
-
 def write_choice(run, training_set):
-    """Write unreadable.csv, then split.csv, by which a resumed run goes."""
+    """Write unreadable.csv, then split.csv, which a resumed run follows."""
     if not run.writes or (run.config["resume"] and (run.folder / "split.csv").exists()):
         return
     images = training_set.images
     if images.unreadable:
-        write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable])
+        write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable.items()])
     write_split(run.folder / "split.csv", images, training_set.train, training_set.test)
 
 
 def write_examples(folder, training_set):
-    """Write the example images with their labels.csv, to try sample.py on; returns the last path.
-    """
+    """Write the example images and their labels.csv, to try sample.py on; returns the last path."""
     images = training_set.images
     table = [["file", *images.columns]]
     for i in training_set.examples.tolist():
-        path = folder / f"{one_line(Path(images.files[i]).stem)}.png"
-        if path.name in {row[0] for row in table}:  # another folder's image of that name
-            path = path.with_stem(f"{i}_{path.stem}"[:60])
+        path = folder / f"{i}_{one_line(Path(images.files[i]).stem)[:60]}.png"
         save_png(path, images[i])
         table.append([path.name, *(column[i] for column in images.columns.values())])
     write_csv(folder / "labels.csv", table)

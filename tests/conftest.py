@@ -60,7 +60,7 @@ def labelled_run(tmp_path_factory):
     from support.files import CHECKPOINT_VERSION, save_atomic, write_csv
     from support.phantoms import chest_phantoms
     from support.pictures import save_png
-    from support.splits import split_holdout, write_split
+    from support.training_set import split_holdout, write_split
     from unet import UNetConfig
     from vae import VAEConfig
 

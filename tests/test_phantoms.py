@@ -2,7 +2,7 @@
 import pytest
 import torch
 from scipy import ndimage
-from torch.nn.functional import avg_pool2d, max_pool2d
+from torch.nn.functional import max_pool2d
 
 from support import phantoms
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
@@ -93,16 +93,6 @@ def test_findings_brighten_the_lungs_and_leave_the_mask(label, monkeypatch):
         assert change[i][mask[i]].mean() > 0.0005
     far = max_pool2d(mask.float(), 5, 1, 2) == 0
     assert change[far].abs().max() < 0.2 * change.max()  # soft edges reach two pixels out
-
-
-def test_side_does_not_change_the_anatomy():
-    """64 pixels show what 128 show: correlation > 0.95 (the rest is noise), Dice > 0.97."""
-    small, large = chest_phantoms(8, 64, seed=5), chest_phantoms(8, 128, seed=5)
-    assert torch.equal(small[2], large[2])
-    for a, b in zip(small[0], avg_pool2d(large[0], 2)):
-        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.95
-    mask = avg_pool2d(large[1].float(), 2) > 0.5
-    assert 2 * (mask & small[1]).sum() / (mask.sum() + small[1].sum()) > 0.97
 
 
 def test_histology_labels():

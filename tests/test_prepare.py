@@ -10,7 +10,7 @@ import prepare
 from pictures_on_disk import folder_of
 from support.command import UserError
 from support.datasets import open_dataset
-from support.splits import split_holdout
+from support.training_set import split_holdout
 
 
 def table(path, *rows):

@@ -28,13 +28,13 @@ def test_the_grid_shows_sources_and_samples(small_run, tmp_path):
 
 def test_a_call_that_is_cut_off_leaves_a_table_of_what_is_there(small_run, tmp_path, monkeypatch):
     """An image of the second batch cannot be written: the table has the first batch alone."""
-    save = sample_folder.save_pngs
+    save = sample_folder.save_png
 
-    def full(paths, images):
-        if "00002" in str(paths[0]):
+    def full(path, image, sync):
+        if "00002" in str(path):
             raise UserError("no space")
-        save(paths, images)
-    monkeypatch.setattr(sample_folder, "save_pngs", full)
+        save(path, image, sync)
+    monkeypatch.setattr(sample_folder, "save_png", full)
     with pytest.raises(UserError, match="no space"):
         make(small_run, tmp_path / "out", "--random", "--count", "4", "--batch", "2", steps=1)
     assert len(list(csv.DictReader(open(tmp_path / "out" / "samples.csv")))) == 2

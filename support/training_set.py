@@ -28,26 +28,15 @@ from support.ranks import all_ranks, rank
 def split_holdout(images, holdout, seed):
     """(train, test) indices, int64, for an ImageSet.
 
-    holdout: a share from 0 to below 1, or a CSV with the columns file and split. An official test
-    part takes precedence over a share above 0. Otherwise a hash of seed and patient decides, so
-    images added later move no others. Patients of whom any image is held out are held out whole.
-    Raises UserError if nothing is left to train on.
+    holdout: a share from 0 to below 1. An official test part takes precedence over a share above 0.
+    Otherwise a hash of seed and patient decides, so images added later move no others. Patients of
+    whom any image is held out are held out whole. Raises UserError if nothing is left to train on.
     """
     groups = images.groups or images.files
-    try:
-        share = float(str(holdout))
-    except ValueError:  # a file
-        share = None
-    if share is None:
-        _, test = read_split(holdout, images)
-        held_out = {groups[i] for i in test.tolist()}
-    elif not 0 <= share < 1:
-        raise UserError(f"--holdout {holdout}", "a share from 0 to below 1, or a CSV, is needed",
-                        "pass e.g. 0.15")
-    elif share and images.official:
+    if holdout and images.official:
         held_out = {group for group, side in zip(groups, images.official) if side == "test"}
     else:
-        held_out = draw_groups(groups, share, seed)
+        held_out = draw_groups(groups, holdout, seed)
 
     in_test = torch.tensor([group in held_out for group in groups])
     readable = torch.tensor([file not in images.unreadable for file in images.files])

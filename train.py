@@ -603,14 +603,17 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
         with torch.autocast(device.type, enabled=False):
             return model.decode(x0 + preset.refiner_noise * amount * error)
 
+    def draw_pairs(count):
+        """Batches of (image, decoded) from that many training images, evenly spaced."""
+        generator = torch.Generator(device).manual_seed(step_seed(seed, "residuals"))
+        rows = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).long()
+        for part in rows.split(16):
+            image, mean, std = (x.to(device) for x in pairs.__getitems__(part.tolist()))
+            yield image, decode_noisy(mean, std, generator)
+
     if "refiner" not in run.finished:
         if (refiner.residual_std == 1).all():  # else --init has measured them
-            generator = torch.Generator(device).manual_seed(step_seed(seed, "residuals"))
-            rows = torch.linspace(0, len(pairs) - 1, min(256, len(pairs))).long()
-            batches = (pairs.__getitems__(part.tolist()) for part in rows.split(16))
-            batches = ([x.to(device) for x in batch] for batch in batches)
-            refiner.measure((image, decode_noisy(mean, std, generator))
-                            for image, mean, std in batches)
+            refiner.measure(draw_pairs(256))
         refiner.unet.to(memory_format=memory_format(device, dtype))
         multiple = 2 * model.config.refiner.factor
         side = min(preset.refiner_window, preset.size) // multiple * multiple
@@ -627,6 +630,7 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
             batch=preset.refiner_batch, lr=preset.refiner_lr, device=device, seed=seed, run=run,
             ema=ema, ema_decay=warmed_up(preset.ema), dtype=dtype)
         load_trained(refiner, ema)
+        refiner.calibrate(draw_pairs(32), model.schedule)
         run.finish("refiner", refiner.state_dict())
     refiner.load_state_dict(run.finished["refiner"])
     refiner.unet.to(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ import torch
 
 from support.command import UserError
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 BOX = Path(__file__).resolve().parent.parent / "weights" / "cxr128.pt"
 
 

@@ -429,6 +429,15 @@ def test_refined_images_have_the_spectrum_of_their_texture(monkeypatch):
         variance = bands[..., side].var((0, 2, 3))
         assert torch.allclose(variance, (factor * band_std[:, 0, 0]) ** 2, rtol=0.05), variance
 
+    # A network that returns too little detail is compensated by the gain, band by band.
+    shrink = torch.tensor([1.0, 0.9, 0.8, 0.7])[:, None, None]
+    s = s * shrink
+    refiner.calibrate([(images, decoded)], schedule)
+    torch.testing.assert_close(refiner.gain, 1 / shrink, rtol=0.05, atol=0)
+    bands = to_bands((refiner.refine(decoded, schedule, list(range(64, 128))) - decoded)[:, :1])
+    variance = bands.square().mean((0, 2, 3))
+    assert torch.allclose(variance, 2.5 * band_std[:, 0, 0] ** 2, rtol=0.05), variance
+
 
 def test_every_parameter_of_the_refiner_gets_a_gradient():
     """But for those that one constant context token cannot reach: queries and keys of it."""

@@ -67,12 +67,13 @@ def open_run(args, checkpoint=None):
     path = resolve_checkpoint(checkpoint or args.checkpoint)
     checkpoint, model = load_model(path, args.device)
     flags = checkpoint["training"]
-    if "data" not in flags:
-        raise UserError(f"{path} does not say which images it was trained on", "a run is needed",
-                        "pass the folder of a run as --checkpoint")
+    data = args.data or flags.get("data")
+    if not data:  # a packed model does not say
+        raise UserError(f"{path} does not say which images it was trained on", "they are needed",
+                        "pass --data FOLDER, or the folder of a run as --checkpoint")
 
-    images = open_dataset(args.data or flags["data"], model.config.image_size, seed=flags["seed"],
-                          count=flags["count"], depth=flags.get("depth"))
+    images = open_dataset(data, model.config.image_size, seed=flags.get("seed", 0),
+                          count=flags.get("count", 2400), depth=flags.get("depth"))
     train, test = read_split(path.parent / "split.csv", images)
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",

@@ -107,6 +107,9 @@ def open_slides(folder, tiling, label_column="label"):
     """
     # Feature files, or if there are none, images.
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no data set {folder}", "a folder of slides is needed",
+                        "pass --data slides, mosaic or FOLDER")
     files = [path for path in sorted(folder.rglob("*"))
              if path.is_file() and is_inside(path, folder)]
     paths = ([path for path in files if path.suffix in FEATURE_SUFFIXES]

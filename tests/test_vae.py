@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from make_diffusers import VAE_CASES, fill_parameters, inputs, layout
-from vae import (AutoencoderKL, LatentGaussian, VAEConfig, latent_statistics, start_from_patches,
-                 vae_loss)
+from vae import (AutoencoderKL, LatentGaussian, VAEConfig, channel_importance, latent_statistics,
+                 start_from_patches, vae_loss)
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -154,6 +154,14 @@ def test_before_training_the_linear_path_is_pca():
 
     torch.testing.assert_close(latents.transpose(0, 1).flatten(1).cov(), torch.eye(5), rtol=0,
                                atol=1e-4)
+
+    # How much each latent matters is the deviation of its component, whatever the latent's own.
+    deviations = torch.linalg.svdvals(centred)[:5].float()
+    importance = channel_importance(vae, torch.ones(5)).flatten()
+    torch.testing.assert_close(importance, deviations / deviations.square().mean().sqrt())
+    vae.linear_decode.weight[:, 2] *= 3  # the same images from a third of the latent
+    scale = torch.tensor([1.0, 1.0, 3.0, 1.0, 1.0])
+    torch.testing.assert_close(channel_importance(vae, scale).flatten(), importance)
 
 
 def test_training_never_falls_behind_pca():

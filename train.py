@@ -40,8 +40,8 @@ from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import balance, kmeans, labels_for_prompts, plan_prompts, prompt_numbers
 from support.cache import (Latents, Pictures, build_cache, decode_once, fingerprint, loader,
                            read_vectors)
-from support.command import (Help, UserError, autocast_dtype, number, pick_device, run_script,
-                             user_errors)
+from support.command import (Help, Stopped, UserError, autocast_dtype, number, pick_device,
+                             run_script, user_errors)
 from support.fast import compile_blocks
 from support.files import load_checkpoint, resolve_checkpoint, write_csv
 from support.held_out import HeldOut, draw_held_out
@@ -49,7 +49,7 @@ from support.outliers import drop_outliers
 from support.pictures import save_grid
 from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
                            share_batch_norm)
-from support.run import HELD_OUT, Run, Stopped, print_end, print_start, resume_flags
+from support.run import Run, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
 from support.threads import rehearse, set_threads
 from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
@@ -59,7 +59,7 @@ from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics
                  start_from_patches, vae_loss)
 
 STAGES = ("embedder", "vae", "unet", "refiner")
-CURVES = (*STAGES, "unet" + HELD_OUT)  # the losses in curves.png
+CURVES = (*STAGES, "unet" + Run.HELD_OUT)  # the losses in curves.png
 
 
 # ---------------------------------------------------------------------------- presets

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from support.command import StatusLine, UserError, user_errors
+from support.command import StatusLine, Stopped, UserError, user_errors
 from support.files import make_folder, write_text_atomic
 from support.ranks import all_ranks, rank, ranks, rows_of_rank
-from support.run import Stopped
 
 
 class Pictures(Dataset):

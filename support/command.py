@@ -25,6 +25,10 @@ class UserError(Exception):
         super().__init__(one_line(": ".join(map(str, parts))))
 
 
+class Stopped(Exception):
+    """A run was stopped by Ctrl-C or SIGTERM: args[0] is the signal's number."""
+
+
 @contextmanager
 def user_errors(*parts):
     """Inside, ValueError and OSError become a UserError that ends in `parts`."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from support.pictures import line_chart
-from support.run import HELD_OUT
 from support.seeds import step_seed
 
 
@@ -58,7 +57,7 @@ class HeldOut:
     def measure(self, run, model, cache, samples, step, is_last):
         """Print and log the loss and the share; at the end, the loss by noise level too."""
         last = model.schedule.num_train_timesteps - 1
-        row = {"stage": "unet" + HELD_OUT, "step": step, "loss": self.loss(model, 0, last)}
+        row = {"stage": "unet" + run.HELD_OUT, "step": step, "loss": self.loss(model, 0, last)}
         text = f"held-out loss {row['loss']:.4f} at step {step}"
         if model.config.vit:  # else samples have no tokens
             row["near"] = self.share_near(model, cache, samples)

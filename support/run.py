@@ -21,18 +21,13 @@ from pathlib import Path
 
 import torch
 
-from support.command import StatusLine, UserError, user_errors
+from support.command import StatusLine, Stopped, UserError, user_errors
 from support.files import (CHECKPOINT_VERSION, append_jsonl, load_checkpoint, make_folder,
                            read_jsonl, save_atomic, write_text_atomic)
 from support.pictures import line_chart
 from support.ranks import all_ranks, rank
 
 SAVE_SECONDS = 300  # between two saves of the state
-HELD_OUT = ", held out"  # ends the name under which a stage's loss on held-out images is logged
-
-
-class Stopped(Exception):
-    """The run was saved after Ctrl-C or SIGTERM: args[0] is the signal's number."""
 
 
 def lock(folder):
@@ -87,6 +82,8 @@ class Run:
     folder cannot be created or is in use, or if its state is damaged.
     """
 
+    HELD_OUT = ", held out"  # ends the stage's name in rows about held-out images
+
     def __init__(self, folder=None, config=None, resume=False):
         self.config = config
         self.finished = {}    # stage -> its result: weights, or clusters
@@ -125,7 +122,7 @@ class Run:
     def is_done(self, row):
         """Whether a resumed run keeps this row of the log. What was measured on held-out images
         after the saved step is measured again."""
-        stage = row["stage"].removesuffix(HELD_OUT)
+        stage = row["stage"].removesuffix(self.HELD_OUT)
         is_repeated = stage != row["stage"] and row["step"] == self.steps_done(stage)
         return stage in self.finished or (
             row["step"] <= self.steps_done(stage) and not is_repeated)

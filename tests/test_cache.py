@@ -7,8 +7,8 @@ import torch
 
 from support import cache
 from support.cache import Arrays, build_cache, fingerprint, loader
-from support.command import UserError
-from support.run import Run, Stopped
+from support.command import Stopped, UserError
+from support.run import Run
 
 ARRAYS = {"half": ((3,), np.float16), "sums": ((), np.float32)}
 

@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from support.command import UserError
-from support.run import Run, Stopped, resume_flags
+from support.command import Stopped, UserError
+from support.run import Run, resume_flags
 
 ONE = torch.tensor(1.0)
 

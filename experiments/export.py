@@ -56,9 +56,11 @@ def standardised_latents(state, shift, scale):
 def network_config(network, side):
     """The entries that the VAE and the U-Net share; side: of images or latents."""
     groups = sorted({m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)})
-    if len(groups) > 1 or getattr(network.config, "stem", 1) > 1:
-        raise UserError(f"norms of {groups} groups, or a stem, which diffusers does not have",
-                        "widths that are multiples of 32, and no stem, are needed",
+    has_extras = isinstance(network, AutoencoderKL) and (
+        network.config.stem > 1 or network.config.linear)
+    if len(groups) > 1 or has_extras:
+        raise UserError(f"norms of {groups} groups, or a stem or linear path, which diffusers does "
+                        "not have", "widths that are multiples of 32 are needed, without these",
                         "export a run of another --preset")
     return {
         "block_out_channels": list(network.config.widths),

@@ -72,10 +72,12 @@ def test_scheduler(kind, prediction, zero):
     assert config["prediction_type"] == {"v": "v_prediction", "eps": "epsilon"}[prediction]
 
 
-def test_refuses_what_diffusers_cannot_have(tmp_path):
-    """Widths that need several numbers of groups."""
-    model = make_run(tmp_path / "run", replace(
-        CONFIG, unet=UNetConfig(4, 4, 48, (1, 2), 1, (False, True), 24, 4)))
-    with pytest.raises(UserError, match=r"norms of \[16, 32\] groups.*multiples of 32"):
+@pytest.mark.parametrize("change,says", [
+    ({"unet": UNetConfig(4, 4, 48, (1, 2), 1, (False, True), 24, 4)}, "norms of"),
+    ({"vae": VAEConfig(3, 4, 32, (1, 2, 1), 1, linear=True)}, "linear path")])
+def test_refuses_what_diffusers_cannot_have(tmp_path, change, says):
+    """Widths that need several numbers of groups; a path beside the networks."""
+    model = make_run(tmp_path / "run", replace(CONFIG, **change))
+    with pytest.raises(UserError, match=f"{says}.*multiples of 32"):
         export.write_folder(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

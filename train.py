@@ -84,7 +84,8 @@ class Preset:
     vae_batch: int = 4                # small batches train faster
     vae_lr: float = 3e-3
     kl_weight: float = 1e-6
-    latent_power: float = 0.0         # 0: latent channels of equal deviation; 1: as each matters
+    latent_power: float = 0.0         # of a linear path: 0, latent channels of equal deviation;
+                                      # 1, each in proportion to its effect on pixels
 
     # Stage 4, the diffusion model: "train", a name or path.
     unet: str = "train"
@@ -115,9 +116,9 @@ PRESETS = {
     "tiny": Preset(),  # a laptop
     "cxr128": Preset(  # the bundled model
         size=128, embedder_steps=200,
-        vae_config=VAEConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 4),
-                             layers_per_block=1, stem=2),
-        vae_steps=2500, vae_batch=8, vae_lr=2e-3,
+        vae_config=VAEConfig(latent_channels=8, base_channels=16, channel_multipliers=(1, 2, 4),
+                             layers_per_block=1, stem=2, linear=True),
+        vae_steps=1400, vae_batch=8, vae_lr=2e-3, latent_power=0.5,
         unet_config=UNetConfig(
             in_channels=8, out_channels=8, base_channels=64, channel_multipliers=(1, 2, 2),
             layers_per_block=1, attention_levels=(True, True, True), context_dim=192, num_heads=4),

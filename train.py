@@ -428,7 +428,7 @@ def measure_statistics(model, cache, scale, keep_tokens, latent_power=0.0):
         shift, deviation = latent_statistics(cache.__getitems__(rows)[:2] for rows in chunks)
         model.shift.copy_(shift.view_as(model.shift))
         model.scale.copy_(deviation.view_as(model.scale))
-        if latent_power:
+        if model.vae.config.linear:
             model.scale.mul_(channel_importance(model.vae, deviation) ** latent_power)
     elif scale != "keep":
         model.scale.fill_(scale)

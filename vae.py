@@ -6,7 +6,8 @@ autoencoders (Kingma & Welling 2014, arXiv 1312.6114, appendix B: the KL term).
 Images x are (B, 3, H, W) float32 in [-1, 1], grey repeated to three channels. The encoder halves
 the sides `levels - 1` times: latents z are (B, 4, H / factor, W / factor). Their scale varies, so
 `latent_statistics` measures it, and diffusion works on x0 = (z - shift) * scale. A stem of 2 first
-turns each 2 x 2 square of pixels into channels, which is four times as fast at 128 px.
+turns each 2 x 2 square of pixels into channels, which is four times as fast at 128 px. A linear
+path beside encoder and decoder starts as the PCA of patches: see start_from_patches.
 
     vae = AutoencoderKL.from_pretrained("vae.safetensors")    # or AutoencoderKL(VAEConfig(...))
     z = vae.encode(x).sample(generator); y = vae.decode(z)

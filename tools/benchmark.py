@@ -274,7 +274,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.repeats} repeats")
-    print("| work | ours | peer | peer / ours (quartiles) |\n| --- | --- | --- | --- |")
+    if args.what != ["threads"]:
+        print("| work | ours | peer | peer / ours (quartiles) |\n| --- | --- | --- | --- |")
     for name in parts if "all" in args.what else args.what:
         parts[name](args.repeats)
 

@@ -380,9 +380,9 @@ def train_vae(preset, run, model, pictures, seed, dtype, from_init):
     if "vae" not in run.finished:
         model.vae.requires_grad_(True)
         if model.vae.config.linear and not from_init:
-            rows = torch.linspace(0, len(pictures) - 1, min(1000, len(pictures))).long()
+            rows = torch.linspace(0, len(pictures) - 1, min(300, len(pictures))).long()
             (images,) = pictures.__getitems__(rows.tolist())
-            start_from_patches(model.vae, images.to(device))
+            start_from_patches(model.vae, images)  # on the CPU: MPS lacks float64
         model.vae.to(memory_format=memory_format(device, dtype))
 
         def loss_fn(batch, step, generator):
@@ -846,11 +846,11 @@ def main(argv=None):
     run = Run(args.out, config | {"depth": images.depth}, args.resume)
     try:
         with run.signals_caught():
-            write_choice(run, dataset)
             if outliers and run.writes:
                 write_csv(run.folder / "outliers.csv", [["file", "reason"], *(
                     [images.files[i], reason] for i, reason in outliers)])
                 print(f"{len(outliers)} outliers left out: {run.folder / 'outliers.csv'}")
+            write_choice(run, dataset)
             print_start(preset, run, model, dataset, device)
             train_stages(args, preset, run, model, dataset, labels)
     except Stopped as stopped:

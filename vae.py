@@ -140,7 +140,8 @@ def start_from_patches(vae, images):
 def channel_importance(vae, scale):
     """Root mean square change of pixels that one deviation of each latent channel causes through
     the linear path, relative to all channels: (C, 1, 1) with mean square 1. scale: (C,) 1 / std."""
-    change = vae.linear_decode.weight.flatten(1).norm(dim=0) / scale  # (D, C) -> (C,)
+    weight = vae.linear_decode.weight.flatten(1)  # (D, C)
+    change = weight.norm(dim=0) / scale.to(weight)
     return (change / change.square().mean().sqrt())[:, None, None]
 
 

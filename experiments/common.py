@@ -13,7 +13,7 @@ import torch
 from dinodiff import DinoDiffusion
 from support.command import UserError, number, pick_device, user_errors
 from support.datasets import ImageSet, label_matrix, open_dataset
-from support.files import load_checkpoint, read_csv, resolve_checkpoint
+from support.files import BOX, load_checkpoint, read_csv, resolve_checkpoint
 from support.phantoms import CHEST_LABELS
 from support.training_set import read_split
 
@@ -74,7 +74,8 @@ def open_run(args, checkpoint=None):
 
     images = open_dataset(data, model.config.image_size, seed=flags.get("seed", 0),
                           count=flags.get("count", 2400), depth=flags.get("depth"))
-    train, test = read_split(path.parent / "split.csv", images)
+    split = BOX.with_name("cxr128_files.csv") if path == BOX else path.parent / "split.csv"
+    train, test = read_split(split, images)
     if min(len(test), len(train)) < 2:
         raise UserError(f"{path.parent} has {len(train)} training and {len(test)} held-out images",
                         "2 of each are needed", "train with a larger --holdout")

@@ -122,7 +122,7 @@ def open_dataset(data, size, *, table=None, file_column="file", group_column="pa
         notes.append(f"{len(set(images.groups)):,} patients")
     if images.official:
         notes.append(f"the official test part has {images.official.count('test'):,}")
-    if images.depth != EIGHT_BITS:
+    if images.depth["white"] != EIGHT_BITS["white"]:
         notes.append(f"deep grey, {images.depth['white']:g} is white")
     images.note = one_line(", ".join(notes))
     return images

@@ -52,7 +52,7 @@ def resume_flags(parser, argv, out):
     """
     path = Path(out, "config.json")
     with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
-        saved = json.loads(path.read_text()) if path.exists() else {}
+        saved = dict(json.loads(path.read_text())) if path.exists() else {}
     args = parser.parse_args(argv)
     if saved and not args.resume:
         raise UserError(f"{out} already contains a run", "a new folder is needed, or --resume",

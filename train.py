@@ -43,7 +43,7 @@ from support.cache import (Latents, Pictures, build_cache, decode_once, fingerpr
 from support.command import (Help, Stopped, UserError, autocast_dtype, number, pick_device,
                              run_script, user_errors)
 from support.fast import compile_blocks
-from support.files import load_checkpoint, resolve_checkpoint, write_csv
+from support.files import load_checkpoint, resolve_checkpoint
 from support.held_out import HeldOut, draw_held_out
 from support.outliers import drop_outliers
 from support.pictures import save_grid
@@ -511,7 +511,7 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
         steps = preset.unet_steps
         previews = {max(1, steps * k // preset.previews) for k in range(1, preset.previews + 1)}
         held_out = None
-        if len(dataset.test):
+        if steps and run.writes and len(dataset.test):
             indices = draw_held_out(dataset.test, seed)
             held_out = HeldOut(model, *conditions_of(model, dataset, labels, indices), seed)
         for upto in sorted(previews) if steps else []:
@@ -809,7 +809,7 @@ def main(argv=None):
         print(json.dumps(config, indent=2))
         return 0
 
-    # Images and model; all errors are raised before a file is written.
+    # The images; here and below, all errors are raised before a file is written.
     began = time.time()
     device = pick_device(args.device)
     dataset = open_training_set(
@@ -817,12 +817,16 @@ def main(argv=None):
         seed=args.seed, table=args.table, file_column=args.file_column,
         group_column=args.group_column, patient_from=args.patient_from, count=args.count)
     images = dataset.images
-    is_resumed = args.resume and Path(args.out, "split.csv").exists()  # its outliers are known
+
+    # Without outliers; a resumed run knows them.
+    is_resumed = args.resume and Path(args.out, "split.csv").exists()
     outliers = [] if is_resumed else drop_outliers(images, args.condition)
     left_out = torch.tensor([i for i, _ in outliers], dtype=torch.int64)
     dataset.train = dataset.train[~torch.isin(dataset.train, left_out)]
     dataset.test = dataset.test[~torch.isin(dataset.test, left_out)]
     rows = torch.cat([dataset.train, dataset.test]).tolist()
+
+    # Labels, prompts, vectors, and the model.
     labels = labels_for_prompts(images.columns, args.label_column, args.condition, rows,
                                 images.name)
     vectors = read_vectors(preset.embedder) if preset.embedder.endswith(".npz") else None
@@ -834,6 +838,8 @@ def main(argv=None):
         model = build_model(preset, args.condition, init, prompts, vectors, is_grey, args.seed)
         if vectors:
             model.embedder.tokens(torch.zeros(0), [images.files[i] for i in rows])
+
+    # How it computes.
     model.unet.checkpointing = args.checkpointing
     step = partial(rehearse, model, preset.batch // args.accumulate,
                    autocast_dtype(device, args.dtype))
@@ -846,11 +852,7 @@ def main(argv=None):
     run = Run(args.out, config | {"depth": images.depth}, args.resume)
     try:
         with run.signals_caught():
-            if outliers and run.writes:
-                write_csv(run.folder / "outliers.csv", [["file", "reason"], *(
-                    [images.files[i], reason] for i, reason in outliers)])
-                print(f"{len(outliers)} outliers left out: {run.folder / 'outliers.csv'}")
-            write_choice(run, dataset)
+            write_choice(run, dataset, outliers)
             print_start(preset, run, model, dataset, device)
             train_stages(args, preset, run, model, dataset, labels)
     except Stopped as stopped:

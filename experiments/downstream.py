@@ -5,7 +5,7 @@ unlabelled. The run's model makes R reconstructions of an image, which inherit i
 CNN is trained on each arm and tested on real images of other patients:
 
     real                        the pool
-    augmented                   the pool, augmented anew in each batch
+    augmented                   the pool, augmented differently in each batch
     duplicates                  the pool, and R plain copies of each image
     synthetic                   the pool, and R reconstructions of each image
     synthetic first             3/4 of the steps on reconstructions, then the pool at a third of

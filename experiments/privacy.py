@@ -17,18 +17,8 @@ from experiments.common import add_run_flags, batches_of, open_run, read_sources
 from support.command import UserError, print_table
 from support.datasets import open_dataset
 from support.files import write_json
+from support.held_out import share_below, token_distances
 from support.pictures import save_grid
-
-
-def token_distances(a, b):
-    """Root of the mean squared difference of each row of (N, D) and each of (M, D): (N, M)."""
-    exact = "donot_use_mm_for_euclid_dist"  # the matrix product loses small distances
-    return torch.cdist(a, b, compute_mode=exact) / a.shape[1] ** 0.5
-
-
-def share_below(held_out, x):
-    """Share of distances x (M,) below the 1st percentile of held_out (N,): 0.01 if alike."""
-    return (x < np.quantile(held_out, 0.01)).mean().item()
 
 
 def summarise(x, held_out, rng):

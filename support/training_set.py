@@ -149,13 +149,20 @@ def decode_all(images):
     return dict(sorted(reasons.items()))
 
 
-def write_choice(run, training_set):
-    """Write unreadable.csv, then split.csv, which a resumed run follows."""
+def write_choice(run, training_set, outliers=()):
+    """Write unreadable.csv and outliers.csv, then split.csv, which a resumed run follows.
+
+    outliers: (index, reason) of images that are left out.
+    """
     if not run.writes or (run.config["resume"] and (run.folder / "split.csv").exists()):
         return
     images = training_set.images
     if images.unreadable:
         write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable.items()])
+    if outliers:
+        rows = [[images.files[i], reason] for i, reason in outliers]
+        write_csv(run.folder / "outliers.csv", [["file", "reason"], *rows])
+        print(f"{len(outliers)} outliers left out: {run.folder / 'outliers.csv'}")
     write_split(run.folder / "split.csv", images, training_set.train, training_set.test)
 
 

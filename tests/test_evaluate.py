@@ -12,18 +12,12 @@ import torch
 
 from evaluate import (FIDInception, RandomFeatures, bootstrap_interval, cohen_kappa, correlations,
                       dice, frechet_distance, kernel_distance, pixel_rows, prdc, psnr, roc_auc)
-from support.phantoms import chest_phantoms
 
 
 @pytest.fixture(scope="module")
 def stored():
     with np.load(Path(__file__).parent / "reference" / "metrics.npz") as arrays:
         return dict(arrays)
-
-
-@pytest.fixture(scope="module")
-def chests():
-    return chest_phantoms(300, size=64, seed=0)[0].expand(-1, 3, -1, -1)
 
 
 def normal(*shape, seed=0):
@@ -157,24 +151,6 @@ def test_inception_equals_pytorch_fid():
     assert got.shape == (2, 2048)
     # other machines order sums otherwise; one wrong pool moves them by 2e-3 or more
     assert (got - want).norm() < 1e-4 * want.norm()
-
-
-def test_random_features_see_what_people_see(chests):
-    """Blur, noise, brightness, mirroring and shuffling move the distance well above the floor."""
-    judge = RandomFeatures()
-    train, test = chests[:150], chests[150:]
-    train = judge(train)
-    floor = frechet_distance(judge(test), train)
-    generator = torch.Generator().manual_seed(0)
-    changed = {
-        "blur": torch.nn.functional.avg_pool2d(test, 3, stride=1),
-        "noise": test + 0.1 * torch.randn(test.shape, generator=generator),
-        "brightness": test + 0.1,
-        "mirror": test.flip(3),
-        "shuffled": test.flatten(2)[..., torch.randperm(4096, generator=generator)].view_as(test)}
-    for name, images in changed.items():
-        # 150 against 150 give 1.9 to 39 times the floor, 256 against 2,000 give 4 to 121 times
-        assert frechet_distance(judge(images), train) > 1.5 * floor, name
 
 
 def test_pictures_into_numbers():

@@ -124,19 +124,12 @@ def test_the_set_decides_and_no_file(tmp_path, high):
 def test_white_is_zero_at_every_depth(tmp_path, dtype, white):
     """TIFF's PhotometricInterpretation 0 means that the least value is white."""
     grey = np.round(chest(8) / 255 * white).astype(dtype)
-
-    def tiff(name, pixels, photometric):
-        raw = pixels.tobytes()
-        fields = [(256, 4, 8), (257, 4, 8), (258, 3, pixels.itemsize * 8), (259, 3, 1),
-                  (262, 3, photometric), (273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 4, 8),
-                  (279, 4, len(raw))]
-        body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in fields)
-        (tmp_path / name).write_bytes(b"II*\0" + struct.pack("<IH", 8, len(fields)) + body
-                                      + bytes(4) + raw)
-        return load_image(tmp_path / name, 8)
-
-    black = tiff("black.tif", grey, 1)
-    assert (black - tiff("white.tif", np.asarray(white - grey, dtype), 0)).abs().max() < 1e-5
+    black = write(tmp_path / "black.tif", grey)
+    inverted = write(tmp_path / "white.tif", np.asarray(white - grey, dtype))
+    entry = struct.pack("<HHII", 262, 3, 1, 1)
+    assert entry in inverted.read_bytes()
+    inverted.write_bytes(inverted.read_bytes().replace(entry, struct.pack("<HHII", 262, 3, 1, 0)))
+    assert (load_image(black, 8) - load_image(inverted, 8)).abs().max() < 1e-5
 
 
 # ---- DICOM

@@ -1,4 +1,4 @@
-"""A run survives a signal, a second run in its folder, and a flat image."""
+"""A run survives a second one in its folder, and a flat image."""
 import os
 import signal
 
@@ -23,22 +23,6 @@ def in_child(work):
         finally:
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_training(small_networks, tmp_path, monkeypatch, capsys, number):
-    """Exit code 130 or 143 and the command to resume; the saved state is that of the step."""
-    log = Run.log
-
-    def log_and_stop(self, **row):
-        log(self, **row)
-        if (row["stage"], row["step"]) == ("vae", 2):
-            signal.raise_signal(number)
-    monkeypatch.setattr(Run, "log", log_and_stop)
-    assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 128 + number
-    assert f"python train.py --resume --out {tmp_path}/run" in capsys.readouterr().out
-    state = load_checkpoint(tmp_path / "run" / "state.pt")["state"]
-    assert (state["stage"], state["step"]) == ("vae", 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

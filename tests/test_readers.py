@@ -51,9 +51,10 @@ def make(folder, *flags, out="test"):
 
 
 def test_page_does_not_know_the_truth(folders):
-    """Equal counts, one size, mode and length, no metadata, no names; pictures are the key's."""
+    """Equal counts, one size, mode and length, no metadata, no names; pictures are the key's, in
+    the order of names that are random."""
     page, pictures, key = make(folders, "--count", "30")
-    assert set(pictures) == set(key) and len(key) == 16
+    assert set(pictures) == set(key) and len(key) == 16 and list(pictures) == sorted(pictures)
     assert [row["truth"] for row in key.values()].count("real") == 8
     assert len({len(picture) for picture in pictures.values()}) == 1
     for name, picture in pictures.items():
@@ -66,17 +67,6 @@ def test_page_does_not_know_the_truth(folders):
         assert np.abs(np.asarray(opened) - wanted).max() <= 0.5 + 1e-3
     assert not re.search(r"person|sampled|https?:|fetch|import", page, re.IGNORECASE)
     assert "default-src 'none'" in page and "form-action 'none'" in page
-
-
-def test_order_tells_nothing(folders, monkeypatch):
-    """Pictures are sorted by names that are hashes, so each test has another order."""
-    orders = []
-    for seed in (0, 1):
-        monkeypatch.setattr("secrets.randbits", lambda bits, seed=seed: seed)
-        _, pictures, key = make(folders, out=f"t{seed}")
-        assert list(pictures) == sorted(pictures)
-        orders.append([key[name]["truth"] for name in pictures])
-    assert orders[0] != orders[1] and sorted(orders[0]) not in (orders[0], orders[0][::-1])
 
 
 def test_sizes_and_an_old_key(folders):
@@ -106,7 +96,7 @@ def write_study(folder, edit=lambda text: text):
             *(str(folder / f"{reader}.csv") for reader in ANSWERS)]
 
 
-def test_scores_are_those_counted_by_hand(tmp_path, capsys):
+def test_scores_are_those_counted_by_hand(tmp_path):
     experiments(write_study(tmp_path))
     table = json.loads((tmp_path / "key" / "readers.json").read_text())
     assert [table[reader]["sensitivity"] for reader in ANSWERS] == [1, 0.25, 0.5]
@@ -116,12 +106,10 @@ def test_scores_are_those_counted_by_hand(tmp_path, capsys):
     said = np.array(list(ANSWERS.values()))
     pairs = [cohen_kappa(said[i], said[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert table["mean of pairs"]["kappa"] == pytest.approx(np.mean(pairs))
-    assert "median accuracy 0.625" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("edit, words", [
     (lambda text: text[:text.index("n7")], "do not name the same images"),
-    (lambda text: text + "n7,real\n", "each once"),
     (lambda text: text.replace("n7,real", "n7,fake"), "real or synthetic")])
 def test_answers_that_cannot_be_scored(tmp_path, edit, words):
     """One error that names the file; nothing is written."""

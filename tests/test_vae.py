@@ -162,19 +162,3 @@ def test_before_training_the_linear_path_is_pca():
     vae.linear_decode.weight[:, 2] *= 3  # the same images from a third of the latent
     scale = torch.tensor([1.0, 1.0, 3.0, 1.0, 1.0])
     torch.testing.assert_close(channel_importance(vae, scale).flatten(), importance)
-
-
-def test_training_never_falls_behind_pca():
-    """On a fixed batch, each of 40 steps reconstructs better than PCA, the last much better."""
-    images = smooth_images(8, 16)
-    vae = linear_vae(images)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for _ in range(41):
-        with torch.no_grad():
-            errors.append((vae.decode(vae.encode(images).mean) - images).abs().mean().item())
-        optimizer.zero_grad()
-        vae_loss(vae, images, generator)[0].backward()
-        optimizer.step()
-    assert max(errors[1:]) <= errors[0] and errors[-1] < 0.9 * errors[0], errors

@@ -358,13 +358,6 @@ def test_prompts_condition_as_ids():
     assert not missing
 
 
-def test_image_side_error_has_three_parts():
-    """A side that the two nets cannot halve is refused with the next one that works."""
-    message = r"image side 250 is not a multiple of 64 .*: pass --size 256"
-    with pytest.raises(ValueError, match=message):
-        DinoDiffusionConfig(image_size=250, vit=CONFIG.vit)
-
-
 # ---- the refiner
 
 REFINER = UNetConfig(in_channels=8, out_channels=4, base_channels=16, channel_multipliers=(1, 2),

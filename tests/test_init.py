@@ -74,8 +74,7 @@ def test_a_mismatch_is_refused(small_run, tmp_path, flags, said):
 # ---- the box -----------------------------------------------------------------------------------
 
 def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, capsys):
-    """Without a run or flags, samples go to samples/; a photograph gets a note; with --no-refine,
-    samples are softer."""
+    """Without a run or flags, samples go to samples/; a photograph gets a note."""
     monkeypatch.chdir(tmp_path)
     assert BOX.stat().st_size < 30e6
     photograph = np.random.default_rng(0).integers(0, 255, (140, 150, 3), np.uint8)
@@ -84,15 +83,7 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
     assert sample.main(flags) == 0
     printed = capsys.readouterr().out
     assert "not for clinical use" in printed and "chest X-ray" in printed
-    assert sample.main([*flags, "--no-refine"]) == 0
-    sharpness = []
-    for folder in ("reconstruct", "reconstruct_2"):
-        paths = sorted((tmp_path / "samples" / folder / "images").glob("*.png"))
-        assert len(paths) == 2
-        pixels = np.stack([np.asarray(Image.open(path).convert("L"), float) for path in paths])
-        sharpness.append(np.diff(pixels, axis=2).std())
-    assert sharpness[0] > 1.2 * sharpness[1]
-
+    assert len(list((tmp_path / "samples" / "reconstruct" / "images").glob("*.png"))) == 2
     assert sample.main(["--prototypes", "3", "--steps", "2", "--device", "cpu"]) == 0
     assert len(list((tmp_path / "samples" / "prototype" / "images").glob("*.png"))) == 3
     assert hubconf.cxr128().config.image_size == 128

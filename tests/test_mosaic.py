@@ -77,5 +77,3 @@ def test_bad_input(tmp_path):
     bank.cancer[:] = False
     with pytest.raises(UserError, match="0 with cancer patches"):
         mosaic_slides(bank, 0, 10)
-    with pytest.raises(UserError, match="go together"):
-        mil.parse(["--data", "mosaic"])

@@ -1,12 +1,10 @@
 """Radiomic features against closed forms and slow loops; FRD; the ladder of known damage."""
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from evaluate import frechet_distance
-from experiments.ladder import damages, ladder
 from experiments.radiomics import (co_occurrence, count_codes, frd, radiomic_features, radiomics,
                                    read_lines, run_lengths, z_score)
 from support.phantoms import chest_phantoms
@@ -105,26 +103,3 @@ def test_frd_has_closed_forms():
 
     constant = torch.cat([x, torch.ones(200, 1)], dim=1)  # a deviation of zero divides nothing
     assert frd(constant, constant + torch.tensor([0, 0, 0, 0, 2])) == pytest.approx(math.log(2))
-
-
-def test_ladder(chests):
-    """Rungs at equal counts; the model's rungs use its decoder and each image's index as seed."""
-    images = SimpleNamespace(batch=lambda rows: chests[rows])
-    seeds_seen = []
-
-    def refine(decoded, seeds):
-        seeds_seen.extend(seeds)
-        return decoded
-
-    model = SimpleNamespace(encode=lambda x: 2 * x, decode=lambda z: z / 2, refine=refine)
-    half, other = torch.arange(40), torch.arange(40, 80)
-    features = [radiomic_features(chests[rows]) for rows in (half, other, torch.arange(80, 96))]
-    table = ladder(damages(model), (images, other), features, radiomic_features, "cpu", 10)
-    assert list(table) == ["real", "JPEG 90", "blur 3 x 3", "decoder alone",
-                           "decoder and refiner", "synthetic"]
-    assert seeds_seen == list(range(40, 56))
-    assert table["real"]["floors"] == 1
-    assert table["blur 3 x 3"]["FRD"] > table["real"]["FRD"]
-    # This model changes nothing but the rounding to bytes.
-    assert table["decoder alone"] == table["decoder and refiner"]
-    assert table["real"]["FRD"] == frd(features[0][:16], features[1][:16])

@@ -16,7 +16,6 @@ import sample
 import train
 from conftest import TINY
 from support.cache import Arrays, build_cache
-from support.command import UserError
 from support.files import read_jsonl
 from support.ranks import join_ranks, rank
 from support.run import Run
@@ -126,12 +125,3 @@ def test_samples_are_those_of_one_process(together, tmp_path):
                 for folder in (tmp_path / "one", tmp_path / "two"))
     assert len(one) == 7 and one == two
     assert len(list(csv.DictReader(open(tmp_path / "two" / "samples.csv")))) == 5
-
-
-def test_batches_that_ranks_cannot_share_are_refused(tmp_path):
-    """Every rank needs the same number of images, because their mean gradients are averaged."""
-    def work():
-        with pytest.raises(UserError, match="cannot be cut into"):
-            train.main([*SHARED, "--batch", "3", "--out", str(tmp_path / "run")])
-        return sorted(tmp_path.iterdir())
-    assert on_two_ranks(work) == [[], []]

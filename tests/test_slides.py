@@ -66,7 +66,7 @@ def test_feature_files(tmp_path):
 
 def test_a_given_step_joins_pieces_with_an_origin_each():
     """With a step, pieces of tissue off the common lattice are cut to cells; without one they are
-    refused, as are two patches in a cell and grids that would fill the memory."""
+    refused, as are two patches in a cell."""
     block = np.stack(np.meshgrid(np.arange(4), np.arange(5)), -1).reshape(-1, 2) * 256
     coords = np.concatenate([block, block + [7168 + 131, 77]])
     grid = to_grid(coords, step=256)
@@ -76,17 +76,15 @@ def test_a_given_step_joins_pieces_with_an_origin_each():
         to_grid(coords)
     with pytest.raises(ValueError, match="two patches share a cell"):
         to_grid(np.concatenate([block, block + 20]), step=256)
-    with pytest.raises(ValueError, match="over 4000 cells"):
-        to_grid([[0, 0], [1, 0], [10 ** 9, 0]])
     assert to_grid([[700, 9]]).tolist() == [[0, 0]] and to_grid(np.zeros((0, 2))).shape == (0, 2)
 
 
 @pytest.mark.parametrize("features, coords, why", [
     (np.ones((3, 2)), [[0, 0], [0, 1], [0, 0]], "share a cell"),
-    (np.full((1, 2), np.nan), [[0, 0]], "not finite"), (np.ones((3, 2)), [[0, 0]], "shapes"),
+    (np.full((1, 2), np.nan), [[0, 0]], "not finite"),
     (np.array([object()] * 3), [[0, 0]] * 3, "allow_pickle=False")])
 def test_bad_features_are_refused(tmp_path, features, coords, why):
-    """Repeated places, NaN, wrong shapes and pickles end in one line that names the file."""
+    """Repeated places, NaN and pickles end in one line that names the file."""
     np.savez(tmp_path / "a.npz", features=features, coords=coords)
     with pytest.raises(UserError, match=f"a.npz cannot be used .*{why}.*are needed"):
         read_features(tmp_path / "a.npz")
@@ -110,15 +108,13 @@ def test_slides_left_out_are_counted_and_named(tmp_path, capsys):
 
 
 def test_bad_folders_are_refused(tmp_path):
-    """Two widths, three labels, no table, no slides, a patient on both sides: one line."""
+    """Two widths, three labels, no table, a patient on both sides: one line."""
     folder = write_features(tmp_path / "w", ["a", "b"])
     np.savez(folder / "b.npz", features=np.ones((2, 5)), coords=[[0, 0], [0, 1]])
     with pytest.raises(UserError, match="width .5, 6."):
         open_slides(folder, tiling_of())
     with pytest.raises(UserError, match="labels .'x', 'y', 'z'.*two labels"):
         open_slides(write_features(tmp_path / "l", "abc", labels="xyz"), tiling_of())
-    with pytest.raises(UserError, match="has 0 slides"):
-        open_slides(write_features(tmp_path / "none", ""), tiling_of())
     (folder / "labels.csv").unlink()
     with pytest.raises(UserError, match="labels.csv"):
         open_slides(folder, tiling_of())

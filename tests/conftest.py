@@ -54,15 +54,14 @@ def small_networks(drawn_once):
 def labelled_run(tmp_path_factory):
     """A run folder with an untrained model of 32 px and its 60 chests of 30 patients. The columns:
     findings, a kind (even, odd), and one that is constant."""
-    from dino import ViTConfig
+    from small_run import SMALL
+
     from dinodiff import DinoDiffusion, DinoDiffusionConfig
     from support.datasets import open_dataset
     from support.files import CHECKPOINT_VERSION, save_atomic, write_csv
     from support.phantoms import chest_phantoms
     from support.pictures import save_png
     from support.training_set import split_holdout, write_split
-    from unet import UNetConfig
-    from vae import VAEConfig
 
     folder = tmp_path_factory.mktemp("labelled")
     images, _, labels = chest_phantoms(60, 32, 0)
@@ -75,10 +74,7 @@ def labelled_run(tmp_path_factory):
     write_csv(folder / "labels.csv", rows)
 
     torch.manual_seed(0)
-    model = DinoDiffusion(DinoDiffusionConfig(
-        image_size=32, vae=VAEConfig(3, 4, 8, (1, 2, 4), 1),
-        unet=UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2),
-        vit=ViTConfig(8, 48, 2, 3), token_shape=(3, 48)))
+    model = DinoDiffusion(DinoDiffusionConfig(**SMALL))
     flags = {"data": str(folder), "seed": 0, "count": 2400}
     run = folder / "run"
     data = open_dataset(folder, 32)

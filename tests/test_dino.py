@@ -56,6 +56,15 @@ def test_equals_official_network(case):
             assert np.abs(value.numpy() - want).max() < 1e-4, (side, name)
 
 
+def test_attention_maps():
+    """One positive map a head; with CLS and registers they would sum to one. Odd sides: error."""
+    vit = VisionTransformer(replace(SMALL, registers=3))
+    maps = attention_maps(vit, images(2, 20))
+    assert maps.shape == (2, 2, 5, 5) and maps.min() > 0 and maps.sum(dim=(2, 3)).max() < 1
+    with pytest.raises(ValueError, match="patch 4 are needed: resize to 16x20"):
+        attention_maps(vit, torch.zeros(1, 3, 18, 20))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_official_keys_and_shapes(name):
     """Names and shapes of all parameters equal those of the official network."""

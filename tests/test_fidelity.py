@@ -34,11 +34,9 @@ def fidelity(folders, name, *flags):
 
 
 def test_two_folders(folders, capsys):
-    """evaluate.py prints the experiment's distances: floor, equal, all; a warning."""
+    """evaluate.py prints the experiment's distances: floor, equal, all."""
     evaluate.main([str(folders / "real"), str(folders / "dark"), "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "warning: fewer images than the 217 dimensions" in out
-    assert "all: 40 against 20" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     assert set(evaluate.METRICS) < set(rows)
 
@@ -74,7 +72,7 @@ def test_a_foreign_judge_is_refused(tmp_path):
         feature_extractor("inception", str(tmp_path / "w.pth"), "cpu")
 
 
-def test_radiomics_with_a_ladder(folders, capsys):
+def test_radiomics_with_a_ladder(folders):
     """Distances by radiomic features, and known damage beside them; FRD is log d."""
     result = fidelity(folders, "dark", "--features", "radiomics", "--ladder")
     rungs = result["ladder"]
@@ -84,4 +82,3 @@ def test_radiomics_with_a_ladder(folders, capsys):
     assert rungs["synthetic"]["floors"] > 2
     for figures in rungs.values():
         assert figures["FRD"] == pytest.approx(math.log(figures["frechet"]) / 2)
-    assert "blur 3 x 3" in capsys.readouterr().out

@@ -21,7 +21,6 @@ def flat(mode, colour):
 
 
 @pytest.mark.parametrize("name, image, options, expected", [
-    ("l.png", flat("L", 51), {}, (51, 51, 51)),
     ("1.png", flat("1", 1), {}, (255, 255, 255)),
     ("rgb.bmp", flat("RGB", (10, 100, 200)), {}, (10, 100, 200)),
     ("p.gif", flat("RGB", (255, 0, 0)).quantize(4), {}, (255, 0, 0)),

@@ -15,11 +15,11 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def chests_with(monkeypatch, *labels, size=64):
+def chests_with(monkeypatch, *labels):
     """Images and masks of the same 12 chests with these labels shown and no other."""
     shown = [float(label in labels) for label in CHEST_LABELS]
     monkeypatch.setattr(phantoms, "PREVALENCE", torch.tensor(shown))
-    return chest_phantoms(12, size, seed=1)[:2]
+    return chest_phantoms(12, 64, seed=1)[:2]
 
 
 @BOTH

@@ -67,13 +67,6 @@ def test_page_does_not_know_the_truth(folders):
         assert np.abs(np.asarray(opened) - wanted).max() <= 0.5 + 1e-3
     assert not re.search(r"person|sampled|https?:|fetch|import", page, re.IGNORECASE)
     assert "default-src 'none'" in page and "form-action 'none'" in page
-
-
-def test_sizes_and_an_old_key(folders):
-    """The smallest side is everyone's; a key is never overwritten."""
-    save_png(folders / "fake" / "large.png", torch.zeros(1, 64, 64))
-    _, pictures, _ = make(folders, "--count", "9")
-    assert {Image.open(io.BytesIO(png)).size for png in pictures.values()} == {(32, 32)}
     with pytest.raises(UserError, match="key.csv exists: a key must not be lost"):
         make(folders)
 

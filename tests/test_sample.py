@@ -9,7 +9,7 @@ from PIL import Image, ImageSequence
 import sample
 from small_run import make, pixels, write_run
 from dinodiff import DinoDiffusion
-from support import files
+from support import files, sample_folder
 from support.command import UserError
 from support.datasets import open_dataset
 from unet import UNetConfig
@@ -83,6 +83,20 @@ def test_a_broken_source_is_left_out_and_named(small_run, tmp_path, capsys):
     with pytest.raises(UserError, match="2.png"):
         make(small_run, tmp_path / "no", "--from-image", str(tmp_path / "set" / "2.png"))
     assert not (tmp_path / "no").exists()
+
+
+def test_a_call_that_is_cut_off_leaves_a_table_of_what_is_there(small_run, tmp_path, monkeypatch):
+    """An image of the second batch cannot be written: the table has the first batch alone."""
+    save = sample_folder.save_png
+
+    def full(path, image, sync):
+        if "00002" in str(path):
+            raise UserError("no space")
+        save(path, image, sync)
+    monkeypatch.setattr(sample_folder, "save_png", full)
+    with pytest.raises(UserError, match="no space"):
+        make(small_run, tmp_path / "out", "--random", "--count", "4", "--batch", "2", steps=1)
+    assert len(files.read_csv(tmp_path / "out" / "samples.csv")) == 2
 
 
 # ---- what an image depends on

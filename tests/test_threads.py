@@ -7,12 +7,11 @@ import torch
 
 import train
 from conftest import TINY
+from small_run import SMALL
 from dinodiff import DinoDiffusion, DinoDiffusionConfig
 from support import threads
 from support.command import UserError
 from support.threads import choose_threads, measure_threads, rehearse, set_threads
-from unet import UNetConfig
-from vae import VAEConfig
 
 CPU = torch.device("cpu")
 
@@ -69,8 +68,7 @@ def test_a_rehearsal_leaves_no_trace(condition):
     has its part in it."""
     labels = ("clear", "sick") if condition == "labels" else ()
     model = DinoDiffusion(DinoDiffusionConfig(
-        image_size=32, vae=VAEConfig(3, 4, 8, (1, 2, 4), 1), condition=condition,
-        unet=UNetConfig(4, 4, 8, (1, 1), 1, (False, True), 8, 2), labels=labels,
+        **SMALL, condition=condition, labels=labels,
         template="a <label> chest" if labels else ""))
     gradients = set()
     for name, p in model.unet.named_parameters():

@@ -398,11 +398,3 @@ def test_flags_win_over_the_preset():
     assert (chosen.embedder_steps, chosen.vae_steps, chosen.unet_steps) == (300, 900, 500)
     assert (chosen.batch, chosen.ema, chosen.lr, chosen.size) == (4, 0.9, 1e-3, 64)
     assert preset("--preset", "sd15").prediction == preset("--unet", "sd15").prediction == "eps"
-
-
-def test_dry_run_prints_the_settings_and_writes_nothing(tmp_path, capsys):
-    """--dry-run: JSON with every hyper-parameter, no folder."""
-    assert train.main(["--dry-run", "--preset", "sd15", "--out", str(tmp_path / "x")]) == 0
-    settings = json.loads(capsys.readouterr().out)["settings"]
-    assert settings["prediction"] == "eps" and settings["size"] == 512
-    assert settings["unet_config"]["base_channels"] == 320 and not (tmp_path / "x").exists()

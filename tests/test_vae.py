@@ -90,19 +90,6 @@ def test_loss_terms():
     torch.testing.assert_close(parts["kl"], latent.kl().mean())
 
 
-def test_a_stem_moves_squares_of_pixels_to_channels():
-    """A stem of 2 halves the sides before the first convolution; no pixel changes its place."""
-    vae = AutoencoderKL(VAEConfig(3, 8, 16, (1, 2), 1, stem=2))
-    x = inputs(1, (2, 3, 16, 24))[0]
-    assert vae.config.factor == 4
-    assert vae.encode(x).mean.shape == (2, 8, 4, 6) and vae(x)[0].shape == x.shape
-    seen = []
-    vae.encoder.conv_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    vae.encode(x)
-    assert torch.equal(seen[0][:, :4], x[:, :1].unfold(2, 2, 2).unfold(3, 2, 2).reshape(
-        2, 8, 12, 4).permute(0, 3, 1, 2))
-
-
 def test_latent_statistics():
     """Streamed shift and scale equal those of sampled latents, which become mean 0, deviation 1."""
     scales = torch.tensor([0.1, 1.0, 5.0]).view(1, 3, 1, 1)

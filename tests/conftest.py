@@ -51,14 +51,11 @@ def small_networks(drawn_once):
 
 
 @pytest.fixture(scope="module")
-def labelled_run(tmp_path_factory):
-    """A run folder with an untrained model of 32 px and its 60 chests of 30 patients. The columns:
-    findings, a kind (even, odd), and one that is constant."""
-    from small_run import SMALL
-
-    from dinodiff import DinoDiffusion, DinoDiffusionConfig
+def labelled_run(tmp_path_factory, small_run):
+    """A run folder with the small model and its 60 chests of 30 patients. The columns: findings, a
+    kind (even, odd), and one that is constant."""
     from support.datasets import open_dataset
-    from support.files import CHECKPOINT_VERSION, save_atomic, write_csv
+    from support.files import load_checkpoint, save_atomic, write_csv
     from support.phantoms import chest_phantoms
     from support.pictures import save_png
     from support.training_set import split_holdout, write_split
@@ -73,14 +70,11 @@ def labelled_run(tmp_path_factory):
                      "odd" if i % 2 else "even"])
     write_csv(folder / "labels.csv", rows)
 
-    torch.manual_seed(0)
-    model = DinoDiffusion(DinoDiffusionConfig(**SMALL))
-    flags = {"data": str(folder), "seed": 0, "count": 2400}
     run = folder / "run"
     data = open_dataset(folder, 32)
     write_split(run / "split.csv", data, *split_holdout(data, 0.4, 0))
-    save_atomic(run / "model.pt", {"version": CHECKPOINT_VERSION, **model.to_checkpoint(),
-                                   "training": flags})
+    save_atomic(run / "model.pt", {**load_checkpoint(small_run / "model.pt"), "training": {
+        "data": str(folder), "seed": 0, "count": 2400}})
     return run
 
 

@@ -54,18 +54,6 @@ def test_a_feature_of_the_held_out_bag_only_does_not_explode():
     assert far.tolist() == [10, 10, -10]
 
 
-def test_the_set_kernel_is_the_mean_over_pairs():
-    """Bags of one instance: the Gaussian kernel itself, and the closed form of ridge regression."""
-    made, labels = torch.randn(6, 1, 2), np.array([0, 1, 0, 1, 0, 1])
-    kernel = torch.exp(-torch.cdist(made[:, 0], made[:, 0]).square() / 2)
-    weights = torch.linalg.inv(kernel[:4, :4] + 0.1 * torch.eye(4)) @ torch.tensor(
-        [-0.5, 0.5, -0.5, 0.5])
-    scores = bags.set_kernel(list(made), labels, np.array([4, 5]))
-    torch.testing.assert_close(scores, kernel[4:, :4] @ weights, atol=1e-4, rtol=1e-4)
-    twice = [bag.repeat(1 + i, 1) for i, bag in enumerate(made)]  # copies change no mean
-    torch.testing.assert_close(bags.set_kernel(twice, labels, np.array([4, 5])), scores)
-
-
 def test_a_witness_is_found(tmp_path, monkeypatch, capsys):
     """The command: one instance far off in each positive bag is learned; no epoch does better than
     the one chosen on the test fold."""

@@ -9,7 +9,7 @@ import dinodiff
 from dino import ViTConfig
 from dinodiff import (DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler, NoiseSchedule, Refiner,
                       TokenProjection, ddim_sample, ddpm_sample, dpm_sample, from_bands, guided,
-                      make_betas, slerp, to_bands)
+                      slerp, to_bands)
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -134,8 +134,6 @@ def test_schedules_match_their_definitions():
     before = NoiseSchedule(zero_terminal_snr=False).alphas_cumprod
     after = NoiseSchedule(zero_terminal_snr=True).alphas_cumprod
     assert after[-1] == 0 and torch.isclose(after[0], before[0])
-    with pytest.raises(ValueError, match="schedule 'sine' is unknown: use scaled_linear"):
-        make_betas("sine", 50)
     assert (after[1:] < after[:-1]).all()
     with pytest.raises(ValueError, match="use prediction 'v'"):  # eps would be divided by 0
         NoiseSchedule(prediction="eps", zero_terminal_snr=True)

@@ -19,7 +19,6 @@ from small_run import write_run
 from support import files
 from support.command import UserError, run_script
 from support.datasets import open_dataset
-from test_files import Payload
 
 # Words of a line in capitals are files of the fixture `desk`.
 BAD_LINES = [
@@ -101,6 +100,12 @@ def test_bad_command_lines(desk, small_networks, monkeypatch, capsys):
             wrong.append((line, "changed", sorted(content(desk).keys() ^ before.keys())))
             break
     assert not wrong, "\n".join(map(str, wrong))
+
+
+class Payload(str):
+    """Unpickling this creates a folder of that name."""
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
 
 
 def test_no_reader_runs_code(tmp_path):

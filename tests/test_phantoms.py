@@ -50,21 +50,14 @@ def test_shapes_types_and_range(draw, size):
 
 
 def test_lungs_are_two_dark_regions():
-    """Each mask is two lungs of fair size, dark inside, and brightness rises across its edge."""
-    images, masks, labels = chest_phantoms(40, 128, seed=2)
-    steps = []
-    for image, mask, label in zip(images[:, 0], masks[:, 0], labels):
+    """Each mask is two lungs of fair size, dark inside."""
+    images, masks, _ = chest_phantoms(40, 128, seed=2)
+    for image, mask in zip(images[:, 0], masks[:, 0]):
         regions, count = ndimage.label(mask.numpy())
         assert count == 2
         assert ndimage.sum(mask.numpy(), regions, (1, 2)).min() > 0.05 * mask.numel()
         body = ~mask & (image > -0.8)  # -0.8: leaves out the air around the patient
         assert image[mask].mean() < image[body].mean() - 0.3  # of 2; healthy lungs: about 0.7
-        if not label.any():
-            image, mask = image.numpy(), mask.numpy()
-            inside = image[mask & ~ndimage.binary_erosion(mask, iterations=2)].mean()
-            outside = image[ndimage.binary_dilation(mask, iterations=2) & ~mask].mean()
-            steps.append(outside - inside)
-    assert len(steps) >= 3 and min(steps) > 0.1  # noise of such a mean is under 0.01
 
 
 @pytest.mark.parametrize("label", CHEST_LABELS[1:])

@@ -219,13 +219,3 @@ def test_prototypes_need_the_runs_tokens(small_run, tmp_path, tokens):
     with pytest.raises(UserError, match="tokens"):
         make(tmp_path, tmp_path / "out", "--prototypes", "2")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_newest_run_is_the_default(small_run, tmp_path, monkeypatch):
-    """Without --checkpoint and --out: the newest of runs/, and a new folder in its samples/."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "new").mkdir(parents=True)
-    (tmp_path / "runs" / "new" / "model.pt").write_bytes((small_run / "model.pt").read_bytes())
-    for name in ("random", "random_2"):
-        assert sample.main(["--random", "--steps", "1", "--device", "cpu"]) == 0
-        assert (tmp_path / "runs" / "new" / "samples" / name / "samples.csv").exists()

@@ -80,11 +80,10 @@ def test_a_given_step_joins_pieces_with_an_origin_each():
 
 
 @pytest.mark.parametrize("features, coords, why", [
-    (np.ones((3, 2)), [[0, 0], [0, 1], [0, 0]], "share a cell"),
     (np.full((1, 2), np.nan), [[0, 0]], "not finite"),
     (np.array([object()] * 3), [[0, 0]] * 3, "allow_pickle=False")])
 def test_bad_features_are_refused(tmp_path, features, coords, why):
-    """Repeated places, NaN and pickles end in one line that names the file."""
+    """NaN and pickles end in one line that names the file."""
     np.savez(tmp_path / "a.npz", features=features, coords=coords)
     with pytest.raises(UserError, match=f"a.npz cannot be used .*{why}.*are needed"):
         read_features(tmp_path / "a.npz")

@@ -10,7 +10,8 @@ from conftest import TINY
 from dinodiff import DinoDiffusion, DinoDiffusionConfig
 from support import threads
 from support.command import UserError
-from support.threads import choose_threads, measure_threads, rehearse, set_threads
+from support.run import Run
+from support.threads import ThreadWatch, choose_threads, measure_threads, rehearse, set_threads
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -69,30 +70,62 @@ def test_a_slow_step_is_made_once(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds, chosen, words", (
-    ({1: 0.01, 2: 0.1}, 1, "1 thread: 2 threads are 0."),
-    ({1: 0.1, 2: 0.01}, 2, "as fast as 1"),
+    ({1: 0.01, 2: 0.1}, 1, "1 of 2 threads: 2 are 0."),
+    ({1: 0.1, 2: 0.01}, 2, "2 of 2 threads: 2 are "),
 ))
 def test_the_choice_is_set_and_said(seconds, chosen, words, capsys):
-    assert set_threads(0, CPU, 1000, step_of(seconds)) == chosen == torch.get_num_threads()
+    threads, gain = set_threads(0, CPU, 1000, step_of(seconds))
+    assert threads == chosen == torch.get_num_threads()
+    assert gain == pytest.approx(seconds[1] / seconds[2], rel=0.5)
     assert words in capsys.readouterr().out
 
 
 def test_nothing_is_measured_without_need(monkeypatch, capsys):
     """A number is given, the run is short, there are ranks, or OMP_NUM_THREADS is set; on a GPU
     the number stays as it is."""
-    assert set_threads(3, CPU, 1000, never) == torch.get_num_threads() == 3
-    assert set_threads(0, CPU, 99, never) == 3
-    assert set_threads(0, torch.device("cuda"), 1000, never) == 0
+    assert set_threads(3, CPU, 1000, never) == (3, 0)
+    assert torch.get_num_threads() == 3
+    assert set_threads(0, CPU, 99, never) == (3, 0)
+    assert set_threads(0, torch.device("cuda"), 1000, never) == (0, 0)
     assert torch.get_num_threads() == 3
     with monkeypatch.context() as patch:
         patch.setattr(threads, "ranks", lambda: 2)
-        assert set_threads(0, CPU, 1000, never) == 3
+        assert set_threads(0, CPU, 1000, never) == (3, 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert set_threads(0, CPU, 1000, never) == 3
+    assert set_threads(0, CPU, 1000, never) == (3, 0)
     torch.set_num_threads(1)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert set_threads(0, CPU, 1000, never) == 1  # one core
+    assert set_threads(0, CPU, 1000, never) == (1, 0)  # one core
     assert not capsys.readouterr().out
+
+
+def test_a_run_falls_back_to_one_thread(capsys):
+    """Where several are slower than one was, twice in succession; not before, and not where their
+    gain is unknown."""
+    for gain, looks, left in ((1.6, (3.0, 1.0, 1.9, 2.1, 1.9), 2), (0.0, (1.0, 9.0, 9.0), 2),
+                              (1.6, (1.0, 2.1, 2.1), 1)):
+        watch = ThreadWatch(gain)
+        for seconds in looks:
+            watch.look("unet", seconds)
+        assert torch.get_num_threads() == left
+    assert capsys.readouterr().out.count("one thread from now on") == 1
+
+
+def test_a_resumed_run_stays_with_one_thread(tmp_path):
+    """If it had fallen back before its state was saved."""
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(net.parameters())
+    run = Run(tmp_path, {"resume": False}, thread_gain=1.6)
+    progress = run.begin("unet", 30, 30, net, optimizer, None)
+    for step in range(30):
+        time.sleep(0.002 if step < 10 else 0.02)
+        progress.after_step(torch.tensor(1.0), torch.tensor(1.0), 1e-3, 1, {})
+    run.close()
+    assert [row["threads"] for row in run.rows()][::29] == [2, 1]
+
+    torch.set_num_threads(2)
+    Run(tmp_path, {"resume": True}, resume=True).close()
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("condition", ("dino", "labels"))

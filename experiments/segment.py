@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
-from dino import preprocess
+from dino import preprocess, resize
 from evaluate import bootstrap_interval, dice
 from experiments.common import add_run_flags, open_run
 from experiments.small_cnn import Labelled, strong_augment, to_bytes
@@ -101,6 +101,26 @@ def decoder_features(model, images, t=150, seed=0):
     x = [F.interpolate(F.normalize(x, dim=1), size, mode="bilinear") for x in outputs]
     x = torch.cat(x, dim=1)
     return x - x.mean((2, 3), keepdim=True)
+
+
+@torch.no_grad()
+def patch_tokens(model, images, seed=0):
+    """Patch tokens of the embedder, less their mean over the image: (B, D, h, w). For comparison,
+    as the next: without the U-Net."""
+    vit = model.embedder.vit
+    tokens = vit.features(resize(images, vit.input_side))[2]
+    side = math.isqrt(tokens.shape[1])
+    x = tokens.transpose(1, 2).unflatten(2, (side, side))         # (B, N, D) -> (B, D, h, w)
+    return x - x.mean((2, 3), keepdim=True)
+
+
+def pixel_features(model, images, seed=0):
+    """Grey pixels as features, 8 x 8 at each place: (B, 64, H / 8, W / 8)."""
+    x = F.pixel_unshuffle(images.mean(1, keepdim=True), 8)
+    return x - x.mean((2, 3), keepdim=True)
+
+
+FEATURES = {"decoder": decoder_features, "vit": patch_tokens, "pixels": pixel_features}
 
 
 def under_seeds(labels, k):
@@ -235,8 +255,9 @@ def masks_by_kmeans(model, args, training, images):
 
     A K is missing if none or all of its clusters are lung.
     """
+    extract = FEATURES[args.features]
     features, own_features = (
-        torch.cat([decoder_features(model, x.to(model.shift.device), seed=args.seed)
+        torch.cat([extract(model, x.to(model.shift.device), seed=args.seed)
                    for x in part.split(args.batch)]).cpu() for part in (training, images))
     grey, own_grey = ((part.mean(1) + 1) / 2 for part in (training, images))
 
@@ -328,6 +349,8 @@ def add_flags(parser):
     add = parser.add_argument
     add("--fit", type=number(int, 1), default=150, help="training images of K-means at most")
     add("--clusters", type=number(int, 2), nargs="+", default=[6, 8, 10], help="K, each tried")
+    add("--features", choices=FEATURES, default="decoder", help="of K-means: the U-Net's decoder, "
+        "or for comparison the embedder's patch tokens, or plain pixels")
     add("--threshold", type=number(float, 0), default=0.03, help="KL of DiffSeg, nats (paper: 0.9)")
     add("--self-train", type=number(int, 0), default=0, metavar="N",
         help="training images whose masks teach a network; 0 trains none")
@@ -336,6 +359,9 @@ def add_flags(parser):
 
 def main(args):
     run = open_run(args)
+    if args.features == "vit" and not run.model.config.vit:
+        raise UserError("this model was trained on a file of vectors", "--features vit needs a ViT",
+                        "pass another --checkpoint")
     indices, truth = known_masks(run.images, run.test)
     _, training_masks = known_masks(run.images, run.train)
     images = run.images.batch(indices)

@@ -14,7 +14,8 @@ from experiments.__main__ import main as experiments
 from experiments.common import OpenedRun
 from experiments.segment import (decoder_features, diffseg, edge_strength, finest_attention,
                                  guided_filter, largest_pieces, lung_score,
-                                 masks_by_self_training, symmetric_kl)
+                                 masks_by_self_training, patch_tokens, pixel_features,
+                                 symmetric_kl)
 from support.command import UserError
 from support.datasets import open_dataset
 from unet import UNetConfig
@@ -86,6 +87,9 @@ def test_features_and_maps_of_the_model(model, chests):
     assert (means > 0).all() and (means < 1).all()
     assert torch.allclose(decoder_features(model, images[1:2]), features[1:2], atol=1e-5)
     assert not torch.allclose(decoder_features(model, images, seed=1), features, atol=1e-3)
+    for other in (patch_tokens, pixel_features):
+        x = other(model, images)
+        assert x.shape[2:] == (4, 4) and x.mean((2, 3)).abs().max() < 1e-5
     attention = finest_attention(model, images)
     assert attention.shape == (3, 64, 64)  # at the lower level only, of 8 x 8
     assert torch.allclose(attention.sum(-1), torch.ones(3, 64), atol=1e-5)

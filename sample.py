@@ -21,7 +21,7 @@ the batch size or the number of processes (ranks). The refiner adds random fine 
 """
 import argparse
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -31,11 +31,13 @@ from prompts import find_prompt
 from support.cache import read_vectors
 from support.command import (Help, StatusLine, UserError, autocast_dtype, number, pick_device,
                              run_script, user_errors)
+from support.fast import compile_where_it_pays
 from support.files import BOX, load_checkpoint, next_folder, note_colour, resolve_checkpoint
 from support.images import load_image
 from support.ranks import all_ranks, join_ranks, rank, ranks
 from support.sample_folder import Request, SampleFolder, find_sources, read_training_tokens
 from support.seeds import step_seed
+from support.threads import rehearse
 
 
 def flags():
@@ -318,6 +320,12 @@ def main(argv=None):
         "steps": args.steps, "sampler": args.sampler, "strength": args.strength,
         "perturb": args.perturb, "refined": bool(model.refiner) and not args.no_refine,
         "dtype": str(dtype).removeprefix("torch."), "checkpoint": str(checkpoint)})
+
+    # Many images on a GPU: compiled blocks may be faster.
+    rounds = len(requests) / (args.batch * ranks())
+    passes = args.batch * (1 if args.guidance_scale == 1 else 2)
+    compile_where_it_pays(model, None, device, rounds * args.steps,
+                          partial(rehearse, model, passes, dtype, backward=False))
 
     # Sample in rounds of one batch per rank.
     status = StatusLine(len(requests), "sample")

@@ -42,7 +42,7 @@ from support.cache import (Latents, Pictures, build_cache, decode_once, fingerpr
                            read_vectors)
 from support.command import (Help, Stopped, UserError, autocast_dtype, number, pick_device,
                              run_script, user_errors)
-from support.fast import compile_blocks
+from support.fast import compile_blocks, compile_where_it_pays
 from support.files import load_checkpoint, resolve_checkpoint
 from support.held_out import HeldOut, draw_held_out
 from support.outliers import drop_outliers
@@ -339,7 +339,7 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
 
 # ---------------------------------------------------------------------------- stages 1 and 2
 
-def train_embedder(preset, run, model, pictures, seed, dtype, from_init):
+def train_embedder(preset, run, model, pictures, seed, dtype, from_init, compiled):
     """DINO on the training images; the teacher becomes model.embedder.vit."""
     if "embedder" not in run.finished:
         torch.manual_seed(step_seed(seed, "dino") % 2 ** 31)
@@ -350,6 +350,8 @@ def train_embedder(preset, run, model, pictures, seed, dtype, from_init):
             for network in (dino.student, dino.teacher):
                 network["backbone"].load_state_dict(model.embedder.vit.state_dict())
         dino = share_batch_norm(dino.to(device))
+        if compiled:
+            compile_blocks(dino)
 
         def loss_fn(batch, step, generator):
             return dino.loss(*batch, generator)
@@ -684,7 +686,8 @@ def flags():
     flag = parser.add_argument_group("machine and files").add_argument
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--dtype", choices=("auto", "float32", "bf16"), default="auto", help="autocast")
-    flag("--compile", action="store_true", help="torch.compile the U-Net's blocks")
+    flag("--compile", action=argparse.BooleanOptionalAction,
+         help="torch.compile all blocks (default: on a GPU, in a long run, if it is faster)")
     flag("--threads", type=number(int, 0), default=0,
          help="of the CPU; 0 takes 1 unless more are measured to be faster")
     flag("--out", help="the run's folder (default: runs/NAME)")
@@ -771,7 +774,8 @@ def train_stages(args, preset, run, model, dataset, labels):
     if trains_embedder or trains_vae or preset.refiner_steps:
         pictures = decode_once(pictures, run)
     if trains_embedder:
-        train_embedder(preset, run, model, pictures, args.seed, dtype, bool(args.init))
+        train_embedder(preset, run, model, pictures, args.seed, dtype, bool(args.init),
+                       args.compile)
     if trains_vae:
         train_vae(preset, run, model, pictures, args.seed, dtype, bool(args.init))
 
@@ -843,13 +847,14 @@ def main(argv=None):
     model.unet.checkpointing = args.checkpointing
     step = partial(rehearse, model, preset.batch // args.accumulate,
                    autocast_dtype(device, args.dtype))
-    config["threads"] = set_threads(args.threads, device, preset.unet_steps, step)
-    if args.compile:
-        compile_blocks(model)
+    config["threads"], thread_gain = set_threads(args.threads, device, preset.unet_steps, step)
     model.to(device)
+    model.unet.to(memory_format=memory_format(device, autocast_dtype(device, args.dtype)))
+    config["compile"] = args.compile = compile_where_it_pays(model, args.compile, device,
+                                                             preset.unet_steps, step)
 
     # Train.
-    run = Run(args.out, config | {"depth": images.depth}, args.resume)
+    run = Run(args.out, config | {"depth": images.depth}, args.resume, thread_gain)
     try:
         with run.signals_caught():
             write_choice(run, dataset, outliers)

@@ -26,6 +26,7 @@ from support.files import (CHECKPOINT_VERSION, append_jsonl, load_checkpoint, ma
                            read_jsonl, save_atomic, write_text_atomic)
 from support.pictures import line_chart
 from support.ranks import all_ranks, rank
+from support.threads import ThreadWatch
 
 SAVE_SECONDS = 300  # between two saves of the state
 
@@ -84,8 +85,10 @@ class Run:
 
     HELD_OUT = ", held out"  # ends the stage's name in rows about held-out images
 
-    def __init__(self, folder=None, config=None, resume=False):
+    def __init__(self, folder=None, config=None, resume=False, thread_gain=0.0):
+        """thread_gain: see support.threads.ThreadWatch."""
         self.config = config
+        self.thread_watch = ThreadWatch(thread_gain)
         self.finished = {}    # stage -> its result: weights, or clusters
         self.state = None     # of the stage in progress
         self.stop_signal = 0  # the number of the signal that was caught
@@ -101,10 +104,12 @@ class Run:
         # The saved state.
         path = self.folder / "state.pt"
         if resume and path.exists():
-            saved = load_checkpoint(path, ("finished", "state"),
+            saved = load_checkpoint(path, ("finished", "state", "threads"),
                                     "restore it, or delete it and lose its steps")
             self.finished = saved["finished"]
             self.state = saved["state"]
+            if saved["threads"] < torch.get_num_threads():  # it had fallen back to one
+                torch.set_num_threads(saved["threads"])
             if self.state:
                 print(f"{self.state['stage']}: resumes after step {self.state['step']}")
 
@@ -171,7 +176,8 @@ class Run:
     def _write_state(self):
         if self.writes:
             save_atomic(self.folder / "state.pt", {
-                "version": CHECKPOINT_VERSION, "finished": self.finished, "state": self.state})
+                "version": CHECKPOINT_VERSION, "finished": self.finished, "state": self.state,
+                "threads": torch.get_num_threads()})
 
     @contextmanager
     def signals_caught(self):
@@ -229,7 +235,7 @@ class Progress:
         self.status = StatusLine(steps, stage, self.done)
         self.look_every = min(10, max(1, steps // 500))  # reading a loss waits for the GPU
         self.losses = []  # of the steps since the last look
-        self.began = self.saved = time.time()
+        self.began = self.saved = self.looked = time.time()
 
     def after_step(self, loss, norm, rate, images, logs):
         """Record a step: loss and gradient norm (scalar tensors), learning rate, number of images,
@@ -247,7 +253,8 @@ class Progress:
         mean, *logged = torch.stack([value.float() for value in values]).tolist()
         means = all_ranks(mean)
         mean = sum(means) / len(means)
-        images *= len(self.losses)
+        steps = len(self.losses)
+        images *= steps
         self.losses = []
         if not math.isfinite(mean):
             raise UserError(f"{self.stage}: the loss or its gradient is {mean} at step {self.done} "
@@ -255,8 +262,10 @@ class Progress:
                             "start again with a lower learning rate or --dtype float32")
 
         self.status.update(self.done, loss=mean, images=images)
+        self.run.thread_watch.look(self.stage, (time.time() - self.looked) / steps)
         self.run.log(stage=self.stage, step=self.done, loss=mean, lr=rate,
-                     seconds=time.time() - self.began, **dict(zip(logs, logged)))
+                     seconds=time.time() - self.began, threads=torch.get_num_threads(),
+                     **dict(zip(logs, logged)))
 
         # All ranks stop at the same step.
         stop = max(all_ranks(self.run.stop_signal))
@@ -267,6 +276,7 @@ class Progress:
             raise Stopped(stop)
         if self.done == self.upto:
             self.status.close()
+        self.looked = time.time()
 
 
 def print_start(preset, run, model, dataset, device):

@@ -1,7 +1,8 @@
 """How many CPU threads a training takes.
 
 Threads wait for each other at every operation. Beside another busy program, e.g. a browser, one
-of them is always late, and two threads are slower than one. So the second has to earn its place.
+of them is always late, and two threads are slower than one. So more than one have to earn their
+place at the start, and to keep it: see ThreadWatch.
 """
 import os
 import time
@@ -12,7 +13,7 @@ from support.ranks import ranks
 
 MIN_GAIN = 1.25  # of speed over one thread, below which more threads are not worth their waiting
 MIN_STEPS = 100  # a shorter run would end before the measurement pays off
-PATIENCE = 1.5   # seconds for each number of threads; a slower step is measured once
+PATIENCE = 1.5   # seconds to measure a step; a slower one is measured once
 
 
 def choose_threads(timings):
@@ -21,53 +22,87 @@ def choose_threads(timings):
     return fastest if timings[1] >= MIN_GAIN * timings[fastest] else 1
 
 
+def shortest(step):
+    """Seconds of the shortest of up to four calls of step(), the first of which warms up."""
+    seconds = []
+    while len(seconds) < 4 and sum(seconds) < PATIENCE:
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 def measure_threads(step, counts):
-    """{threads: seconds}: the shortest of up to four calls of step(), the first of which warms up;
-    1 first, for others may be very slow. PyTorch's random state stays as it was."""
+    """{threads: seconds of step()}; 1 first, because others may be very slow. PyTorch's random
+    state stays as it was."""
     timings = {}
     with torch.random.fork_rng(devices=[]):
         for count in counts:
             torch.set_num_threads(count)
-            seconds = []
-            while len(seconds) < 4 and sum(seconds) < PATIENCE:
-                began = time.perf_counter()
-                step()
-                seconds.append(time.perf_counter() - began)
-            timings[count] = min(seconds)
+            timings[count] = shortest(step)
     return timings
 
 
-def rehearse(model, batch, dtype):
+def rehearse(model, batch, dtype, backward=True):
     """Forward and backward pass of model.unet on `batch` random latents; leaves no gradients."""
     config = model.config
     side = config.image_size // config.vae.factor
-    x = torch.randn(batch, config.vae.latent_channels, side, side)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        prediction = model.unet(x, torch.zeros(batch).long(), *model.null_context(batch))
-    prediction.float().square().mean().backward()
-    model.zero_grad(set_to_none=True)
+    device = model.shift.device
+    x = torch.randn(batch, config.vae.latent_channels, side, side, device=device)
+    t = torch.zeros(batch, dtype=torch.int64, device=device)
+    with (torch.set_grad_enabled(backward),
+          torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)):
+        prediction = model.unet(x, t, *model.null_context(batch))
+    if backward:
+        prediction.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def set_threads(threads, device, steps, step):
-    """Set the number of CPU threads, and return it for a resumed run to take; 0 on a GPU.
+    """Set the number of CPU threads. Returns (threads, gain): the number, for a resumed run to
+    take, 0 on a GPU; and the measured speed over one thread, 0 if it was not measured.
 
     threads: the number, or 0 to measure step(), unless the run is short (of `steps` steps), has
     several ranks, or the user has set OMP_NUM_THREADS.
     """
     default = torch.get_num_threads()
     is_set = "OMP_NUM_THREADS" in os.environ or ranks() > 1
+    gain = 0.0
     if not threads and device.type == "cpu":
         threads = default
         if default > 1 and not is_set and steps >= MIN_STEPS:
             timings = measure_threads(step, (1, default))
             threads = choose_threads(timings)
-            gain = f"{default} threads are {timings[1] / timings[default]:.1f} times as fast"
-            if threads == 1:
-                print(f"1 thread: {gain}, and wait for each other when other programs run; "
-                      "choose with --threads N")
-            else:
-                print(f"{gain} as 1; while other programs run they wait for each other, and "
-                      "--threads 1 is faster")
+            gain = timings[1] / timings[default]
+            print(f"{threads} of {default} threads: {default} are {gain:.1f} times as fast as one, "
+                  "but wait for each other beside other programs; choose with --threads N")
     if threads:
         torch.set_num_threads(threads)
-    return threads
+    return threads, gain
+
+
+class ThreadWatch:
+    """Falls back to one thread when several have become slower than one.
+
+    gain: their speed over one thread when they were measured. Another program has started if steps
+    take longer than one thread would, by a quarter, twice in succession.
+    """
+
+    def __init__(self, gain):
+        self.gain = gain
+        self.fastest = {}  # stage -> seconds of a step
+        self.slow = 0      # slow measurements in succession
+
+    def look(self, stage, seconds):
+        """Call it with the mean seconds of some steps."""
+        if not self.gain or torch.get_num_threads() == 1:
+            return
+        self.fastest[stage] = min(seconds, self.fastest.get(stage, seconds))
+        is_slow = seconds > MIN_GAIN * self.gain * self.fastest[stage]
+        self.slow = self.slow + 1 if is_slow else 0
+        if self.slow == 2:
+            print(f"note: a step takes {seconds:.2f} s, {self.fastest[stage]:.2f} s before: another"
+                  " program is busy; one thread from now on")
+            torch.set_num_threads(1)

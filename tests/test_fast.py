@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from make_diffusers import inputs
-from support.fast import attention, compile_blocks
+from support import fast
+from support.fast import attention, compile_blocks, compile_where_it_pays, repeated_blocks
 from unet import UNet, UNetConfig
 
 UNET = UNetConfig(4, 4, 8, (1,), 1, (True,), 12, 2)  # one level: tracing takes long
@@ -52,3 +53,24 @@ def test_compiled_blocks_keep_their_graphs(counter):
     assert counter.frame_count == first
     steps(unet, 1, batch=3)
     assert counter.frame_count <= 2 * first
+
+
+@pytest.mark.parametrize("wanted, device, steps, seconds, compiled", (
+    (None, "cuda", 1000, (2.0, 1.0), True),
+    (None, "cuda", 1000, (1.0, 2.0), False),  # slower: undone
+    (None, "cuda", 100, (2.0, 1.0), False),   # too short a run to try
+    (None, "cpu", 1000, (2.0, 1.0), False),
+    (False, "cuda", 1000, (2.0, 1.0), False),
+    (True, "cpu", 1, (), True),
+))
+def test_blocks_are_compiled_where_it_pays(monkeypatch, counter, wanted, device, steps, seconds,
+                                           compiled):
+    """By the seconds of a step before and after; blocks that are not faster run as before."""
+    timings = iter(seconds)
+    monkeypatch.setattr(fast, "shortest", lambda step: next(timings))
+    unet = UNet(UNET)
+    chosen = compile_where_it_pays(unet, wanted, torch.device(device), steps, lambda: None,
+                                   backend=counter)
+    assert chosen == compiled
+    assert all((block._compiled_call_impl is not None) == compiled
+               for block in repeated_blocks(unet))

@@ -42,9 +42,6 @@ def test_patients_are_apart_and_foci_are_what_cancer_is():
     assert all(torch.equal(a.rows, b.rows) for a, b in zip(slides, again))
     assert not torch.equal(slides[0].rows, mosaic_slides(bank, 1, 40)[0].rows)
 
-    larger = [s.foci.float().mean() for s in mosaic_slides(bank, 0, 40, (0.1, 0.2)) if s.label]
-    assert min(larger) > 0.099 and max(larger) < 0.201
-
 
 def write_patches(folder):
     rows = [["file", "label", "patient"]]

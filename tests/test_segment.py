@@ -12,7 +12,7 @@ from evaluate import dice
 from experiments import segment
 from experiments.__main__ import main as experiments
 from experiments.common import OpenedRun
-from experiments.segment import diffseg, guided_filter, symmetric_kl
+from experiments.segment import diffseg, guided_filter, masks_by_self_training, symmetric_kl
 from support.command import UserError
 from support.datasets import open_dataset
 
@@ -29,6 +29,13 @@ def model():
 @pytest.fixture(scope="module")
 def chests():
     return open_dataset("phantoms", 32, seed=0, count=18)
+
+
+def discs(*centres, radius=0.3, size=64):
+    """(1, size, size) bool: discs at (x, y) in [-1, 1]."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    return torch.stack([(x - a).square() + (y - b).square() < radius ** 2
+                        for a, b in centres]).any(0, keepdim=True)
 
 
 def planted_attention(contrast):
@@ -59,10 +66,18 @@ def test_diffseg_finds_planted_segments():
     assert len(diffseg(flat, SIDE, 1e-4).unique()) == 4
 
 
+@pytest.mark.parametrize("extract", segment.FEATURES.values())
+def test_features_are_centred(model, chests, extract):
+    """Their mean over each image is zero; no image depends on its batch."""
+    images = chests.batch(range(3))
+    features = extract(model, images)
+    assert features.mean((2, 3)).abs().max() < 1e-5
+    assert torch.allclose(extract(model, images[1:2]), features[1:2], atol=1e-5)
+
+
 def test_guided_filter_snaps_to_edges():
     """A constant and, in the limit, the guide itself come back; a coarse mask gets fine borders."""
-    places = torch.linspace(-1, 1, 64)
-    disc = (places[:, None].square() + places.square() < 0.6 ** 2)[None].float()
+    disc = discs((0, 0), radius=0.6).float()
     assert torch.allclose(guided_filter(torch.full_like(disc, 0.3), disc), torch.tensor(0.3))
     ramp = torch.linspace(0, 1, 64).expand(1, 64, 64)
     assert torch.allclose(guided_filter(0.5 * ramp, ramp, epsilon=1e-9), 0.5 * ramp, atol=1e-4)
@@ -109,3 +124,19 @@ def test_masks_that_cannot_serve(command, chests):
         chests.masks["masks"] = masks
         with pytest.raises(UserError, match="0 of 8 images have a mask that is not empty"):
             command()
+
+
+def test_self_training_learns_from_imperfect_masks(monkeypatch):
+    """Bright discs whose masks are shifted at random: the network's own masks are better."""
+    monkeypatch.setattr(segment, "SELF_TRAINING_STEPS", 60)
+    generator = torch.Generator().manual_seed(0)
+    places = 0.3 * torch.rand(40, 2, generator=generator) - 0.15
+    truth = torch.cat([discs((-0.5 + x, y), (0.5 + x, y), radius=0.35, size=32)
+                       for x, y in places.tolist()])
+    images = truth[:, None].float() - 0.5 + 0.2 * torch.randn(40, 1, 32, 32, generator=generator)
+    images = images.clamp(-1, 1).expand(-1, 3, -1, -1)
+    shifted = torch.stack([mask.roll(int(x), 1) for mask, x in
+                           zip(truth, torch.randint(-5, 6, (40,), generator=generator))])
+    masks = masks_by_self_training(images[:30], shifted[:30], images[30:], 0, torch.device("cpu"))
+    scores = [dice(*pair) for pair in zip(masks, truth[30:])]
+    assert np.mean(scores) > 0.1 + np.mean([dice(*pair) for pair in zip(shifted, truth)])

@@ -11,7 +11,8 @@ from small_run import SMALL
 from dinodiff import DinoDiffusion, DinoDiffusionConfig
 from support import threads
 from support.command import UserError
-from support.threads import choose_threads, measure_threads, rehearse, set_threads
+from support.run import Run
+from support.threads import ThreadWatch, choose_threads, measure_threads, rehearse, set_threads
 
 CPU = torch.device("cpu")
 
@@ -48,18 +49,49 @@ def test_more_threads_must_gain_a_quarter(timings, threads):
 
 @pytest.mark.parametrize("seconds, chosen", (({1: 0.01, 2: 0.1}, 1), ({1: 0.1, 2: 0.01}, 2)))
 def test_the_faster_number_is_set(seconds, chosen):
-    assert set_threads(0, CPU, 1000, step_of(seconds)) == chosen == torch.get_num_threads()
+    threads, gain = set_threads(0, CPU, 1000, step_of(seconds))
+    assert threads == chosen == torch.get_num_threads()
+    assert gain == pytest.approx(seconds[1] / seconds[2], rel=0.5)
 
 
 def test_nothing_is_measured_without_need(monkeypatch):
     """A number is given, the run is short, or OMP_NUM_THREADS is set; on a GPU the number stays as
     it is."""
-    assert set_threads(3, CPU, 1000, never) == torch.get_num_threads() == 3
-    assert set_threads(0, CPU, 99, never) == 3
-    assert set_threads(0, torch.device("cuda"), 1000, never) == 0
+    assert set_threads(3, CPU, 1000, never) == (3, 0)
+    assert torch.get_num_threads() == 3
+    assert set_threads(0, CPU, 99, never) == (3, 0)
+    assert set_threads(0, torch.device("cuda"), 1000, never) == (0, 0)
     assert torch.get_num_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert set_threads(0, CPU, 1000, never) == 3
+    assert set_threads(0, CPU, 1000, never) == (3, 0)
+
+
+def test_a_run_falls_back_to_one_thread():
+    """Where several are slower than one was, twice in succession; not before, and not where their
+    gain is unknown."""
+    for gain, looks, left in ((1.6, (3.0, 1.0, 1.9, 2.1, 1.9), 2), (0.0, (1.0, 9.0, 9.0), 2),
+                              (1.6, (1.0, 2.1, 2.1), 1)):
+        watch = ThreadWatch(gain)
+        for seconds in looks:
+            watch.look("unet", seconds)
+        assert torch.get_num_threads() == left
+
+
+def test_a_resumed_run_stays_with_one_thread(tmp_path):
+    """If it had fallen back before its state was saved."""
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(net.parameters())
+    run = Run(tmp_path, {"resume": False}, thread_gain=1.6)
+    progress = run.begin("unet", 30, 30, net, optimizer, None)
+    for step in range(30):
+        time.sleep(0.002 if step < 10 else 0.02)
+        progress.after_step(torch.tensor(1.0), torch.tensor(1.0), 1e-3, 1, {})
+    run.close()
+    assert [row["threads"] for row in run.rows()][::29] == [2, 1]
+
+    torch.set_num_threads(2)
+    Run(tmp_path, {"resume": True}, resume=True).close()
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("condition", ("dino", "labels"))

@@ -12,7 +12,7 @@ from support.pictures import save_png
 FLAGS = ["--device", "cpu", "--seeds", "0", "1", "--cnn-steps", "2", "--label-column"]
 
 
-def test_command(labelled_run, tmp_path, capsys):
+def test_command(labelled_run, tmp_path):
     """A row for real images and for each set: images, mean and deviation over seeds."""
     rows = [["file", "kind"]]
     for i in range(6):
@@ -21,7 +21,6 @@ def test_command(labelled_run, tmp_path, capsys):
     write_csv(tmp_path / "labels.csv", rows)
     experiments(["classify", "--checkpoint", str(labelled_run), *FLAGS, "kind", "--train",
                  str(tmp_path)])
-    assert "AUC of even, odd on" in capsys.readouterr().out
     table = json.loads((labelled_run / "classify.json").read_text())
     assert list(table) == ["real", str(tmp_path)] and table[str(tmp_path)]["images"] == 6
     assert 0 <= table["real"]["AUC"] <= 1 and table["real"]["sd"] >= 0

@@ -78,8 +78,8 @@ def test_interval_is_that_of_the_paired_t_test():
     assert "vs real" not in rows["real"] and "vs duplicates" not in rows["duplicates"]
 
 
-def test_command(labelled_run, capsys, monkeypatch):
-    """A table, JSON with every pool, a picture, and one figure in the last line."""
+def test_command(labelled_run, monkeypatch):
+    """A row for each arm, and the figure of every pool."""
     monkeypatch.setattr(small_cnn, "SmallCNN", lambda labels: SmallCNN(labels, width=8))
     experiments(["downstream", "--checkpoint", str(labelled_run), *FLAGS, "--n", "6", "--pools",
                  "2", "--ratio", "2", "--folds", "2"])
@@ -87,11 +87,6 @@ def test_command(labelled_run, capsys, monkeypatch):
     assert list(result["arms"])[:3] == ["ridge on tokens", "ridge, all labels", "real"]
     assert len(result["arms"]) == 9
     assert all(len(values) == 2 for values in result["pool by pool"].values())
-    assert (labelled_run / "downstream.png").stat().st_size > 1000
-    out = capsys.readouterr().out
-    assert "pool 1: 6 images of 3 patients" in out
-    gain = result["arms"]["synthetic"]["vs duplicates"]
-    assert f"instead of duplicates: {gain:+.3f} AUC +- " in out.splitlines()[-1]
 
 
 def test_a_pool_above_the_training_set_is_refused(labelled_run):

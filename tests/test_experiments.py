@@ -86,7 +86,7 @@ def test_probe_command(labelled_run):
 
 
 def test_resemble_command(labelled_run):
-    """Figures of each seed and their summary, as a file and a picture."""
+    """Figures of each seed and their summary."""
     result = ask("resemble", labelled_run, "--count", "6", "--train-limit", "20", "--seeds", "0",
                  "1", "--no-refine")
     assert result["sources"] == 6 and result["training_images"] == 20
@@ -94,7 +94,6 @@ def test_resemble_command(labelled_run):
     values = [result["seeds"][seed][name] for seed in "01"]
     assert result["summary"][name]["mean"] == pytest.approx(np.mean(values))
     assert result["real"]["Frechet to training"] > 0
-    assert (labelled_run / "resemble.png").stat().st_size > 1000
 
 
 def test_embed_command(labelled_run, tmp_path):
@@ -209,4 +208,3 @@ def test_privacy_finds_copies(chests, split, tmp_path, monkeypatch):
         assert stolen["share below"] == 1 and stolen["median"] < real["median"] / 5
         assert declared["share below"] < 0.5 and held["share below"] <= 0.05
         assert held["median"] == pytest.approx(real["median"], rel=0.02)
-    assert (run / "privacy.png").stat().st_size > 10_000

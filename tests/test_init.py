@@ -83,7 +83,7 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
     assert not hubconf.dino_cxr().training
 
 
-def test_packed_models_sample_the_same(small_run, tmp_path, capsys):
+def test_packed_models_sample_the_same(small_run, tmp_path):
     """Half precision, no paths of the run, prototypes instead of the cache."""
     from experiments import __main__ as experiments
     path = tmp_path / "p" / "model.pt"

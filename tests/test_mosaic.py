@@ -52,14 +52,13 @@ def write_patches(folder):
     write_csv(folder / "labels.csv", rows)
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    """From a folder of patches to AUCs and heat maps; --positive names the label of a focus."""
+def test_command(tmp_path, monkeypatch):
+    """From a folder of patches to heat maps; --positive names the label of a focus."""
     monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))
     write_patches(tmp_path / "patches")
     mil.main(["--data", "mosaic", "--patches-of", str(tmp_path / "patches"), "--positive", "cancer",
               "--count", "10", "--models", "2x2", "--steps", "2", "--device", "cpu",
               "--out", str(tmp_path / "run")])
-    assert "2x2, 256 + 256 focused" in capsys.readouterr().out
     assert (tmp_path / "run" / "heat_2x2.png").exists()
 
 

@@ -101,7 +101,7 @@ def command(model, chests, tmp_path, monkeypatch):
     return run
 
 
-def test_command(command, chests, tmp_path):
+def test_command(command, chests):
     """Held-out images with a mask are judged, the others left out; the floor is what it should be.
     """
     result = command()

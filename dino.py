@@ -170,7 +170,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Vision Transformer with a CLS token and, in some models, registers."""
 
-    repeated_blocks = (Block,)  # see support.fast.compile_blocks
+    repeated_blocks = (Block,)  # see support.speed.compile_blocks
 
     def __init__(self, config):
         super().__init__()

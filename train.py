@@ -42,7 +42,6 @@ from support.cache import (Latents, Pictures, build_cache, decode_once, fingerpr
                            read_vectors)
 from support.command import (Help, Stopped, UserError, autocast_dtype, number, pick_device,
                              run_script, user_errors)
-from support.fast import compile_blocks, compile_where_it_pays
 from support.files import load_checkpoint, resolve_checkpoint
 from support.held_out import HeldOut, draw_held_out
 from support.outliers import drop_outliers
@@ -51,7 +50,7 @@ from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks
                            share_batch_norm)
 from support.run import Run, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
-from support.threads import rehearse, set_threads
+from support.speed import compile_blocks, compile_where_it_pays, rehearse, set_threads
 from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
                                   write_prompts)
 from unet import UNet, UNetConfig

@@ -282,7 +282,7 @@ class UNet(nn.Module):
     """The denoising network; parameter names are those of diffusers' UNet2DConditionModel."""
 
     checkpointing = False  # True: recompute activations in backward, for less memory and more time
-    repeated_blocks = (ResnetBlock, TransformerBlock)  # see support.fast.compile_blocks
+    repeated_blocks = (ResnetBlock, TransformerBlock)  # see support.speed.compile_blocks
 
     def __init__(self, config=UNetConfig()):
         super().__init__()

@@ -303,7 +303,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Encoder and decoder; parameter names are those of diffusers' AutoencoderKL."""
 
-    repeated_blocks = (ResnetBlock, Attention)  # see support.fast.compile_blocks
+    repeated_blocks = (ResnetBlock, Attention)  # see support.speed.compile_blocks
 
     def __init__(self, config=VAEConfig()):
         super().__init__()

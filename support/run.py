@@ -26,7 +26,7 @@ from support.files import (CHECKPOINT_VERSION, append_jsonl, load_checkpoint, ma
                            read_jsonl, save_atomic, write_text_atomic)
 from support.pictures import line_chart
 from support.ranks import all_ranks, rank
-from support.threads import ThreadWatch
+from support.speed import ThreadWatch
 
 SAVE_SECONDS = 300  # between two saves of the state
 
@@ -86,7 +86,7 @@ class Run:
     HELD_OUT = ", held out"  # ends the stage's name in rows about held-out images
 
     def __init__(self, folder=None, config=None, resume=False, thread_gain=0.0):
-        """thread_gain: see support.threads.ThreadWatch."""
+        """thread_gain: see support.speed.ThreadWatch."""
         self.config = config
         self.thread_watch = ThreadWatch(thread_gain)
         self.finished = {}    # stage -> its result: weights, or clusters

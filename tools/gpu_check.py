@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dinodiff import NoiseSchedule, Refiner, ddim_sample, guided
-from support.fast import compile_blocks
+from support.speed import compile_blocks
 from train import PRESETS, refiner_config
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig

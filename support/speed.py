@@ -1,4 +1,4 @@
-"""How many CPU threads a training takes.
+"""What is chosen by measuring it on this machine: CPU threads, and whether blocks are compiled.
 
 Threads wait for each other at every operation. Beside another busy program, e.g. a browser, one
 of them is always late, and two threads are slower than one. So more than one have to earn their
@@ -9,10 +9,11 @@ import time
 
 import torch
 
-from support.ranks import ranks
+from support.ranks import all_ranks, ranks
 
 MIN_GAIN = 1.25  # of speed over one thread, below which more threads are not worth their waiting
 MIN_STEPS = 100  # a shorter run would end before the measurement pays off
+LONG = 1200      # seconds: compiling may take a minute, so shorter runs are not worth a try
 PATIENCE = 1.5   # seconds to measure a step; a slower one is measured once
 
 
@@ -106,3 +107,50 @@ class ThreadWatch:
             print(f"note: a step takes {seconds:.2f} s, {self.fastest[stage]:.2f} s before: another"
                   " program is busy; one thread from now on")
             torch.set_num_threads(1)
+
+
+# ---- compiling ---------------------------------------------------------------------------------
+
+def compile_blocks(model, **options):
+    """torch.compile each of the `repeated_blocks` of every network in model, in place.
+
+    This compiles much faster than whole networks, and the blocks run equally fast.
+    """
+    # Blocks share their code, compiled once per width: allow more than the default of 8 versions.
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(64, getattr(config, limit)))
+    for block in repeated_blocks(model):
+        block.compile(**options)
+
+
+def repeated_blocks(model):
+    """The blocks of every network in model that names their classes in `repeated_blocks`."""
+    return [block for network in model.modules() for block in network.modules()
+            if isinstance(block, getattr(network, "repeated_blocks", ()))]
+
+
+def compile_where_it_pays(model, wanted, device, steps, step, **options):
+    """compile_blocks(model), if wanted; returns whether the blocks are compiled.
+
+    wanted: None compiles on CUDA for `steps` calls of step() that take long, and keeps the compiled
+    blocks if they are faster. options: of torch.compile.
+    """
+    if wanted is None and device.type == "cuda":
+        eager = all_ranks(shortest(step))[0]  # all ranks decide alike
+        if steps * eager < LONG:
+            return False
+        compile_blocks(model, **options)
+        began = time.perf_counter()
+        step()
+        warm_up = time.perf_counter() - began
+        compiled = all_ranks(shortest(step))[0]
+        wanted = compiled < eager
+        print(f"torch.compile {'on' if wanted else 'off'}, after {warm_up:.0f} s of compiling: a "
+              f"step takes {compiled:.3f} s instead of {eager:.3f} s; choose with --no-compile")
+        if not wanted:
+            for block in repeated_blocks(model):
+                block._compiled_call_impl = None  # undoes block.compile
+    elif wanted:
+        compile_blocks(model, **options)
+    return bool(wanted)

@@ -1,17 +1,22 @@
-"""Tests of support/threads.py: the rule, what is measured when, and that a run keeps its number."""
+"""Tests of support/speed.py: the rule, what is measured when, and that a run keeps its number; compiled blocks."""
 import json
 import time
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounter
 
 import train
 from conftest import TINY
-from small_run import SMALL
 from dinodiff import DinoDiffusion, DinoDiffusionConfig
-from support import threads
+from make_diffusers import inputs
+from small_run import SMALL
+from support import speed
 from support.run import Run
-from support.threads import ThreadWatch, choose_threads, measure_threads, rehearse, set_threads
+from support.speed import (ThreadWatch, choose_threads, compile_blocks, compile_where_it_pays,
+                           measure_threads, rehearse, repeated_blocks, set_threads)
+from unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
 
@@ -116,7 +121,7 @@ def test_a_rehearsal_leaves_no_trace(condition):
 @pytest.mark.usefixtures("small_networks")
 def test_a_resumed_run_takes_the_same_number(tmp_path, monkeypatch):
     """Measured once, on the model itself; then read from config.json."""
-    monkeypatch.setattr(threads, "MIN_STEPS", 1)
+    monkeypatch.setattr(speed, "MIN_STEPS", 1)
     counts = []
 
     def timings(step, tried):
@@ -124,7 +129,7 @@ def test_a_resumed_run_takes_the_same_number(tmp_path, monkeypatch):
         counts.append(tried)
         return {1: 0.1, 2: 1.0}
 
-    monkeypatch.setattr(threads, "measure_threads", timings)
+    monkeypatch.setattr(speed, "measure_threads", timings)
     flags = [*TINY, "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["threads"] == 1
@@ -132,3 +137,57 @@ def test_a_resumed_run_takes_the_same_number(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert train.main([*flags, "--resume"]) == 0
     assert torch.get_num_threads() == 1 and counts == [(1, 2)]
+
+
+# ---- compiling ---------------------------------------------------------------------------------
+
+UNET = UNetConfig(4, 4, 8, (1,), 1, (True,), 12, 2)  # one level: tracing takes long
+
+
+@pytest.fixture
+def counter():
+    """A backend that counts graphs and runs them eagerly."""
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+def steps(unet, count, batch=2):
+    for _ in range(count):
+        xt, context = inputs(1, (batch, 4, 4, 4), (batch, 3, 12))
+        unet(xt, torch.arange(batch), context).square().mean().backward()
+
+
+def test_compiled_blocks_keep_their_graphs(counter):
+    """Blocks compile without a break; steps add no graph, another batch at most one per block."""
+    unet = UNet(UNET)
+    compile_blocks(unet, backend=counter, fullgraph=True)
+    steps(unet, 1)
+    first = counter.frame_count
+    blocks = sum(isinstance(module, UNet.repeated_blocks) for module in unet.modules())
+    assert 0 < first <= blocks
+    steps(unet, 2)
+    assert counter.frame_count == first
+    steps(unet, 1, batch=3)
+    assert counter.frame_count <= 2 * first
+
+
+@pytest.mark.parametrize("wanted, device, steps, seconds, compiled", (
+    (None, "cuda", 1000, (2.0, 1.0), True),
+    (None, "cuda", 1000, (1.0, 2.0), False),  # slower: undone
+    (None, "cuda", 100, (2.0, 1.0), False),   # too short a run to try
+    (None, "cpu", 1000, (2.0, 1.0), False),
+    (False, "cuda", 1000, (2.0, 1.0), False),
+    (True, "cpu", 1, (), True),
+))
+def test_blocks_are_compiled_where_it_pays(monkeypatch, counter, wanted, device, steps, seconds,
+                                           compiled):
+    """By the seconds of a step before and after; blocks that are not faster run as before."""
+    timings = iter(seconds)
+    monkeypatch.setattr(speed, "shortest", lambda step: next(timings))
+    unet = UNet(UNET)
+    chosen = compile_where_it_pays(unet, wanted, torch.device(device), steps, lambda: None,
+                                   backend=counter)
+    assert chosen == compiled
+    assert all((block._compiled_call_impl is not None) == compiled
+               for block in repeated_blocks(unet))

@@ -12,9 +12,6 @@ lung clusters is a soft score, which is enlarged and snapped to edges by a guide
 largest piece on each side stays. Among thresholds, and among K, those are chosen whose contours lie
 on the strongest edges of training images. No mask is used.
 
-With --self-train N, a small network of its own then learns these masks of N training images, and
-its masks are reported too (after Wang et al. 2023, "Cut and Learn", arXiv 2301.11320).
-
 Images are (B, 3, H, W) in [-1, 1], square; `model` is a DinoDiffusion; masks are (B, H, W) bool.
 Differences: DiffSeg uses only the finest self-attention, is conditioned by the image's own
 embedding and does no K-means refinement; decoder features are centred in each image, which removes
@@ -29,24 +26,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from torch import nn
 
-from dino import preprocess, resize
+from dino import resize
 from evaluate import bootstrap_interval, dice
 from experiments.common import add_run_flags, open_run
-from experiments.small_cnn import Labelled, strong_augment, to_bytes
 from prompts import kmeans
 from support.command import UserError, number, print_table, user_errors
 from support.fast import attention_weights
 from support.files import write_json
 from support.pictures import save_grid
-from support.seeds import step_seed
-from train import fit
-from unet import UNet, UNetConfig
 
 SEEDS = ((-0.4, -0.15), (0.4, -0.15))  # x, y in [-1, 1]: the middle of either lung, in most chests
 THRESHOLDS = [x / 100 for x in range(30, 62, 2)]  # of the score; 0.5 is halfway between clusters
-SELF_TRAINING_STEPS = 300
 
 
 # ---- what the U-Net sees -----------------------------------------------------------------------
@@ -243,13 +234,6 @@ def edge_strength(masks, grey):
     return gradient[contours(masks)].mean().nan_to_num(0).item()
 
 
-def threshold_by_edges(score, grey):
-    """(threshold, edge strength) of the best of THRESHOLDS for scores and images (B, H, W)."""
-    strengths = {threshold: edge_strength(largest_pieces(score > threshold), grey)
-                 for threshold in THRESHOLDS}
-    return max(strengths.items(), key=lambda item: item[1])
-
-
 def masks_by_kmeans(model, args, training, images):
     """{K: (edge strength, threshold, {step: masks of the images})}, each step after the previous.
 
@@ -275,55 +259,21 @@ def masks_by_kmeans(model, args, training, images):
         if not lungs.any() or lungs.all():
             continue
 
-        # The threshold by the training images, then the masks of the images.
+        # The threshold, by edges of the training images.
         score = guided_filter(lung_score(features, centers, lungs, grey.shape[-1]), grey)
-        threshold, strength = threshold_by_edges(score, grey)
+        strengths = {threshold: edge_strength(largest_pieces(score > threshold), grey)
+                     for threshold in THRESHOLDS}
+        threshold = max(strengths, key=strengths.get)
+
+        # The masks of the images.
         score = lung_score(own_features, centers, lungs, grey.shape[-1])
         filtered = guided_filter(score, own_grey)
-        results[k] = strength, threshold, {
+        results[k] = strengths[threshold], threshold, {
             f"K-means {k}": score > 0.5,
             f"K-means {k} + guided filter": filtered > 0.5,
             f"K-means {k} + largest pieces": largest_pieces(filtered > 0.5),
             f"K-means {k} + threshold {threshold:g}": largest_pieces(filtered > threshold)}
     return results
-
-
-# ---- self-training -----------------------------------------------------------------------------
-
-class MaskNetwork(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, H, W): a U-Net of 0.29 M parameters whose pixels
-    are squares of 2 x 2."""
-
-    def __init__(self):
-        super().__init__()
-        self.unet = UNet(UNetConfig(in_channels=4, out_channels=4, base_channels=16,
-                                    channel_multipliers=(1, 2, 2), layers_per_block=1,
-                                    attention_levels=(False,) * 3, context_dim=16, num_heads=4))
-
-    def forward(self, images):
-        grey = preprocess(images, "per_image").mean(1, keepdim=True)
-        t = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        context = torch.zeros(len(images), 1, 16, device=images.device)
-        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(grey, 2), t, context), 2)[:, 0]
-
-
-def masks_by_self_training(training, training_masks, images, seed, device):
-    """Masks of the images by a network trained on those of the training images (B, 3, H, W)."""
-    torch.manual_seed(step_seed(seed, "masks") % 2 ** 31)
-    net = MaskNetwork().to(device)
-
-    def loss_fn(batch, step, generator):
-        x, masks = strong_augment(batch[0], generator, batch[1])
-        return F.binary_cross_entropy_with_logits(net(x), masks)
-
-    fit("self-training", net, loss_fn, Labelled(to_bytes(training), training_masks),
-        steps=SELF_TRAINING_STEPS, batch=16, lr=2e-3, device=device, seed=seed)
-
-    with torch.no_grad():
-        score, own_score = (torch.cat([net(x.to(device)).sigmoid().cpu() for x in part.split(64)])
-                            for part in (training, images))
-    threshold, _ = threshold_by_edges(score, (training.mean(1) + 1) / 2)
-    return largest_pieces(own_score > threshold)
 
 
 # ---- the question ------------------------------------------------------------------------------
@@ -352,9 +302,7 @@ def add_flags(parser):
     add("--features", choices=FEATURES, default="decoder", help="of K-means: the U-Net's decoder, "
         "or for comparison the embedder's patch tokens, or plain pixels")
     add("--threshold", type=number(float, 0), default=0.03, help="KL of DiffSeg, nats (paper: 0.9)")
-    add("--self-train", type=number(int, 0), default=0, metavar="N",
-        help="training images whose masks teach a network; 0 trains none")
-    add("--seed", type=number(int, 0), default=0, help="of noise, K-means and self-training")
+    add("--seed", type=number(int, 0), default=0, help="of noise and K-means")
 
 
 def main(args):
@@ -370,21 +318,15 @@ def main(args):
           f"{len(run.test) - len(images)} without a mask left out; clusters and thresholds of "
           f"{len(training)} training images, no mask used; seed {args.seed}")
 
-    # Masks of each K, of which edges choose one; for self-training those of more images too.
-    more = [run.images[i] for i in run.train[:args.self_train].tolist()]
-    by_k = masks_by_kmeans(run.model, args, training, torch.stack([*images, *more]))
+    # Masks of each K, of which edges choose one.
+    by_k = masks_by_kmeans(run.model, args, training, images)
     if not by_k:
         raise UserError(f"--clusters {args.clusters}: none or all clusters lie on the lungs",
                         "some of them must", "pass other --clusters")
     best = max(by_k, key=lambda k: by_k[k][0])
-    ours, more_masks = [*by_k[best][2].values()][-1].split([len(images), len(more)])
-    rows = {name: masks[:len(images)] for _, _, steps in by_k.values()
-            for name, masks in steps.items()}
+    ours = [*by_k[best][2].values()][-1]
+    rows = {name: masks for _, _, steps in by_k.values() for name, masks in steps.items()}
     rows[f"K by edges: {best}"] = ours
-    if more:
-        ours = masks_by_self_training(torch.stack(more), more_masks, images, args.seed,
-                                      run.model.shift.device)
-        rows["self-trained"] = ours
 
     # The paper's way, and the floor: one mask for all.
     rows["DiffSeg"] = masks_by_diffseg(run.model, args, images)

@@ -47,10 +47,9 @@ class Labelled(Dataset):
         return from_bytes(self.images[rows]), self.labels[rows]
 
 
-def strong_augment(images, generator, masks=None):
+def strong_augment(images, generator):
     """Augment images (B, 3, H, W) in [-1, 1]: rotation up to 15 degrees, scale 15 %, shift 10 %,
-    gamma 0.7 to 1.4, contrast 30 %, brightness 10 %. With masks (B, H, W) in [0, 1], which move
-    along: (images, masks)."""
+    gamma 0.7 to 1.4, contrast 30 %, brightness 10 %."""
     B = len(images)
     draw = 2 * torch.rand(7, B, generator=generator, device=images.device) - 1  # in [-1, 1]
 
@@ -68,10 +67,7 @@ def strong_augment(images, generator, masks=None):
     contrast = 1 + 0.3 * draw[5].view(B, 1, 1, 1)
     brightness = 0.2 * draw[6].view(B, 1, 1, 1)
     x = contrast * (2 * ((x.clamp(-1, 1) + 1) / 2) ** gamma - 1) + brightness
-    x = x.clamp(-1, 1)
-    if masks is None:
-        return x
-    return x, F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+    return x.clamp(-1, 1)
 
 
 class SmallCNN(nn.Sequential):

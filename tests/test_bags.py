@@ -42,12 +42,38 @@ def test_attention_is_equation_9():
     torch.testing.assert_close(model(x), mil.head(a @ h)[0])
 
 
-def test_a_witness_is_found(tmp_path, monkeypatch):
+def test_a_feature_of_the_held_out_bag_only_does_not_explode():
+    """A feature that varies in the held-out bag alone has (almost) no deviation in training: it is
+    only centred, and clipped at 10."""
+    training = torch.randn(30, 3)
+    training[:, 1] = 5.0
+    training[:, 2] *= 1e-5
+    held_out = torch.tensor([[0.0, 5.5, 0.0], [1e4, 700.0, -3e4]])
+    (near, far), = bags.standardise([held_out], [training])
+    assert near[1].item() == pytest.approx(0.5) and near[2].abs() < 0.1
+    assert far.tolist() == [10, 10, -10]
+
+
+def test_the_set_kernel_is_the_mean_over_pairs():
+    """Bags of one instance: the Gaussian kernel itself, and the closed form of ridge regression."""
+    made, labels = torch.randn(6, 1, 2), np.array([0, 1, 0, 1, 0, 1])
+    kernel = torch.exp(-torch.cdist(made[:, 0], made[:, 0]).square() / 2)
+    weights = torch.linalg.inv(kernel[:4, :4] + 0.1 * torch.eye(4)) @ torch.tensor(
+        [-0.5, 0.5, -0.5, 0.5])
+    scores = bags.set_kernel(list(made), labels, np.array([4, 5]))
+    torch.testing.assert_close(scores, kernel[4:, :4] @ weights, atol=1e-4, rtol=1e-4)
+    twice = [bag.repeat(1 + i, 1) for i, bag in enumerate(made)]  # copies change no mean
+    torch.testing.assert_close(bags.set_kernel(twice, labels, np.array([4, 5])), scores)
+
+
+def test_a_witness_is_found(tmp_path, monkeypatch, capsys):
     """The command: one instance far off in each positive bag is learned; no epoch does better than
     the one chosen on the test fold."""
     monkeypatch.chdir(tmp_path)
     path = write_bags(tmp_path / "planted.npz", make_bags(24))
     experiments(["bags", path, "--folds", "2", "--repeats", "2", "--epochs", "9"])
+    said = capsys.readouterr().out
+    assert "24 bags (12 positive), 5 features" in said
     result = json.loads((tmp_path / "planted_bags.json").read_text())
     accuracy = {name: row["accuracy"] for name, row in result["table"].items()}
     assert accuracy["best epoch on the test fold"] >= accuracy["last epoch"] > 0.9

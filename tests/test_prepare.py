@@ -1,6 +1,9 @@
 """prepare.py: a miniature of each public set, as its owners ship it, becomes a labels.csv."""
 import gzip
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import prepare
@@ -119,6 +122,22 @@ def test_public_sets(tmp_path, capsys, make, column, cells, patients, tests):
         assert not {images.groups[i] for i in train} & {images.groups[i] for i in test}
     else:
         assert "a patient may be on both sides" in " ".join(images.problems)
+
+
+def test_patchcamelyon_arrays(tmp_path, monkeypatch):
+    """The .h5 pairs are unpacked to PNG, their test part is held out."""
+    for part, count in (("train", 6), ("test", 2)):
+        arrays = {"x": np.full((count, 8, 8, 3), 51, np.uint8), "y": np.arange(count) % 2}
+        for name, array in arrays.items():
+            with open(tmp_path / f"camelyonpatch_level_2_split_{part}_{name}.h5", "wb") as file:
+                np.savez(file, **{name: array.reshape(count, 1, 1, 1) if name == "y" else array})
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(
+        File=lambda path: np.load(open(path, "rb"))))
+    prepare.main(["pcam", str(tmp_path)])
+    images = open_dataset(tmp_path, 8)
+    assert len(images) == 8 and images.official.count("test") == 2
+    assert images.columns["tumour"] == ["0", "1"] * 4
+    assert (images[0] - (51 / 127.5 - 1)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name, says", [

@@ -1,21 +1,30 @@
-"""experiments/segment.py: planted segments come back, the border step and the floor do as said."""
+"""experiments/segment.py: planted segments come back, the border step and floors do as said."""
 import json
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
-from small_run import SMALL
 
+from dino import ViTConfig
 from dinodiff import DinoDiffusion, DinoDiffusionConfig
 from evaluate import dice
 from experiments import segment
 from experiments.__main__ import main as experiments
 from experiments.common import OpenedRun
-from experiments.segment import diffseg, guided_filter, masks_by_self_training, symmetric_kl
+from experiments.segment import (decoder_features, diffseg, edge_strength, finest_attention,
+                                 guided_filter, largest_pieces, lung_score,
+                                 patch_tokens, pixel_features, symmetric_kl)
 from support.command import UserError
 from support.datasets import open_dataset
+from unet import UNetConfig
+from vae import VAEConfig
 
+CONFIG = DinoDiffusionConfig(
+    image_size=32, vae=VAEConfig(base_channels=8, channel_multipliers=(1, 2), layers_per_block=1),
+    unet=UNetConfig(base_channels=16, channel_multipliers=(1, 2), layers_per_block=1,
+                    attention_levels=(False, True), context_dim=12, num_heads=2),
+    vit=ViTConfig(8, 16, 4, 2, 32, normalise="per_image"), token_shape=(5, 16))
 SIDE = 8
 QUARTERS = torch.arange(4).view(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)  # (8, 8)
 
@@ -23,7 +32,7 @@ QUARTERS = torch.arange(4).view(2, 2).repeat_interleave(4, 0).repeat_interleave(
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return DinoDiffusion(DinoDiffusionConfig(**SMALL)).eval()
+    return DinoDiffusion(CONFIG).eval()
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +75,36 @@ def test_diffseg_finds_planted_segments():
     assert len(diffseg(flat, SIDE, 1e-4).unique()) == 4
 
 
-@pytest.mark.parametrize("extract", segment.FEATURES.values())
-def test_features_are_centred(model, chests, extract):
-    """Their mean over each image is zero; no image depends on its batch."""
+def test_features_and_maps_of_the_model(model, chests):
+    """Shapes, unit norm by block and step, centring; no image depends on its batch."""
     images = chests.batch(range(3))
-    features = extract(model, images)
+    features = decoder_features(model, images)
+    assert features.shape == (3, 2 * 32 + 2 * 16, 16, 16)  # two levels; latents of 16
     assert features.mean((2, 3)).abs().max() < 1e-5
-    assert torch.allclose(extract(model, images[1:2]), features[1:2], atol=1e-5)
+    last = features[:, -16:]                                    # one block: unit vectors - mean
+    means = 1 - last.square().sum(1).mean((1, 2))               # E|x - m|^2 = 1 - |m|^2
+    assert (means > 0).all() and (means < 1).all()
+    assert torch.allclose(decoder_features(model, images[1:2]), features[1:2], atol=1e-5)
+    assert not torch.allclose(decoder_features(model, images, seed=1), features, atol=1e-3)
+    for other in (patch_tokens, pixel_features):
+        x = other(model, images)
+        assert x.shape[2:] == (4, 4) and x.mean((2, 3)).abs().max() < 1e-5
+    attention = finest_attention(model, images)
+    assert attention.shape == (3, 64, 64)  # at the lower level only, of 8 x 8
+    assert torch.allclose(attention.sum(-1), torch.ones(3, 64), atol=1e-5)
+    assert not any(module._forward_hooks for module in model.unet.modules())  # taken off again
+
+
+def test_lung_score():
+    """In [0, 1], and above 0.5 exactly where a lung cluster is the nearest one."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 8, 8, generator=generator)
+    centers = torch.randn(4, 5, generator=generator)
+    lungs = torch.tensor([False, True, True, False])
+    score = lung_score(features, centers, lungs, 8)
+    distances = (features[:, None] - centers[None, :, :, None, None]).square().sum(2)
+    assert score.min() >= 0 and score.max() <= 1
+    assert torch.equal(score > 0.5, lungs[distances.argmin(1)])
 
 
 def test_guided_filter_snaps_to_edges():
@@ -86,6 +118,25 @@ def test_guided_filter_snaps_to_edges():
     assert dice(guided_filter(coarse, 1 - disc) > 0.5, disc > 0.5) > 0.98 > before
 
 
+def test_largest_pieces():
+    """Each side keeps its largest piece, without holes; a side without any stays empty."""
+    lungs = discs((-0.5, 0), (0.5, 0))
+    spoiled = (lungs & ~discs((0.5, 0), radius=0.1)) | discs((-0.8, 0.9), (0.8, -0.9), radius=0.1)
+    assert torch.equal(largest_pieces(spoiled), lungs)
+    left = discs((-0.5, 0))
+    assert torch.equal(largest_pieces(torch.cat([left, left & False])),
+                       torch.cat([left, left & False]))
+
+
+def test_edges_are_strongest_on_the_true_contour():
+    """Of discs of all radii, the one whose contour has the strongest edges is the true one."""
+    image = discs((0, 0), radius=0.5).float()
+    strengths = {radius: edge_strength(discs((0, 0), radius=radius), image)
+                 for radius in (0.3, 0.4, 0.5, 0.6, 0.7)}
+    assert max(strengths, key=strengths.get) == 0.5 and strengths[0.3] == 0
+    assert edge_strength(image > 2, image) == 0  # no contour
+
+
 @pytest.fixture
 def command(model, chests, tmp_path, monkeypatch):
     """Runs the experiment on phantoms: 10 to train, 8 held out, no mask for number 17."""
@@ -95,27 +146,28 @@ def command(model, chests, tmp_path, monkeypatch):
     monkeypatch.setattr(segment, "open_run", lambda args: opened)
 
     def run(*arguments):
-        experiments(["segment", "--clusters", "6", *arguments])
+        experiments(["segment", "--clusters", "3", *arguments])
         return json.loads((tmp_path / "segment.json").read_text())
 
     return run
 
 
-def test_command(command, chests):
-    """Held-out images with a mask are judged, the others left out; the floor is what it should be.
-    """
+def test_command(command, chests, tmp_path, capsys):
+    """Held-out images with a mask are judged, others counted; floors are what they should be."""
     result = command()
-    assert result["images"] == 7
+    said = capsys.readouterr().out
+    assert result["images"] == 7 and ", 1 without a mask left out" in said
     truth = torch.cat([chests.mask(i) for i in range(10, 17)]).bool()
     mean = torch.cat([chests.mask(i) for i in range(10)]).float().mean(0) >= 0.5
     rows = result["dice"]
     assert rows["floor, mean of training masks"]["Dice"] == pytest.approx(
         np.mean([dice(mean, mask) for mask in truth]))
-    threshold = result["edges"]["6"]["threshold"]
-    assert rows[f"K-means 6 + threshold {threshold}"] == rows["K by edges: 6"]
+    threshold = result["edges"]["3"]["threshold"]
+    assert rows[f"K-means 3 + threshold {threshold}"] == rows["K by edges: 3"]
     for row in rows.values():
         assert row["95 %"][0] <= row["Dice"] <= row["95 %"][1]
-    assert {"K-means 6", "DiffSeg"} <= set(rows)
+    assert {"K-means 3", "DiffSeg"} <= set(rows)
+    assert (tmp_path / "segment.png").stat().st_size > 10_000
 
 
 def test_masks_that_cannot_serve(command, chests):
@@ -124,19 +176,3 @@ def test_masks_that_cannot_serve(command, chests):
         chests.masks["masks"] = masks
         with pytest.raises(UserError, match="0 of 8 images have a mask that is not empty"):
             command()
-
-
-def test_self_training_learns_from_imperfect_masks(monkeypatch):
-    """Bright discs whose masks are shifted at random: the network's own masks are better."""
-    monkeypatch.setattr(segment, "SELF_TRAINING_STEPS", 60)
-    generator = torch.Generator().manual_seed(0)
-    places = 0.3 * torch.rand(40, 2, generator=generator) - 0.15
-    truth = torch.cat([discs((-0.5 + x, y), (0.5 + x, y), radius=0.35, size=32)
-                       for x, y in places.tolist()])
-    images = truth[:, None].float() - 0.5 + 0.2 * torch.randn(40, 1, 32, 32, generator=generator)
-    images = images.clamp(-1, 1).expand(-1, 3, -1, -1)
-    shifted = torch.stack([mask.roll(int(x), 1) for mask, x in
-                           zip(truth, torch.randint(-5, 6, (40,), generator=generator))])
-    masks = masks_by_self_training(images[:30], shifted[:30], images[30:], 0, torch.device("cpu"))
-    scores = [dice(*pair) for pair in zip(masks, truth[30:])]
-    assert np.mean(scores) > 0.1 + np.mean([dice(*pair) for pair in zip(shifted, truth)])

@@ -1,4 +1,4 @@
-"""Tests of support/speed.py: the rule, what is measured when, and that a run keeps its number; compiled blocks."""
+"""Tests of support/speed.py: threads that earn their place, and compiled blocks."""
 import json
 import time
 

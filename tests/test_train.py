@@ -212,14 +212,21 @@ def test_other_settings_train_and_sample(tmp_path, flags):
 
 
 def test_an_autoencoder_that_starts_as_pca(tmp_path, monkeypatch):
-    """Two steps from PCA it reconstructs; latent channels differ in deviation as their effects on
-    pixels do."""
+    """Two steps from PCA it reconstructs; stopped inside that stage, the run resumes to the same
+    weights; latent channels differ in deviation as their effects on pixels do."""
     tiny = train.PRESETS["tiny"]
     monkeypatch.setitem(train.PRESETS, "tiny", train.replace(
         tiny, vae_config=train.replace(tiny.vae_config, linear=True)))
-    assert train.main([*TINY, "--steps", "2", "--set", "latent_power=1", "--out",
-                       str(tmp_path / "run")]) == 0
-    model = model_of(tmp_path / "run")
+    flags = [*TINY, "--steps", "2", "--set", "latent_power=1"]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, "vae", 1)
+        assert train.main([*flags, "--out", str(tmp_path / "stopped")]) == 130
+    assert train.main(["--resume", "--out", str(tmp_path / "stopped")]) == 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    model = model_of(tmp_path / "whole")
     images = open_dataset("phantoms", 32, count=40).batch(range(40))
     x0 = model.encode(images)
     assert (model.decode(x0) - images).abs().mean() < 0.1

@@ -111,6 +111,8 @@ def test_a_rehearsal_leaves_no_trace(condition):
         p.register_hook(lambda gradient, name=name: gradients.add(name))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
+    measure_threads(lambda: rehearse(model, 2, torch.bfloat16, backward=False), (1,))
+    assert not gradients
     measure_threads(lambda: rehearse(model, 2, torch.bfloat16), (1,))
     assert torch.equal(torch.get_rng_state(), state)
     assert gradients == {name for name, _ in model.unet.named_parameters()}

@@ -322,7 +322,7 @@ def main(argv=None):
 
     # Many images on a GPU: compiled blocks may be faster.
     rounds = len(requests) / (args.batch * ranks())
-    passes = args.batch * (1 if args.guidance_scale == 1 else 2)
+    passes = min(args.batch, len(requests)) * (1 if args.guidance_scale == 1 else 2)
     compile_where_it_pays(model, None, device, rounds * args.steps,
                           partial(rehearse, model, passes, dtype, backward=False))
 

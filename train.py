@@ -17,7 +17,7 @@ A run's folder: config.json, split.csv, log.jsonl, curves.png, noise_levels.png,
 model.pt (for sample.py), state.pt (for --resume), cache/, held_out/ (a few sources to try); with
 prompts also prompts.csv and morphologies.png; unreadable.csv if images were left out.
 All randomness derives from (seed, stage, step), so a resumed run equals an uninterrupted one (bit
-for bit on a CPU, and under torchrun on the same number of processes).
+for bit on a CPU with as many threads, and under torchrun on the same number of processes).
 """
 import argparse
 import json
@@ -844,7 +844,7 @@ def main(argv=None):
 
     # How it computes.
     model.unet.checkpointing = args.checkpointing
-    step = partial(rehearse, model, preset.batch // args.accumulate,
+    step = partial(rehearse, model, preset.batch // (ranks() * args.accumulate),
                    autocast_dtype(device, args.dtype))
     config["threads"], thread_gain = set_threads(args.threads, device, preset.unet_steps, step)
     model.to(device)

@@ -96,8 +96,7 @@ def decoder_features(model, images, t=150, seed=0):
 
 @torch.no_grad()
 def patch_tokens(model, images, seed=0):
-    """Patch tokens of the embedder, less their mean over the image: (B, D, h, w). For comparison,
-    as the next: without the U-Net."""
+    """Patch tokens of the embedder, less their mean over the image: (B, D, h, w)."""
     vit = model.embedder.vit
     tokens = vit.features(resize(images, vit.input_side))[2]
     side = math.isqrt(tokens.shape[1])

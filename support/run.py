@@ -49,7 +49,7 @@ def resume_flags(parser, argv, out):
     """The flags of argv; with --resume, those left out keep the values of the run in `out`.
 
     Raises UserError if `out` contains a run and --resume is missing, or if a flag would change a
-    setting of that run other than the device and the folder of its images.
+    setting of that run other than device, compiling and the folder of its images.
     """
     path = Path(out, "config.json")
     with user_errors(f"{path} is damaged", "restore it, or start again with --out DIR"):
@@ -68,7 +68,7 @@ def resume_flags(parser, argv, out):
     for name, value in before.items():
         now = getattr(args, name)
         # A folder may have moved; open_training_set checks that the images are the same.
-        may_change = name == "device" or name == "data" and Path(now).is_dir()
+        may_change = name in ("device", "compile") or name == "data" and Path(now).is_dir()
         if now != value and not may_change:
             raise UserError(f"--{name.replace('_', '-')} {now} differs from the run's {value}",
                             "a resumed run keeps its settings",
@@ -104,12 +104,13 @@ class Run:
         # The saved state.
         path = self.folder / "state.pt"
         if resume and path.exists():
-            saved = load_checkpoint(path, ("finished", "state", "threads"),
+            saved = load_checkpoint(path, ("finished", "state"),
                                     "restore it, or delete it and lose its steps")
             self.finished = saved["finished"]
             self.state = saved["state"]
-            if saved["threads"] < torch.get_num_threads():  # it had fallen back to one
-                torch.set_num_threads(saved["threads"])
+            self.thread_watch.gain = saved.get("thread_gain", 0.0)
+            if config.get("threads") and saved.get("threads") == 1:  # fell back
+                torch.set_num_threads(1)
             if self.state:
                 print(f"{self.state['stage']}: resumes after step {self.state['step']}")
 
@@ -177,7 +178,7 @@ class Run:
         if self.writes:
             save_atomic(self.folder / "state.pt", {
                 "version": CHECKPOINT_VERSION, "finished": self.finished, "state": self.state,
-                "threads": torch.get_num_threads()})
+                "threads": torch.get_num_threads(), "thread_gain": self.thread_watch.gain})
 
     @contextmanager
     def signals_caught(self):
@@ -262,7 +263,7 @@ class Progress:
                             "start again with a lower learning rate or --dtype float32")
 
         self.status.update(self.done, loss=mean, images=images)
-        self.run.thread_watch.look(self.stage, (time.time() - self.looked) / steps)
+        self.run.thread_watch.look(self.stage, steps, time.time() - self.looked)
         self.run.log(stage=self.stage, step=self.done, loss=mean, lr=rate,
                      seconds=time.time() - self.began, threads=torch.get_num_threads(),
                      **dict(zip(logs, logged)))

@@ -1,19 +1,22 @@
 """What is chosen by measuring it on this machine: CPU threads, and whether blocks are compiled.
 
 Threads wait for each other at every operation. Beside another busy program, e.g. a browser, one
-of them is always late, and two threads are slower than one. So more than one have to earn their
-place at the start, and to keep it: see ThreadWatch.
+of them is always late, and two threads are slower than one. So a run takes several only where they
+gain much, and drops them when they no longer do: see ThreadWatch.
 """
+import math
 import os
 import time
 
 import torch
 
+from support.command import one_line
 from support.ranks import all_ranks, ranks
 
 MIN_GAIN = 1.25  # of speed over one thread, below which more threads are not worth their waiting
 MIN_STEPS = 100  # a shorter run would end before the measurement pays off
 LONG = 1200      # seconds: compiling may take a minute, so shorter runs are not worth a try
+WINDOW = 5.0     # seconds of steps that are judged together
 PATIENCE = 1.5   # seconds to measure a step; a slower one is measured once
 
 
@@ -87,25 +90,31 @@ def set_threads(threads, device, steps, step):
 class ThreadWatch:
     """Falls back to one thread when several have become slower than one.
 
-    gain: their speed over one thread when they were measured. Another program has started if steps
-    take longer than one thread would, by a quarter, twice in succession.
+    gain: their speed over one thread when they were measured; 0 never falls back. Another program
+    is busy if steps take longer than one thread would, by a quarter, in two windows in succession.
     """
 
-    def __init__(self, gain):
+    def __init__(self, gain=0.0):
         self.gain = gain
         self.fastest = {}  # stage -> seconds of a step
-        self.slow = 0      # slow measurements in succession
+        self.steps = 0     # of this window
+        self.seconds = 0.0
+        self.slow_windows = 0
 
-    def look(self, stage, seconds):
-        """Call it with the mean seconds of some steps."""
-        if not self.gain or torch.get_num_threads() == 1:
+    def look(self, stage, steps, seconds):
+        """Call it after some steps, which took these seconds altogether."""
+        self.steps += steps
+        self.seconds += seconds
+        if not self.gain or torch.get_num_threads() == 1 or self.seconds < WINDOW:
             return
-        self.fastest[stage] = min(seconds, self.fastest.get(stage, seconds))
-        is_slow = seconds > MIN_GAIN * self.gain * self.fastest[stage]
-        self.slow = self.slow + 1 if is_slow else 0
-        if self.slow == 2:
-            print(f"note: a step takes {seconds:.2f} s, {self.fastest[stage]:.2f} s before: another"
-                  " program is busy; one thread from now on")
+        step = self.seconds / self.steps
+        self.steps, self.seconds = 0, 0.0
+        self.fastest[stage] = min(step, self.fastest.get(stage, step))
+        is_slow = step > MIN_GAIN * self.gain * self.fastest[stage]
+        self.slow_windows = self.slow_windows + 1 if is_slow else 0
+        if self.slow_windows == 2:
+            print(f"note: a step takes {step:.2f} s, {self.fastest[stage]:.2f} s before: another "
+                  "program is busy; one thread from now on")
             torch.set_num_threads(1)
 
 
@@ -136,21 +145,29 @@ def compile_where_it_pays(model, wanted, device, steps, step, **options):
     wanted: None compiles on CUDA for `steps` calls of step() that take long, and keeps the compiled
     blocks if they are faster. options: of torch.compile.
     """
-    if wanted is None and device.type == "cuda":
-        eager = all_ranks(shortest(step))[0]  # all ranks decide alike
-        if steps * eager < LONG:
-            return False
+    if wanted:
         compile_blocks(model, **options)
-        began = time.perf_counter()
+    if wanted is not None or device.type != "cuda":
+        return bool(wanted)
+    eager = max(all_ranks(shortest(step)))  # all ranks decide alike
+    if steps * eager < LONG:
+        return False
+
+    # Without a compiler on this machine, blocks stay as they are.
+    compiled, note = math.inf, ""
+    began = time.perf_counter()
+    try:
+        compile_blocks(model, **options)
         step()
         warm_up = time.perf_counter() - began
-        compiled = all_ranks(shortest(step))[0]
-        wanted = compiled < eager
-        print(f"torch.compile {'on' if wanted else 'off'}, after {warm_up:.0f} s of compiling: a "
-              f"step takes {compiled:.3f} s instead of {eager:.3f} s; choose with --no-compile")
-        if not wanted:
-            for block in repeated_blocks(model):
-                block._compiled_call_impl = None  # undoes block.compile
-    elif wanted:
-        compile_blocks(model, **options)
-    return bool(wanted)
+        compiled = shortest(step)
+        note = (f"after {warm_up:.0f} s of compiling, a step takes {compiled:.3f} s instead of "
+                f"{eager:.3f} s")
+    except Exception as error:  # compilers raise anything
+        note = one_line(error)[:200]
+    pays = max(all_ranks(compiled)) < eager
+    print(f"torch.compile {'on' if pays else 'off'}: {note}")
+    if not pays:
+        for block in repeated_blocks(model):
+            block._compiled_call_impl = None  # undoes block.compile
+    return pays

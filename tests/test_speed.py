@@ -77,15 +77,16 @@ def test_a_run_falls_back_to_one_thread():
                               (1.6, (1.0, 2.1, 2.1), 1)):
         watch = ThreadWatch(gain)
         for seconds in looks:
-            watch.look("unet", seconds)
+            watch.look("unet", 10, 10 * seconds)
         assert torch.get_num_threads() == left
 
 
-def test_a_resumed_run_stays_with_one_thread(tmp_path):
+def test_a_resumed_run_stays_with_one_thread(tmp_path, monkeypatch):
     """If it had fallen back before its state was saved."""
     net = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(net.parameters())
-    run = Run(tmp_path, {"resume": False}, thread_gain=1.6)
+    monkeypatch.setattr(speed, "WINDOW", 0.01)
+    run = Run(tmp_path, {"threads": 2}, thread_gain=1.6)
     progress = run.begin("unet", 30, 30, net, optimizer, None)
     for step in range(30):
         time.sleep(0.002 if step < 10 else 0.02)
@@ -94,8 +95,9 @@ def test_a_resumed_run_stays_with_one_thread(tmp_path):
     assert [row["threads"] for row in run.rows()][::29] == [2, 1]
 
     torch.set_num_threads(2)
-    Run(tmp_path, {"resume": True}, resume=True).close()
-    assert torch.get_num_threads() == 1
+    again = Run(tmp_path, {"threads": 2}, resume=True)
+    again.close()
+    assert torch.get_num_threads() == 1 and again.thread_watch.gain == 1.6
 
 
 @pytest.mark.parametrize("condition", ("dino", "labels"))
@@ -180,13 +182,21 @@ def test_compiled_blocks_keep_their_graphs(counter):
     (None, "cuda", 100, (2.0, 1.0), False),   # too short a run to try
     (None, "cpu", 1000, (2.0, 1.0), False),
     (False, "cuda", 1000, (2.0, 1.0), False),
+    (None, "cuda", 1000, (2.0, RuntimeError("no compiler")), False),
     (True, "cpu", 1, (), True),
 ))
 def test_blocks_are_compiled_where_it_pays(monkeypatch, counter, wanted, device, steps, seconds,
                                            compiled):
     """By the seconds of a step before and after; blocks that are not faster run as before."""
     timings = iter(seconds)
-    monkeypatch.setattr(speed, "shortest", lambda step: next(timings))
+
+    def shortest(step):
+        seconds = next(timings)
+        if isinstance(seconds, Exception):
+            raise seconds
+        return seconds
+
+    monkeypatch.setattr(speed, "shortest", shortest)
     unet = UNet(UNET)
     chosen = compile_where_it_pays(unet, wanted, torch.device(device), steps, lambda: None,
                                    backend=counter)

@@ -441,3 +441,13 @@ def test_a_bundle_refines_by_seed(model):
     again = DinoDiffusion.from_checkpoint(whole.to_checkpoint())
     assert torch.equal(again.sample(tokens, [1, 2, 3], steps=2), sharp)
     assert torch.equal(model.refine(soft, [1, 2, 3]), soft)  # a model that has none
+
+
+def test_bf16_stays_near_float32(model):
+    """With dtype bfloat16 the U-Net alone is rounded: images agree to a grey level on average, and
+    are float32."""
+    tokens = model.embed(pictures(2))
+    whole, half = (model.sample(tokens, [0, 1], steps=3, sampler="dpm", dtype=dtype)
+                   for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert 0 < (whole - half).abs().mean() < 2 / 255

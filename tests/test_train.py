@@ -404,3 +404,35 @@ def test_flags_win_over_the_preset():
     assert (chosen.embedder_steps, chosen.vae_steps, chosen.unet_steps) == (300, 900, 500)
     assert (chosen.batch, chosen.ema, chosen.lr, chosen.size) == (4, 0.9, 1e-3, 64)
     assert preset("--preset", "sd15").prediction == preset("--unet", "sd15").prediction == "eps"
+
+
+def test_fit_goes_on_where_a_run_stands(tmp_path):
+    """Five steps in one go, and in three: the same weights, bit for bit; a run that is past `upto`
+    makes no step."""
+    def fitted(*stops):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        run = Run(tmp_path / str(len(stops)), {})
+        ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        def loss_fn(rows, step, generator):
+            noise = torch.randn(1, generator=generator)
+            return (model(*rows) - noise).square().sum()
+        for upto in stops:
+            train.fit("line", model, loss_fn, Rows(), steps=5, upto=upto, batch=2, lr=0.1,
+                      device=torch.device("cpu"), run=run, ema=ema)
+        return [*model.parameters(), *ema.values()]
+    whole = fitted(5)
+    for parts in (fitted(1, 3, 5), fitted(2, 2, 4, 5)):
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    """The error names step, learning rate and what to do."""
+    model = torch.nn.Linear(1, 1)
+
+    def loss_fn(rows, step, generator):
+        return model(*rows).sum() * (float("nan") if step == 2 else 1.0)
+    with pytest.raises(UserError, match="at step 3 .*learning rate"):
+        train.fit("test", model, loss_fn, Rows(), steps=5, batch=1, lr=1e-3,
+                  device=torch.device("cpu"))

@@ -77,6 +77,8 @@ def flags():
     flag = parser.add_argument_group("machine and files").add_argument
     flag("--checkpoint", help="a run's folder, a model.pt or box (default: the newest run or box)")
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
+    flag("--compile", action=argparse.BooleanOptionalAction,
+         help="torch.compile all blocks (default: on a GPU, for many images, if it is faster)")
     flag("--out", help="folder (default: a new one in the run's samples/)")
     flag("--animate", action="store_true", help="also animation.gif: the estimate after each step")
     return parser
@@ -323,7 +325,7 @@ def main(argv=None):
     # Many images on a GPU: compiled blocks may be faster.
     rounds = len(requests) / (args.batch * ranks())
     passes = min(args.batch, len(requests)) * (1 if args.guidance_scale == 1 else 2)
-    compile_where_it_pays(model, None, device, rounds * args.steps,
+    compile_where_it_pays(model, args.compile, device, rounds * args.steps,
                           partial(rehearse, model, passes, dtype, backward=False))
 
     # Sample in rounds of one batch per rank.

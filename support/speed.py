@@ -113,7 +113,7 @@ class ThreadWatch:
         is_slow = step > MIN_GAIN * self.gain * self.fastest[stage]
         self.slow_windows = self.slow_windows + 1 if is_slow else 0
         if self.slow_windows == 2:
-            print(f"note: a step takes {step:.2f} s, {self.fastest[stage]:.2f} s before: another "
+            print(f"\nnote: a step takes {step:.2f} s, {self.fastest[stage]:.2f} s before: another "
                   "program is busy; one thread from now on")
             torch.set_num_threads(1)
 

@@ -497,7 +497,6 @@ def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumula
     torch.set_float32_matmul_precision("high")  # only now: embedding needs full float32
     if model.config.condition == "none":  # uses only the projection's null context
         model.projection.requires_grad_(False).null_context.requires_grad_(True)
-    model.unet.to(memory_format=memory_format(device, dtype))
 
     def loss_fn(batch, step, generator):
         mean, std, condition = batch
@@ -763,10 +762,8 @@ def choose_preset(args, init):
     return preset
 
 
-def train_stages(args, preset, run, model, dataset, labels):
+def train_stages(args, preset, run, model, dataset, labels, dtype):
     """Run all stages: trains the model in place."""
-    device = model.shift.device
-    dtype = autocast_dtype(device, args.dtype)
     pictures = Pictures(dataset.images, dataset.train)
     trains_embedder = preset.embedder == "tiny"
     trains_vae = preset.vae == "train"
@@ -844,11 +841,11 @@ def main(argv=None):
 
     # How it computes.
     model.unet.checkpointing = args.checkpointing
-    step = partial(rehearse, model, preset.batch // (ranks() * args.accumulate),
-                   autocast_dtype(device, args.dtype))
+    dtype = autocast_dtype(device, args.dtype)
+    step = partial(rehearse, model, preset.batch // (ranks() * args.accumulate), dtype)
     config["threads"], thread_gain = set_threads(args.threads, device, preset.unet_steps, step)
     model.to(device)
-    model.unet.to(memory_format=memory_format(device, autocast_dtype(device, args.dtype)))
+    model.unet.to(memory_format=memory_format(device, dtype))
     config["compile"] = args.compile = compile_where_it_pays(model, args.compile, device,
                                                              preset.unet_steps, step)
 
@@ -858,7 +855,7 @@ def main(argv=None):
         with run.signals_caught():
             write_choice(run, dataset, outliers)
             print_start(preset, run, model, dataset, device)
-            train_stages(args, preset, run, model, dataset, labels)
+            train_stages(args, preset, run, model, dataset, labels, dtype)
     except Stopped as stopped:
         print(f"Saved. Resume with: python train.py --resume --out {shlex.quote(args.out)}")
         return 128 + stopped.args[0]

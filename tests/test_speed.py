@@ -13,6 +13,7 @@ from dinodiff import DinoDiffusion, DinoDiffusionConfig
 from make_diffusers import inputs
 from small_run import SMALL
 from support import speed
+from support.command import UserError
 from support.run import Run
 from support.speed import (ThreadWatch, choose_threads, compile_blocks, compile_where_it_pays,
                            measure_threads, rehearse, repeated_blocks, set_threads)
@@ -59,15 +60,21 @@ def test_the_faster_number_is_set(seconds, chosen):
 
 
 def test_nothing_is_measured_without_need(monkeypatch):
-    """A number is given, the run is short, or OMP_NUM_THREADS is set; on a GPU the number stays as
-    it is."""
+    """A number is given, the run is short, there are ranks or one core, or OMP_NUM_THREADS is set;
+    on a GPU the number stays as it is."""
     assert set_threads(3, CPU, 1000, never) == (3, 0)
     assert torch.get_num_threads() == 3
     assert set_threads(0, CPU, 99, never) == (3, 0)
     assert set_threads(0, torch.device("cuda"), 1000, never) == (0, 0)
     assert torch.get_num_threads() == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "ranks", lambda: 2)
+        assert set_threads(0, CPU, 1000, never) == (3, 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert set_threads(0, CPU, 1000, never) == (3, 0)
+    torch.set_num_threads(1)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert set_threads(0, CPU, 1000, never) == (1, 0)  # one core
 
 
 def test_a_run_falls_back_to_one_thread():
@@ -141,6 +148,8 @@ def test_a_resumed_run_takes_the_same_number(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert train.main([*flags, "--resume"]) == 0
     assert torch.get_num_threads() == 1 and counts == [(1, 2)]
+    with pytest.raises(UserError, match="--threads 2 differs from the run's 1"):
+        train.main([*flags, "--resume", "--threads", "2"])
 
 
 # ---- compiling ---------------------------------------------------------------------------------

@@ -488,6 +488,7 @@ class DinoDiffusionConfig:
     prediction: str = "v"                # v, eps
     zero_terminal_snr: bool = True
     drop_condition: float = 0.1          # share of training samples with the null context
+    guidance_scale: float = 1.0          # of samples, unless another is given
 
     @property
     def prompts(self):
@@ -648,14 +649,15 @@ class DinoDiffusion(nn.Module):
     # ---- sampling
 
     @torch.no_grad()
-    def sample(self, condition, seeds, steps=None, guidance_scale=1.0, eta=0.0, sampler="dpm",
+    def sample(self, condition, seeds, steps=None, guidance_scale=None, eta=0.0, sampler="dpm",
                batch=64, start=None, strength=1.0, dtype=torch.float32, guidance_rescale=0.0,
                refine=True, watch=None):
         """New images (N, 3, H, W) in [-1, 1], one per seed, on the model's device.
 
         condition: standardised tokens (N, G, D), prompt ids (N, L), or None.
         steps: default in DEFAULT_STEPS. eta: for ddim only.
-        guidance_scale, guidance_rescale: see `guided`; ignored without a condition.
+        guidance_scale, guidance_rescale: see `guided`; ignored without a condition. The scale's
+            default is the config's.
         start: images (N, 3, H, W) to start from (img2img) if strength < 1, with the noise of
             timestep strength * T.
         dtype: torch.bfloat16 runs U-Net and refiner under autocast; the rest stays float32.
@@ -672,6 +674,8 @@ class DinoDiffusion(nn.Module):
                 raise ValueError(f"{name} has {len(rows)} rows for {len(seeds)} seeds: need one "
                                  "per image: repeat it, or pass more seeds")
         steps = steps or DEFAULT_STEPS[sampler]
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
         timesteps = self.schedule.sampling_timesteps(steps, power=2 if sampler == "dpm" else 1)
         limit = strength * self.schedule.num_train_timesteps
         timesteps = [t for t in timesteps if t < limit] or timesteps[-1:]

@@ -66,8 +66,8 @@ def flags():
     flag("--steps", type=number(int, 1, 1000), help="denoising steps (default: dpm 15, ddim 50, "
          "ddpm 1000)")
     flag("--sampler", choices=SAMPLERS, default="dpm", help="DPM-Solver++, DDIM or DDPM")
-    flag("--guidance-scale", type=number(float, 0, 1e6), default=1.0,
-         help="1 = off; above 1 follows the condition more closely")
+    flag("--guidance-scale", type=number(float, 0, 1e6),
+         help="1 = off; above 1 follows the condition more closely (default: the model's)")
     flag("--guidance-rescale", type=number(float, 0, 1), default=0.0,
          help="undo the contrast that guidance above 1 adds, e.g. 0.7")
     flag("--no-refine", action="store_true", help="no refiner: blurry, no random detail")
@@ -284,6 +284,8 @@ def main(argv=None):
     with user_errors():
         model = DinoDiffusion.from_checkpoint(content).to(device)
     refuse_impossible(args, model)
+    if args.guidance_scale is None:
+        args.guidance_scale = model.config.guidance_scale
     dtype = torch.float32  # on a CPU bf16 is not faster
     if device.type == "cuda":
         dtype = autocast_dtype(device)

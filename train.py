@@ -99,6 +99,7 @@ class Preset:
     prediction: str = "v"             # or eps, the classic
     drop_condition: float = 0.1       # share of training samples without condition
     tokens: str = "global"            # kind of tokens; with patch kinds the model can copy
+    guidance_scale: float = 1.0       # of its samples
     clusters: int = 0                 # K of --condition prompts; 0: 33 with labels, 10 without
     template: str = ""                # of prompts, with <label> and <index>; default: the paper's
 
@@ -114,14 +115,14 @@ class Preset:
 PRESETS = {
     "tiny": Preset(),  # a laptop
     "cxr128": Preset(  # the bundled model
-        size=128, embedder_steps=500,
+        size=128, embedder_steps=700,
         vae_config=VAEConfig(latent_channels=8, base_channels=16, channel_multipliers=(1, 2, 4),
                              layers_per_block=1, stem=2, linear=True),
         vae_steps=1400, vae_batch=8, vae_lr=2e-3, latent_power=0.5,
         unet_config=UNetConfig(
             in_channels=8, out_channels=8, base_channels=64, channel_multipliers=(1, 2, 2),
             layers_per_block=1, attention_levels=(True, True, True), context_dim=192, num_heads=4),
-        unet_steps=9000, refiner_steps=4000),
+        unet_steps=14000, guidance_scale=1.5, refiner_steps=4000),
     "tissue64": Preset(  # colour patches
         vae_config=VAEConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 4),
                              layers_per_block=1),
@@ -321,7 +322,7 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
         refiner=refiner, condition=condition, tokens=preset.tokens,
         token_shape=tuple(token_shape), template=template, labels=labels, clusters=clusters,
         prediction=preset.prediction, zero_terminal_snr=preset.prediction == "v",
-        drop_condition=preset.drop_condition))
+        drop_condition=preset.drop_condition, guidance_scale=preset.guidance_scale))
     if init and preset.unet != "train":
         refuse_unlike(init.config, model.config)
         parts["projection"] = init.projection
@@ -736,7 +737,8 @@ def choose_preset(args, init):
     if init:
         inherited = {"embedder": args.init, "vae": args.init, "unet": args.init,
                      "size": init.config.image_size, "prediction": init.config.prediction,
-                     "tokens": init.config.tokens}
+                     "tokens": init.config.tokens,
+                     "guidance_scale": init.config.guidance_scale}
     if args.unet == "sd15":
         inherited["prediction"] = "eps"  # its weights were trained with it
     names = ("size", "embedder", "vae", "unet", "batch", "lr")

@@ -124,12 +124,12 @@ def main(args):
 
     # What the sampler holds at each step, then what the network predicts; the sample ends both.
     first = model.embed(source.to(device))
-    steps = []
-    hook = model.unet.register_forward_hook(lambda _, inputs, output: steps.append(
-        (inputs[0], model.schedule.to_x0_eps(output, inputs[0], inputs[1])[0])))
-    sample = model.sample(first, [0], args.steps)
+    noisy = []
+    predicted = []
+    hook = model.unet.register_forward_hook(lambda _, inputs, output: noisy.append(inputs[0][:1]))
+    sample = model.sample(first, [0], args.steps, watch=predicted.append)
     hook.remove()
-    noisy, predicted = (model.decode(torch.cat(latents)) for latents in zip(*steps))
+    noisy, predicted = (model.decode(torch.cat(latents)) for latents in (noisy, predicted))
     frames = torch.cat([noisy, sample, predicted, sample])
 
     # What the autoencoder keeps, and guidance.

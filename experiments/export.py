@@ -151,7 +151,7 @@ def main(args):
     if model.embedding_sampler is not None:
         condition = model.embedding_sampler.sample(generators)
         context, mask = model.context(condition)
-    images = model.sample(condition, range(COUNT), STEPS, sampler="ddim", refine=False)
+    images = model.sample(condition, range(COUNT), STEPS, 1.0, sampler="ddim", refine=False)
     example = {"noise": noise, "context": context, "images": images}
     if mask is not None:
         example["mask"] = mask.int()

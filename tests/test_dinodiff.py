@@ -273,6 +273,17 @@ def test_image_of_a_seed_does_not_depend_on_the_batch(model):
             model.sample(**wrong, guidance_scale=2.0)
 
 
+def test_a_model_brings_its_guidance_along(model, monkeypatch):
+    """Without a scale, samples have the config's; a given one, even 0, comes first."""
+    tokens = model.embed(pictures(1))
+    plain, guided_more, without = (model.sample(tokens, [0], 3, scale) for scale in (1, 2.5, 0))
+    monkeypatch.setattr(model, "config", replace(model.config, guidance_scale=2.5))
+    assert torch.equal(model.sample(tokens, [0], 3), guided_more)
+    assert torch.equal(model.sample(tokens, [0], 3, 1), plain)
+    assert torch.equal(model.sample(tokens, [0], 3, 0), without)
+    assert not torch.allclose(plain, guided_more, atol=1e-3)
+
+
 def test_strength_keeps_more_or_less_of_the_start(model):
     """img2img at a low strength stays near the decoded start, at a high one it does not."""
     x = pictures(2)

@@ -1,7 +1,8 @@
-"""Slides: bags of patch features with grid positions and one label.
+"""Slides: bags of patch features with grid positions and one label, from three sources.
 
     open_slides(folder, tiling)               # a folder and its labels.csv
-    mosaic_slides(bank, seed, count)          # mosaics of labelled patches, patients apart
+    generated_slides(seed, count, embed)      # mosaics of histology phantoms
+    mosaic_slides(bank, seed, count)          # mosaics of real labelled patches, patients apart
 
 A folder holds images, whole slides (tiled by support/tiles.py) or feature files (.h5, .npz) of
 features (N, D), coords (N, 2), x and y, and optionally step, the distance between neighbours.
@@ -19,16 +20,17 @@ from support.command import UserError
 from support.datasets import open_dataset
 from support.files import read_csv
 from support.images import IMAGE_SUFFIXES, is_inside
-from support.phantoms import histology_phantoms
+from support.phantoms import histology_phantoms, slide_phantoms
 from support.seeds import step_seed
 from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
 
+BANK = 2000          # patches that the generated slides of one part are made of
 PICTURE_SIDE = 1024  # pixels of a slide in heat maps
 GRID_SIDE = 4000     # cells of a grid's side, at most
 FEATURE_SUFFIXES = {".h5", ".npz"}
 
 MOSAIC_SIDE = 48     # cells of a mosaic's side; at least half of them are tissue
-PATCH = 64    # pixels of a patch's side, as it is embedded
+MOSAIC_PATCH = 64    # pixels of a patch's side, as it is embedded
 TESTED = 0.3         # share of the patients whose patches make the test mosaics
 FIELDS = 5           # patients of a mosaic's healthy tissue, at most
 FOCI = [0.003, 0.03]  # least and largest share of a mosaic's tissue in the focus
@@ -107,7 +109,7 @@ def open_slides(folder, tiling, label_column="label"):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no data set {folder}", "a folder of slides is needed",
-                        "pass --data slides or FOLDER")
+                        "pass --data slides, mosaic or FOLDER")
     files = [path for path in sorted(folder.rglob("*"))
              if path.is_file() and is_inside(path, folder)]
     paths = ([path for path in files if path.suffix in FEATURE_SUFFIXES]
@@ -118,7 +120,7 @@ def open_slides(folder, tiling, label_column="label"):
     row_of = {Path(row.get("file", "")).stem: row for row in read_csv(table)}
     if not paths or len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{folder} has {len(paths)} slides", "slides, images or feature files with "
-                        "different names are needed", "pass --data slides or FOLDER")
+                        "different names are needed", "pass --data slides, mosaic or FOLDER")
 
     slides = []
     left_out = []
@@ -186,34 +188,52 @@ def split_slides(slides, folds, seed):
     return splits
 
 
-# ---- mosaics -----------------------------------------------------------------------------------
+# ---- generated slides and mosaics --------------------------------------------------------------
+
+def generated_slides(seed, count, embed):
+    """Mosaics of histology phantoms; a fifth is for testing, with a patch bank of its own.
+
+    embed: images (n, 3, 64, 64) in [-1, 1] -> features (n, D).
+    """
+    slides = []
+    for part, number, part_seed in (("train", count - count // 5, 2 * seed),
+                                    ("test", count // 5, 2 * seed + 1)):
+        bank = histology_phantoms(BANK, 64, part_seed)
+        patches = embed_patches(bank[0].split(64), embed)
+        phantoms = zip(*slide_phantoms(number, bank, seed=part_seed))
+        slides += [slide_of_tiles(part, i, int(label), tiles, foci, patches)
+                   for i, (tiles, foci, label) in enumerate(phantoms)]
+    return slides
+
+
+def slide_of_tiles(part, i, label, tiles, foci, bank):
+    """A Slide of tiles and foci (side, side): rows of the bank, -1 outside the tissue."""
+    tissue = tiles >= 0
+    name = f"{part}_{i:04d}"
+    return Slide(name, label, name, part == "test", torch.nonzero(tissue), tiles[tissue],
+                 lambda: (bank.features, bank.pictures), foci[tissue])
+
 
 @dataclass
 class Patches:
-    features: torch.Tensor  # (N, D)
-    pictures: torch.Tensor  # (N, 3, THUMB, THUMB)
-    cancer: np.ndarray      # (N,) bool
-    patients: np.ndarray    # (N,)
+    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB); of real patches, cancer (N,) bool and
+    patients (N,)."""
+    features: torch.Tensor
+    pictures: torch.Tensor
+    cancer: np.ndarray = None
+    patients: np.ndarray = None
 
 
-def embed_patches(batches, embed, cancer, patients):
-    """The Patches of batches of images (n, 3, 64, 64) in [-1, 1]; embed(batch) -> (n, D)."""
-    parts = [(embed(batch), F.adaptive_avg_pool2d(batch, THUMB)) for batch in batches]
-    return Patches(*map(torch.cat, zip(*parts)), cancer, patients)
-
-
-def phantom_patches(embed, count=2000):
-    """The Patches of generated histology. The healthy tissue of a made-up patient is of one kind,
-    and so is the one behind their tumour."""
-    images, _, labels, kinds = histology_phantoms(count, PATCH)
-    patients = 10 * kinds + torch.arange(count) % 10
-    return embed_patches(images.split(64), embed, labels.numpy() == 1, patients.numpy())
+def embed_patches(images, embed, **known):
+    """The Patches of batches of images (n, 3, 64, 64)."""
+    parts = [(embed(batch), F.adaptive_avg_pool2d(batch, THUMB)) for batch in images]
+    return Patches(*map(torch.cat, zip(*parts)), **known)
 
 
 def open_patches(folder, embed, label_column, positive=None):
     """The Patches of a labelled folder. positive: the label of a focus (default: the second value
-    in sorted order)."""
-    images = open_dataset(folder, PATCH)
+    in sorted order). embed: images (n, 3, 64, 64) in [-1, 1] -> features (n, D)."""
+    images = open_dataset(folder, MOSAIC_PATCH)
     print(images.note, *images.problems, sep="\n")
     labels = np.array(images.columns.get(label_column, []))
     values = sorted(set(labels.tolist()))
@@ -224,7 +244,8 @@ def open_patches(folder, embed, label_column, positive=None):
                         "two labels, one of them positive, and a patient per patch are needed",
                         "complete labels.csv, or pass --label-column or --positive")
     batches = (images.batch(rows.tolist()) for rows in torch.arange(len(images)).split(64))
-    return embed_patches(batches, embed, labels == positive, np.array(images.groups))
+    return embed_patches(batches, embed, cancer=labels == positive,
+                         patients=np.array(images.groups))
 
 
 def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
@@ -260,9 +281,6 @@ def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
 
 def mosaic_slides(bank, seed, count, foci=FOCI):
     """`count` Slides, every second one with a focus; a fifth, of other patients, is for testing."""
-    def read():
-        return bank.features, bank.pictures
-
     rng = np.random.default_rng(step_seed(seed, "mosaic"))
     patients = rng.permutation(np.unique(bank.patients))
     test_count = round(TESTED * len(patients))
@@ -279,10 +297,7 @@ def mosaic_slides(bank, seed, count, foci=FOCI):
                             "bring patches of more patients")
         for i in range(number):
             tiles, focus = map(torch.from_numpy, draw_mosaic(healthy, cancer, i % 2, rng, foci))
-            tissue = tiles >= 0
-            name = f"{part}_{i:04d}"
-            slides.append(Slide(name, i % 2, name, part == "test", torch.nonzero(tissue),
-                                tiles[tissue], read, focus[tissue]))
+            slides.append(slide_of_tiles(part, i, i % 2, tiles, focus, bank))
     return slides
 
 

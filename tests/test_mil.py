@@ -17,6 +17,7 @@ from evaluate import bootstrap_interval
 from mil import Trial
 from regional import MILConfig, RegionalMIL, focus, predict, region_table
 from support import phantoms
+from support import slides as support_slides
 from support.command import UserError
 from support.run import Run
 from support.slides import Slide
@@ -236,7 +237,7 @@ def test_run_on_generated_slides_and_explain(drawn_once, tmp_path, monkeypatch):
     """A run with two steps writes metrics and heat maps; --explain draws one slide by the
     finished run, which is not trained again; a second run in its folder is refused."""
     vit = VisionTransformer(ViTConfig(16, 12, 4, 3, image_size=64)).eval()
-    monkeypatch.setattr(mil, "phantom_patches", partial(mil.phantom_patches, count=300))
+    monkeypatch.setattr(support_slides, "BANK", 200)
     monkeypatch.setattr(phantoms, "_histology", drawn_once["_histology"])
     monkeypatch.setattr(mil, "load_dino", lambda name: vit)
     monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))

@@ -1,4 +1,4 @@
-"""Mosaics of support/slides.py: labelled patches, patients apart, foci known."""
+"""Mosaics of support/slides.py: real labelled patches, patients apart, foci known."""
 from functools import partial
 
 import numpy as np
@@ -56,8 +56,8 @@ def test_command(tmp_path, monkeypatch):
     """From a folder of patches to heat maps; --positive names the label of a focus."""
     monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))
     write_patches(tmp_path / "patches")
-    mil.main(["--patches-of", str(tmp_path / "patches"), "--positive", "cancer", "--count",
-              "10", "--models", "2x2", "--steps", "2", "--device", "cpu",
+    mil.main(["--data", "mosaic", "--patches-of", str(tmp_path / "patches"), "--positive", "cancer",
+              "--count", "10", "--models", "2x2", "--steps", "2", "--device", "cpu",
               "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "heat_2x2.png").exists()
 

@@ -216,12 +216,13 @@ def slide_of_tiles(part, i, label, tiles, foci, bank):
 
 @dataclass
 class Patches:
-    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB); of real patches, cancer (N,) bool and
-    patients (N,)."""
+    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB); of real patches, cancer (N,) bool,
+    patients (N,), and those of the official test part, if there is one."""
     features: torch.Tensor
     pictures: torch.Tensor
     cancer: np.ndarray = None
     patients: np.ndarray = None
+    test_patients: tuple = ()
 
 
 def embed_patches(images, embed, **known):
@@ -244,8 +245,9 @@ def open_patches(folder, embed, label_column, positive=None):
                         "two labels, one of them positive, and a patient per patch are needed",
                         "complete labels.csv, or pass --label-column or --positive")
     batches = (images.batch(rows.tolist()) for rows in torch.arange(len(images)).split(64))
+    tested = {group for group, side in zip(images.groups, images.official or ()) if side == "test"}
     return embed_patches(batches, embed, cancer=labels == positive,
-                         patients=np.array(images.groups))
+                         patients=np.array(images.groups), test_patients=tuple(sorted(tested)))
 
 
 def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
@@ -280,13 +282,16 @@ def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
 
 
 def mosaic_slides(bank, seed, count, foci=FOCI):
-    """`count` Slides, every second one with a focus; a fifth, of other patients, is for testing."""
+    """`count` Slides, every second one with a focus; a fifth, of other patients, is for testing:
+    of the bank's test patients, or else of TESTED of all."""
     rng = np.random.default_rng(step_seed(seed, "mosaic"))
     patients = rng.permutation(np.unique(bank.patients))
-    test_count = round(TESTED * len(patients))
+    is_test = np.arange(len(patients)) < round(TESTED * len(patients))
+    if bank.test_patients:
+        is_test = np.isin(patients, bank.test_patients)
     slides = []
-    for part, chosen, number in (("test", patients[:test_count], count // 5),
-                                 ("train", patients[test_count:], count - count // 5)):
+    for part, chosen, number in (("test", patients[is_test], count // 5),
+                                 ("train", patients[~is_test], count - count // 5)):
         healthy, cancer = ([rows for rows in (np.flatnonzero((bank.patients == patient)
                                                              & (bank.cancer == is_cancer))
                                               for patient in chosen) if len(rows)]

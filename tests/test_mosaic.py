@@ -1,4 +1,5 @@
 """Mosaics of support/slides.py: real labelled patches, patients apart, foci known."""
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -43,12 +44,21 @@ def test_patients_are_apart_and_foci_are_what_cancer_is():
     assert not torch.equal(slides[0].rows, mosaic_slides(bank, 1, 40)[0].rows)
 
 
-def write_patches(folder):
-    rows = [["file", "label", "patient"]]
+def test_an_official_test_part_makes_the_test_slides():
+    """Then features may have been learned on all others: no test slide has seen their patients."""
+    bank = replace(bank_of(), test_patients=("p2", "p7"))
+    patients = {side: {name for slide in mosaic_slides(bank, 3, 20) if slide.is_test == side
+                       for name in bank.patients[slide.rows.numpy()]} for side in (True, False)}
+    assert patients[True] == {"p2", "p7"} and not patients[True] & patients[False]
+
+
+def write_patches(folder, **columns):
+    rows = [["file", "label", "patient", *columns]]
     for i in range(16):
         colour = torch.tensor([0.2, -0.5, 0.4]).view(3, 1, 1) * (1 if i % 2 else -1)
         save_png(folder / f"{i}.png", colour.expand(3, 48, 48) + 0.1 * torch.randn(3, 48, 48))
-        rows.append([f"{i}.png", ("cancer", "healthy")[i % 2], f"p{i // 4}"])
+        rows.append([f"{i}.png", ("cancer", "healthy")[i % 2], f"p{i // 4}",
+                     *(column[i // 4] for column in columns.values())])
     write_csv(folder / "labels.csv", rows)
 
 
@@ -68,6 +78,9 @@ def test_bad_input(tmp_path):
     write_patches(tmp_path / "two")
     bank = open_patches(tmp_path / "two", embed, "label")
     assert bank.cancer.sum() == 8 and bank.cancer[0] != bank.cancer[1]
+    assert not bank.test_patients
+    write_patches(tmp_path / "split", split=["train", "test", "train", "test"])
+    assert open_patches(tmp_path / "split", embed, "label").test_patients == ("p1", "p3")
     with pytest.raises(UserError, match="--positive tumour"):
         open_patches(tmp_path / "two", embed, "label", "tumour")
     bank.cancer[:] = False

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from dinodiff import DEFAULT_STEPS, SAMPLERS, DinoDiffusion, prototypes, seeded_noise, slerp
+from dinodiff import DEFAULT_STEPS, SAMPLERS, DinoDiffusion, prototypes, slerp
 from prompts import find_prompt
 from support.cache import read_vectors
 from support.command import (Help, StatusLine, UserError, autocast_dtype, number, pick_device,
@@ -55,8 +55,6 @@ def flags():
 
     flag = parser.add_argument_group("how").add_argument
     flag("--row", type=number(int, 0), help="a row of --from-vector (default: all)")
-    flag("--perturb", type=number(float, 0, 1e6), default=0.0,
-         help="noise on the source's tokens, in training-set standard deviations")
     flag("--strength", type=number(float, 1e-9, 1), default=1.0,
          help="below 1: start from the source image with this share of the noise (img2img)")
     flag("--frames", type=number(int, 1), default=8, help="images from A to B")
@@ -89,8 +87,8 @@ def parse(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
     args.steps = args.steps or DEFAULT_STEPS[args.sampler]
-    if (args.perturb or args.strength < 1) and not args.from_image:
-        parser.error("--perturb and --strength need --from-image: pass it, or leave them out")
+    if args.strength < 1 and not args.from_image:
+        parser.error("--strength needs --from-image: pass it, or leave --strength out")
     if args.row is not None and not args.from_vector:
         parser.error("--row needs --from-vector: pass a file, or leave --row out")
     if args.animate and (args.steps > 50 or ranks() > 1):
@@ -149,7 +147,7 @@ def plan(args, model, sources, labels, names):
 
     # From images: --count for each, or strips from the first to the second.
     elif args.from_image:
-        strategy = "img2img" if args.strength < 1 else "perturb" if args.perturb else "reconstruct"
+        strategy = "img2img" if args.strength < 1 else "reconstruct"
         for i in range(len(sources) * args.count):
             row = i // args.count
             add(strategy, row, sources=(sources[row],), labels=labels[row],
@@ -216,11 +214,6 @@ def read_table(args, model, tokens, folder):
     return list(vectors), model.standardise(table)
 
 
-def generators(purpose, requests):
-    """One generator per request: independent streams per purpose and seed."""
-    return [torch.Generator().manual_seed(step_seed(purpose, request.seed)) for request in requests]
-
-
 def make_condition(requests, args, model, read, table):
     """The condition of B requests: tokens (B, G, D), prompt ids (B, L), or None.
 
@@ -231,7 +224,9 @@ def make_condition(requests, args, model, read, table):
     if model.config.condition == "none":
         return None
     if args.random:
-        return model.embedding_sampler.sample(generators("random", requests))
+        return model.embedding_sampler.sample([
+            torch.Generator().manual_seed(step_seed("random", request.seed))
+            for request in requests])
     if table is not None:
         return table[[request.index for request in requests]]
 
@@ -240,15 +235,12 @@ def make_condition(requests, args, model, read, table):
     images = torch.stack([read(path) for path in paths])
     embedded = dict(zip(paths, model.embed(images.to(model.shift.device))))
 
-    # Tokens of each image: its source's, interpolated, or perturbed.
+    # Tokens of each image: its source's, or between two.
     tokens = torch.stack([embedded[request.sources[0]] for request in requests])
     if args.interpolate:
         end = [embedded[request.sources[1]] for request in requests]
         tokens = torch.stack([slerp(a, b, request.weight)
                               for a, b, request in zip(tokens, end, requests)])
-    if args.perturb:
-        noise = seeded_noise(generators("perturb", requests), tokens.shape, tokens)
-        tokens = tokens + args.perturb * noise
     return tokens
 
 
@@ -321,7 +313,7 @@ def main(argv=None):
     folder = SampleFolder(out, requests, {
         "guidance_scale": args.guidance_scale, "guidance_rescale": args.guidance_rescale,
         "steps": args.steps, "sampler": args.sampler, "strength": args.strength,
-        "perturb": args.perturb, "refined": bool(model.refiner) and not args.no_refine,
+        "refined": bool(model.refiner) and not args.no_refine,
         "dtype": str(dtype).removeprefix("torch."), "checkpoint": str(checkpoint)})
 
     # Many images on a GPU: compiled blocks may be faster.

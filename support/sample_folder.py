@@ -23,7 +23,7 @@ GRID_COLUMNS = 16
 @dataclass(frozen=True)
 class Request:
     """One image to make."""
-    strategy: str          # reconstruct, perturb, img2img, interpolate, prototype, random, ...
+    strategy: str          # reconstruct, img2img, interpolate, prototype, random, ...
     row: int               # of the grid
     seed: int              # of the noise
     sources: tuple = ()    # image files, at most two, or the name of a prototype or vector

@@ -36,7 +36,7 @@ BAD_LINES = [
     (sample, "--random --steps 1001", "1000"),
     (sample, "--from-image TEXT", "TEXT"),
     (sample, "--random --from-image GOOD.png", "--from-image"),
-    (sample, "--random --perturb 1", "--perturb"), (sample, "--from-image EMPTY", "EMPTY"),
+    (sample, "--random --strength 0.5", "--strength"), (sample, "--from-image EMPTY", "EMPTY"),
     (sample, "--prototypes 25", "25"), (sample, "--from-vector TEXT", "TEXT"),
     (sample, "--random --count 33 --animate", "at most 32"),
     (sample, "--random --out FULL", "pass another --out"),

@@ -34,7 +34,7 @@ def unconditional(tmp_path_factory):
 
 @pytest.mark.parametrize("arguments,says,count", [
     (["--from-image", "IMAGE", "--count", "2"], "reconstruct", 2),
-    (["--from-image", "FOLDER", "--perturb", "0.5"], "perturb", 8),
+    (["--from-image", "FOLDER"], "reconstruct", 8),
     (["--from-image", "IMAGE", "--strength", "0.5", "--guidance-scale", "2",
       "--guidance-rescale", "0.7"],
      "img2img", 1),
@@ -102,7 +102,7 @@ def test_a_call_that_is_cut_off_leaves_a_table_of_what_is_there(small_run, tmp_p
 # ---- what an image depends on
 
 @pytest.mark.parametrize("arguments", [
-    ["--random", "--count", "5"], ["--from-image", "FOLDER", "--perturb", "0.3"],
+    ["--random", "--count", "5"], ["--from-image", "FOLDER"],
     ["--interpolate", "IMAGE", "IMAGE2", "--frames", "5", "--guidance-scale", "20"],
     ["--from-image", "FOLDER", "--strength", "0.5", "--sampler", "dpm"]])
 def test_same_seed_same_file_whatever_the_batch(small_run, tmp_path, arguments):

@@ -357,8 +357,12 @@ def main(argv=None):
     # Split the real images in two by patient: the floor is the distance between the halves.
     real = open_dataset(args.real, args.size)
     synthetic = open_dataset(args.synthetic, args.size)
-    first, second = split_holdout(real, 0.5, args.seed)
-    parts = [(real, first), (real, second), (synthetic, torch.arange(len(synthetic)))]
+    real.official = None  # halves are wanted, not an official test part
+    sets = zip((real, real, synthetic),
+               (*split_holdout(real, 0.5, args.seed), torch.arange(len(synthetic))))
+    generator = torch.Generator().manual_seed(args.seed)  # files may be sorted by class
+    parts = [(images, indices[torch.randperm(len(indices), generator=generator)])
+             for images, indices in sets]
     device = pick_device(args.device)
     fidelity(parts, RandomFeatures.NAME, RandomFeatures().to(device), device, args.batch)
 

@@ -48,7 +48,7 @@ class Recipe:
     windows: tuple
     pool: str
     lr: float      # peak
-    steps: int     # upper limit, reached from about 350 slides
+    steps: int     # upper limit: fewer on small sets
 
 
 MODELS = {
@@ -90,10 +90,14 @@ class Bags(torch.utils.data.Dataset):
         return len(self.slides)
 
     def __getitems__(self, indices):
-        slides = [self.slides[i] for i in indices]
         windows = self.windows
         if len(windows) > 1 and torch.rand((), generator=self.generator) < 0.5:
             windows = windows[:1]
+        return self.draw(indices, windows)
+
+    def draw(self, indices, windows):
+        """One bag of each of these slides."""
+        slides = [self.slides[i] for i in indices]
         regions = max(1, self.patches // math.prod(windows) ** 2)
         tables = [draw_regions(slide, windows, self.generator)[0][:regions] for slide in slides]
         most = max(map(len, tables))
@@ -142,7 +146,8 @@ def train_model(trial, args, run, device):
         trained.append(model.eval())
 
     bags = Bags(trial.train, recipe.windows, 2 * args.patches, seed=0)
-    bag = [x.to(device) for x in bags.__getitems__(range(min(128, len(trial.train))))]
+    some = torch.randperm(len(trial.train), generator=bags.generator)[:128].tolist()
+    bag = [x.to(device) for x in bags.draw(some, recipe.windows)]
     with torch.no_grad():
         best = min(trained, key=lambda model: model.loss(*bag).item())
     run.finish(trial.stage, best.state_dict())
@@ -172,6 +177,22 @@ def test_model(model, trial, args):
     return rows
 
 
+def auc_within_folds(labels, logits, folds):
+    """AUC over the pairs of slides of one fold: logits of two folds are of two models.
+
+    Each array has one entry per slide. Raises ValueError if no fold has both labels.
+    """
+    pairs = {}
+    for fold in np.unique(folds):
+        positives = labels[folds == fold].sum()
+        pairs[fold] = positives * ((folds == fold).sum() - positives)
+    pairs = {fold: count for fold, count in pairs.items() if count}
+    if not pairs:
+        raise ValueError("no fold has slides of both labels")
+    aucs = [roc_auc(labels[folds == fold], logits[folds == fold]) for fold in pairs]
+    return float(np.average(aucs, weights=list(pairs.values())))
+
+
 def write_results(out, scores):
     """Print and write the AUC of each model and sampling, mean over seeds; scores: rows of
     test_model."""
@@ -183,14 +204,16 @@ def write_results(out, scores):
     for key, rows in by_model.items():
         aucs = []
         for seed in dict.fromkeys(row["seed"] for row in rows):
-            labels = np.array([row["label"] for row in rows if row["seed"] == seed])
-            logits = np.array([row["logit"] for row in rows if row["seed"] == seed])
-            aucs.append(roc_auc(labels, logits))
+            columns = [np.array([row[name] for row in rows if row["seed"] == seed])
+                       for name in ("label", "logit", "fold")]
+            with user_errors("slides of both labels are needed in a test part",
+                             "pass fewer --folds, or correct the split"):
+                aucs.append(auc_within_folds(*columns))
         several = len(aucs) > 1
         hits = [row["hit"] for row in rows if row["hit"] is not None]
         table[key] = {"AUC": float(np.mean(aucs)),
                       "sd": float(np.std(aucs, ddof=1)) if several else None,
-                      "95 %": None if several else bootstrap_interval(roc_auc, labels, logits),
+                      "95 %": None if several else bootstrap_interval(auc_within_folds, *columns),
                       "hits a focus": float(np.mean(hits)) if hits else None}
     print_table(table)
     write_json(out / "metrics.json", {"table": table, "scores": scores})
@@ -323,7 +346,7 @@ def main(argv=None):
     if args.explain:
         return explain(args)
 
-    # All checks come first, so that a refused command writes nothing.
+    # All checks come before the run's files.
     device = pick_device(args.device)
     slides_of = slide_source(args, device)
     slides = slides_of(args.seeds[0])

@@ -39,10 +39,13 @@ def main(args):
         sets[path] = images, choose(range(len(images)), args.count)
     cells = []
     for name, (images, indices) in sets.items():
-        if column not in images.columns:
+        # sample.py writes a table's column NAME as label_NAME, a prompt's label as label.
+        spellings = [column] if images is run.images else [column, f"label_{column}", "label"]
+        known = [spelling for spelling in spellings if spelling in images.columns]
+        if not known:
             raise UserError(f"{name} has no column {column!r}", "every set needs the same labels",
                             "pass --label-column, or another set")
-        cells += [images.columns[column][i] for i in indices]
+        cells += [images.columns[known[0]][i].lower() for i in indices]  # as prompts have them
     names, labels = label_matrix({column: cells}, [column])
     counts = [len(indices) for _, indices in sets.values()]
     labels = dict(zip(sets, np.split(labels, np.cumsum(counts)[:-1])))

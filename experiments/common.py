@@ -5,6 +5,7 @@
     for x in batches_of(run.images, run.test, args.batch): ...   # (B, 3, H, W) in [-1, 1]
 """
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +85,37 @@ def open_run(args, checkpoint=None):
                      choose(test, args.count))
 
 
-def read_sources(folder, samples):
-    """For each image of a folder of sample.py: names of the images it was made from, without their
-    suffixes; None if its samples.csv does not list it."""
+def find_sources(folder, samples, images):
+    """For each image of a folder of sample.py: indices of the images it was made from; None if its
+    samples.csv does not list it.
+
+    A source is the image of that name whose folders agree for longest, from the last one on, or
+    all of them where several do: the images may have moved.
+    """
+    by_stem = {}
+    for i, file in enumerate(images.files):
+        by_stem.setdefault(Path(file).stem, []).append(i)
+
+    def find(name):
+        same = {}  # number of folders that agree -> indices
+        for i in by_stem.get(Path(name).stem, []):
+            pairs = zip(Path(name).parts[-2::-1], Path(images.files[i]).parts[-2::-1])
+            agree = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+            same.setdefault(agree, []).append(i)
+        return same[max(same)] if same else []
+
     path = Path(folder, "samples.csv")
     rows = read_csv(path) if path.is_file() else []
-    sources = {Path(row["file"]).stem: [Path(name).stem for name in row["sources"].split("|")]
+    sources = {Path(row["file"]).stem: [i for name in row["sources"].split("|") for i in find(name)]
                for row in rows if row.get("sources") is not None}
     return [sources.get(Path(file).stem) for file in samples.files]
+
+
+def refuse_vectors(model):
+    """UserError for a model without a ViT: it cannot embed images."""
+    if model.config.vit is None:
+        raise UserError("this model was trained on a file of vectors", "one with a ViT is needed",
+                        "pass another --checkpoint")
 
 
 def read_labels(images, columns, train, test, least=20):

@@ -12,6 +12,7 @@ CNN is trained on each arm and tested on real images of other patients:
                                 the learning rate
     pseudo-labels               the pool, and the third of the unlabelled images that a ridge
                                 regression on the pool's tokens is surest of, as it labels them
+                                (too often as positive, where few images are)
     pseudo-labels, synthetic    the same, and R reconstructions of each of these images
 
 All arms of a pool start from the same weights and take the same number of steps. The baseline is
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import t as student
 
-from experiments.common import add_run_flags, batches_of, open_run, read_labels
+from experiments.common import add_run_flags, batches_of, open_run, read_labels, refuse_vectors
 from experiments.small_cnn import from_bytes, predict, strong_augment, to_bytes, train_classifier
 from experiments.statistics import mean_auc, ridge_scores
 from support.command import StatusLine, UserError, autocast_dtype, number, print_table
@@ -142,6 +143,7 @@ def main(args):
     if model.config.condition != "dino":
         raise UserError(f"this model was trained with --condition {model.config.condition}",
                         "one that follows images is needed", "pass another --checkpoint")
+    refuse_vectors(model)
 
     # All labelled images, by row: the run's training part, then its held-out part.
     names, train, test, labels = read_labels(images, args.label_column, run.train, run.test,
@@ -155,8 +157,8 @@ def main(args):
         raise UserError(f"--n {args.n}", f"there are {smallest} labelled images to draw from",
                         "pass a smaller --n, or a larger --train-limit")
     for _, rows in splits:
-        if (labels[rows].min(axis=0) == labels[rows].max(axis=0)).any():
-            raise UserError(f"--folds {args.folds}", "a fold has images of one class only",
+        if not rows or (labels[rows].min(axis=0) == labels[rows].max(axis=0)).any():
+            raise UserError(f"--folds {args.folds}", "a fold has no images, or of one class only",
                             "pass fewer folds")
 
     def shrink(x):
@@ -228,5 +230,3 @@ def main(args):
     write_json(run.folder / "downstream.json",
                {"n": args.n, "pools": args.pools, "ratio": args.ratio, "folds": args.folds,
                 "labels": names, "pool by pool": aucs, "arms": rows})
-    gain, half = difference(aucs["synthetic"], aucs["duplicates"])
-    print(f"synthetic images instead of duplicates: {gain:+.3f} AUC +- {half:.3f}")

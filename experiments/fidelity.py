@@ -16,13 +16,13 @@ import torch
 import evaluate
 from dino import conditioning_tokens, load_dino
 from evaluate import METRICS, FIDInception, RandomFeatures, compare
-from experiments.common import add_run_flags, choose, load_model, open_run
+from experiments.common import add_run_flags, choose, open_run
 from experiments.ladder import damages, ladder
 from experiments.radiomics import radiomic_features, z_score
 from experiments.statistics import subsample_interval
 from support.command import UserError, number, pick_device, print_table, user_errors
 from support.datasets import open_dataset
-from support.files import resolve_checkpoint, write_json
+from support.files import write_json
 from support.training_set import split_holdout
 
 
@@ -47,13 +47,12 @@ def load_judge(net, source):
     return net
 
 
-def feature_extractor(kind, weights, device, model=None):
+def feature_extractor(kind, weights, device):
     """(name, function: images (B, 3, H, W) in [-1, 1] -> features) of a judge.
 
     The name tells the weights and the resizing: distances of different names do not compare.
 
-    kind: one of JUDGES. weights: a file, for dino also a published name, or None. Without weights,
-    dino is the embedder of `model`, a DinoDiffusion.
+    kind: one of JUDGES. weights: a file, for dino also a published name, or None.
     """
     if kind == "random":
         return RandomFeatures.NAME, RandomFeatures().to(device)
@@ -68,20 +67,11 @@ def feature_extractor(kind, weights, device, model=None):
         def extract(x):
             return net((x + 1) / 2)
 
-    elif weights:
+    else:
         with user_errors():
             net = load_dino(weights)
         rule = f"CLS, antialiased bicubic to {net.input_side} px"
         extract = partial(conditioning_tokens, net, kind="cls")
-
-    else:
-        if model.config.vit is None:
-            raise UserError("this model was trained on a file of vectors", "a judge needs a ViT",
-                            "pass --weights")
-        print("note: the features that conditioned the samples are a biased judge of them")
-        net = model.embedder.vit
-        rule = f"{model.config.tokens} tokens, antialiased bicubic to {net.input_side} px"
-        extract = model.embed
 
     digest = hashlib.sha256()
     for value in net.state_dict().values():
@@ -103,6 +93,7 @@ def open_parts(args):
         halves = [run.train, run.test]
     else:
         real = open_dataset(args.real, args.size)
+        real.official = None  # halves are wanted, not an official test part
         halves = split_holdout(real, 0.5, args.seed)
     synthetic = open_dataset(args.synthetic, args.size)
     every = torch.arange(len(synthetic))
@@ -116,8 +107,7 @@ def add_flags(parser):
     add = parser.add_argument
     add("--features", choices=JUDGES, default="random",
         help="a random network, FID's Inception, a ViT (not the one that conditioned), radiomics")
-    add("--weights", help="inception: a file; dino: a published ViT's name or a file (default: the "
-        "embedder of --checkpoint)")
+    add("--weights", help="inception: a file; dino: a published ViT's name or a file")
     add("--ladder", action="store_true", help="also JPEG, blur and, of a run, reconstructions")
     add("--rounds", type=number(int, 2), default=20, help="subsamples of each interval")
     add("--out", help="JSON file (default: SYNTHETIC/fidelity.json)")
@@ -125,10 +115,10 @@ def add_flags(parser):
 
 def main(args):
     device = pick_device(args.device)
-    model = None
     if args.features == "dino" and not args.weights:
-        _, model = load_model(resolve_checkpoint(args.checkpoint), args.device)
-    name, judge = feature_extractor(args.features, args.weights, device, model)
+        raise UserError("--features dino", "a judge that did not condition the samples is needed",
+                        "name it: --weights dino_vitb8, or a file")
+    name, judge = feature_extractor(args.features, args.weights, device)
     parts, reconstructor = open_parts(args)
     if args.features == "radiomics":  # one scale for all parts, measured when sizes are checked
         reference = cache(partial(evaluate.measure, *parts[0], judge, device, args.batch))

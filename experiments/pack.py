@@ -44,7 +44,11 @@ def main(args):
 
     # The same seeds from both.
     packed = DinoDiffusion.from_checkpoint(load_checkpoint(args.file))
-    images, others = (m.sample(tokens[:8], list(range(len(tokens[:8])))) for m in (model, packed))
+    condition = model.prompt_ids(model.prompts[:8]) if model.prompts else tokens[:8]
+    if model.config.condition == "none":
+        condition = None
+    seeds = list(range(min(8, len(tokens), len(model.prompts) or 8)))
+    images, others = (m.sample(condition, seeds) for m in (model, packed))
     print_table({args.file: {
         "megabytes": Path(args.file).stat().st_size / 1e6,
         "mean difference, grey levels of 255": 127.5 * (images - others).abs().mean().item()}})

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from evaluate import correlations, describe
-from experiments.common import add_run_flags, batches_of, open_run, read_sources
+from experiments.common import add_run_flags, batches_of, find_sources, open_run, refuse_vectors
 from support.command import UserError, print_table
 from support.datasets import open_dataset
 from support.files import write_json
@@ -31,20 +31,14 @@ def summarise(x, held_out, rng):
 
 
 def open_samples(folder, images):
-    """(samples, for each the indices of the images it was made from) of a folder of sample.py.
-
-    If several images share the name of a source, it means all of them.
-    """
+    """(samples, for each the indices of the images it was made from) of a folder of sample.py."""
     samples = open_dataset(folder, images.size)
-    sources = read_sources(folder, samples)
+    sources = find_sources(folder, samples, images)
     if None in sources:
         raise UserError(f"{folder}/samples.csv does not list {samples.files[sources.index(None)]}",
                         "the sources of all images are needed", "pass a folder that sample.py "
                         "wrote")
-    by_stem = {}
-    for i, file in enumerate(images.files):
-        by_stem.setdefault(Path(file).stem, []).append(i)
-    return samples, [[i for stem in stems for i in by_stem.get(stem, [])] for stems in sources]
+    return samples, sources
 
 
 def add_flags(parser):
@@ -54,6 +48,7 @@ def add_flags(parser):
 
 def main(args):
     run = open_run(args)
+    refuse_vectors(run.model)
     device = run.model.shift.device
 
     def features_of(images, indices):

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
 from evaluate import bootstrap_interval, describe
-from experiments.common import add_run_flags, batches_of, open_run, read_labels
+from experiments.common import add_run_flags, batches_of, open_run, read_labels, refuse_vectors
 from experiments.statistics import label_aucs, mean_auc, ridge_scores
-from support.command import UserError, number, pick_device, print_table
+from support.command import number, pick_device, print_table
 from support.files import write_json
 
 
@@ -32,9 +32,7 @@ def add_flags(parser):
 
 def main(args):
     run = open_run(args)
-    if run.model.config.vit is None:
-        raise UserError("this model was trained on a file of vectors", "a probe needs a ViT",
-                        "pass another --checkpoint")
+    refuse_vectors(run.model)
     names, train, test, labels = read_labels(run.images, args.label_column, run.train, run.test,
                                              args.least)
     device = pick_device(args.device)

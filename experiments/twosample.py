@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import roc_auc
-from experiments.common import add_run_flags, choose, open_run, read_sources
+from experiments.common import add_run_flags, choose, find_sources, open_run
 from experiments.small_cnn import load_bytes, predict, train_classifier
 from support.command import UserError, number, pick_device, print_table
 from support.datasets import open_dataset
@@ -57,12 +57,9 @@ def main(args):
 
     # The patients of each image; a synthetic one without known sources is its own patient.
     groups = real.groups or real.files
-    patient_of = {Path(file).stem: patient for file, patient in zip(real.files, groups)}
-    sources = read_sources(args.synthetic, synthetic)
+    sources = find_sources(args.synthetic, synthetic, real)
     patients = [{groups[i]} for i in real_indices]
-    for i in indices:
-        known = {patient_of[name] for name in sources[i] or () if name in patient_of}
-        patients.append(known or {f"sample {i}"})
+    patients += [{groups[j] for j in sources[i] or ()} or {f"sample {i}"} for i in indices]
 
     # Synthetic images have label 1.
     pixels = np.concatenate([load_bytes(real, real_indices), load_bytes(synthetic, indices)])

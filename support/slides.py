@@ -68,7 +68,8 @@ def to_grid(coords, step=None):
         if len(differences) and (places % step).any():
             raise ValueError(f"coords lie on no lattice of their smallest difference {step:g}: "
                              "store the distance between neighbours as `step`")
-    grid = (places // float(step)).astype(np.int64)
+    slack = min(1.0, 0.49 * float(step))  # whole pixels, although tiles of a level rarely are
+    grid = ((places + slack) // float(step)).astype(np.int64)
     if grid.max(initial=0) >= GRID_SIDE or len(np.unique(grid, axis=0)) < len(grid):
         raise ValueError(f"in steps of {float(step):g} two patches share a cell, or the grid has "
                          f"over {GRID_SIDE} cells a side")
@@ -139,7 +140,7 @@ def open_slides(folder, tiling, label_column="label"):
             left_out.append(name)
             continue
         slides.append(Slide(name, row[label_column], row.get("patient") or name,
-                            row.get("split") == "test", grid, torch.arange(len(grid)),
+                            row.get("split", "").lower() == "test", grid, torch.arange(len(grid)),
                             lambda path=path: read_features(path)[:2]))
 
     if left_out:
@@ -180,7 +181,9 @@ def split_slides(slides, folds, seed):
         train = [slide for slide in slides if slide.patient not in patients]
         test = [slide for slide in slides if slide.patient in patients]
         splits.append((train, test))
-        if both or len({slide.label for slide in train}) < 2:
+        one_label = min(len({slide.label for slide in side}) for side in (
+            train, test if len(held_out) == 1 else slides)) < 2
+        if both or one_label:
             raise UserError(f"patients on both sides: {', '.join(both[:3]) or 'none'}; "
                             f"{len(train)} training slides of a fold",
                             "no patient on both sides and two labels to train on are needed",

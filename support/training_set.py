@@ -33,7 +33,7 @@ def split_holdout(images, holdout, seed):
     whom any image is held out are held out whole. Raises UserError if nothing is left to train on.
     """
     groups = images.groups or images.files
-    if holdout and images.official:
+    if holdout and "test" in (images.official or ()):
         held_out = {group for group, side in zip(groups, images.official) if side == "test"}
     else:
         held_out = draw_groups(groups, holdout, seed)

@@ -14,10 +14,10 @@ FLAGS = ["--device", "cpu", "--seeds", "0", "1", "--cnn-steps", "2", "--label-co
 
 def test_command(labelled_run, tmp_path):
     """A row for real images and for each set: images, mean and deviation over seeds."""
-    rows = [["file", "kind"]]
+    rows = [["file", "label"]]  # as sample.py writes a prompt's label
     for i in range(6):
         save_png(tmp_path / "images" / f"{i}.png", torch.zeros(3, 32, 32))
-        rows.append([f"{i}.png", ("even", "odd")[i % 2]])
+        rows.append([f"{i}.png", ("Even", "odd")[i % 2]])
     write_csv(tmp_path / "labels.csv", rows)
     experiments(["classify", "--checkpoint", str(labelled_run), *FLAGS, "kind", "--train",
                  str(tmp_path)])

@@ -1,6 +1,7 @@
 """experiments/: the front door and what they share; then each against stand-ins with known answers.
 """
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,7 +114,8 @@ class Copier(nn.Module):
 
     def __init__(self, condition="dino"):
         super().__init__()
-        self.config = SimpleNamespace(condition=condition, tokens="global", image_size=64)
+        self.config = SimpleNamespace(condition=condition, tokens="global", image_size=64,
+                                      vit="a stand-in")
         self.register_buffer("shift", torch.zeros(1))
 
     def encode(self, x):
@@ -169,13 +171,20 @@ def split(chests):
 
 
 def test_sources_of_samples(chests, split, tmp_path):
-    """samples.csv names the sources, known by their stem."""
+    """samples.csv names the sources, known by their stem, or where that is not enough by their
+    folders: CheXpert calls nearly every image view1_frontal."""
     rows = [("reconstruct", "runs/held_out/3.png"), ("random", ""),
             ("interpolate", "41.png|a/7.png"), ("reconstruct", "other.png"),
             ("prototype", "prototype 0 of 2")]
     write_samples(tmp_path, chests[:5], rows)
     samples, sources = open_samples(tmp_path, split[0])
     assert sources == [[3], [], [41, 7], [], []] and samples.files == [f"{i}.png" for i in range(5)]
+    files = [f"p{i}/study{j}/view.jpg" for i in range(3) for j in range(2)]
+    write_samples(tmp_path / "b", chests[:3], [("reconstruct", "/data/p2/study1/view.jpg"),
+                                               ("reconstruct", "study0/view.jpg"),
+                                               ("reconstruct", "view.jpg")])
+    _, sources = open_samples(tmp_path / "b", replace(split[0], files=files))
+    assert sources == [[5], [0, 2, 4], [0, 1, 2, 3, 4, 5]]
 
 
 def test_distances():

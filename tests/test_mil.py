@@ -13,7 +13,7 @@ from test_slides import slide_of, write_features
 import mil
 import regional
 from dino import ViTConfig, VisionTransformer
-from evaluate import bootstrap_interval
+from evaluate import bootstrap_interval, roc_auc
 from mil import Trial
 from regional import MILConfig, RegionalMIL, focus, predict, region_table
 from support import phantoms
@@ -229,6 +229,20 @@ def test_what_a_mil_model_should_satisfy(name):
     else:
         assert (decided > 0).float().mean() > 0.9 and (without < 0).float().mean() > 0.75
         assert (diluted > 0).float().mean() > 0.9
+
+
+def test_models_of_several_folds_are_not_compared():
+    """A model that knows nothing, and says how frequent tumours are in its training part, has an
+    AUC of 0.5, not less; with one fold it is the plain AUC; slides of one label have none."""
+    labels = np.array([1, 1, 0, 0, 0, 1, 0, 0, 0, 0])
+    folds = np.repeat([0, 1], 5)
+    prevalence = np.where(folds == 0, 0.2, 0.4)
+    assert mil.auc_within_folds(labels, prevalence, folds) == 0.5
+    logits = np.array([1.0, 0, 0.5, -1, -1, 3, 4, 0, 0, 0])  # 5 of 6 pairs, and 3 of 4
+    assert mil.auc_within_folds(labels, logits, folds) == pytest.approx(8 / 10)
+    assert mil.auc_within_folds(labels, logits, 0 * folds) == pytest.approx(roc_auc(labels, logits))
+    with pytest.raises(ValueError, match="both labels"):
+        mil.auc_within_folds(labels, logits, labels)
 
 
 # ---- whole runs ----

@@ -76,6 +76,9 @@ def test_a_given_step_joins_pieces_with_an_origin_each():
         to_grid(coords)
     with pytest.raises(ValueError, match="two patches share a cell"):
         to_grid(np.concatenate([block, block + 20]), step=256)
+    # Tiles of a coarser level: 384.012 full-resolution pixels, stored whole.
+    level = (np.stack(np.meshgrid(np.arange(9), np.arange(7)), -1).reshape(-1, 2) * 384.012).round()
+    assert torch.equal(to_grid(level, step=384.012), to_grid(level // 384 * 384, step=384))
     assert to_grid([[700, 9]]).tolist() == [[0, 0]] and to_grid(np.zeros((0, 2))).shape == (0, 2)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from pictures_on_disk import folder_of
 from support.command import UserError
-from support.datasets import open_dataset
+from support.datasets import ImageSet, open_dataset
 from support.pictures import save_png
 from support.training_set import (open_training_set, read_split, split_holdout, write_choice,
                                   write_split)
@@ -48,6 +48,12 @@ def test_split_file_comes_back(tmp_path):
         assert torch.equal(back[0], train) and torch.equal(back[1], test)
     with pytest.raises(UserError, match="split.csv names"):
         read_split(path, patients(tmp_path / "c", 3))
+
+
+def test_a_split_without_a_test_part_holds_out_a_share():
+    """A table that says train for every image is no reason to hold out none."""
+    images = ImageSet("x", "", 8, [f"{i}.png" for i in range(20)], {}, official=["train"] * 20)
+    assert len(split_holdout(images, 0.2, 0)[1]) > 0
 
 
 def test_the_official_test_part_is_held_out(tmp_path):

@@ -659,7 +659,7 @@ class DinoDiffusion(nn.Module):
         guidance_scale, guidance_rescale: see `guided`; ignored without a condition. The scale's
             default is the config's.
         start: images (N, 3, H, W) to start from (img2img) if strength < 1, with the noise of
-            timestep strength * T.
+            timestep strength * T - 1.
         dtype: torch.bfloat16 runs U-Net and refiner under autocast; the rest stays float32.
         watch: called with the predicted x0 (B, C, h, w) of every step of every batch.
         Image i depends on its seed and condition only, not on `batch`. Raises ValueError for
@@ -677,8 +677,8 @@ class DinoDiffusion(nn.Module):
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale
         timesteps = self.schedule.sampling_timesteps(steps, power=2 if sampler == "dpm" else 1)
-        limit = strength * self.schedule.num_train_timesteps
-        timesteps = [t for t in timesteps if t < limit] or timesteps[-1:]
+        first = max(0, int(strength * self.schedule.num_train_timesteps) - 1)
+        timesteps = [first] + [t for t in timesteps if t < first]
         device = self.shift.device
         side = self.config.image_size // self.config.vae.factor
 

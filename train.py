@@ -53,6 +53,7 @@ from support.seeds import batch_rows, step_seed
 from support.speed import compile_blocks, compile_where_it_pays, rehearse, set_threads
 from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
                                   write_prompts)
+from support.weights import PUBLISHED, find_weights
 from unet import UNet, UNetConfig
 from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,
                  start_from_patches, vae_loss)
@@ -314,7 +315,7 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
     # The whole model.
     torch.manual_seed(step_seed(seed, "weights") % 2 ** 31)
     refiner = refiner_config(preset, is_grey) if preset.refiner_steps else None
-    if init and init.refiner:
+    if init and init.refiner and init.config.refiner.out_channels == (4 if is_grey else 12):
         refiner = init.config.refiner
         parts["refiner"] = init.refiner
     model = DinoDiffusion(DinoDiffusionConfig(
@@ -447,9 +448,10 @@ def measure_statistics(model, cache, scale, keep_tokens, latent_power=0.0):
 
 # ---------------------------------------------------------------------------- stage 4: the U-Net
 
-def derive_prompts(run, model, dataset, labels, cache, seed):
+def derive_prompts(run, model, dataset, labels, cache, keep_centers, seed):
     """Label x cluster -> index of each training image's prompt, (N,) int64; the prompts; and the
-    features (N, G*D) from which their words are initialised."""
+    features (N, G*D) from which their words are initialised. keep_centers: those that the words of
+    a fine-tuned model stand for."""
     tokens = torch.from_numpy(np.array(cache.tokens)).to(model.shift.device)
     features = model.standardise(tokens).flatten(1)  # (N, G, D) -> (N, G*D)
 
@@ -457,7 +459,9 @@ def derive_prompts(run, model, dataset, labels, cache, seed):
     if "prompts" not in run.finished:
         centers = model.centers
         cluster = torch.zeros(len(features), dtype=torch.int64)
-        if model.config.clusters:
+        if keep_centers:
+            cluster = model.cluster_of(features).cpu()
+        elif model.config.clusters:
             with user_errors():
                 centers, cluster = kmeans(features, model.config.clusters, seed)
             centers, cluster = all_ranks((centers.cpu(), cluster.cpu()))[0]
@@ -483,11 +487,12 @@ def derive_prompts(run, model, dataset, labels, cache, seed):
     return prompt_of, texts, features
 
 
-def train_unet(preset, run, model, cache, dataset, labels, seed, dtype, accumulate):
+def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dtype, accumulate):
     """Train U-Net and projection on cached latents and tokens; the model ends with EMA weights."""
     device = model.shift.device
     if model.prompts:
-        prompt_of, texts, features = derive_prompts(run, model, dataset, labels, cache, seed)
+        prompt_of, texts, features = derive_prompts(
+            run, model, dataset, labels, cache, keep_tokens and model.config.clusters > 0, seed)
         if preset.unet == "train" and not run.steps_done("unet") and "unet" not in run.finished:
             model.projection.start_from_images(
                 texts, features, torch.Generator().manual_seed(step_seed(seed, "words")))
@@ -728,6 +733,14 @@ def read_overrides(pairs):
     return overrides
 
 
+def is_published(unet):
+    """Whether --unet names a file or folder of Stable Diffusion, and not a run of ours."""
+    if unet in ("train", *PUBLISHED["unet"]) or not Path(unet).exists():
+        return unet in PUBLISHED["unet"]
+    with user_errors():
+        return find_weights(unet, "unet").suffix != ".pt"
+
+
 def choose_preset(args, init):
     """The Preset, changed by --init and then by flags; UserError if settings are contradictory."""
     preset = PRESETS[args.preset]
@@ -739,7 +752,7 @@ def choose_preset(args, init):
                      "size": init.config.image_size, "prediction": init.config.prediction,
                      "tokens": init.config.tokens,
                      "guidance_scale": init.config.guidance_scale}
-    if args.unet == "sd15":
+    if args.unet and is_published(args.unet):
         inherited["prediction"] = "eps"  # its weights were trained with it
     names = ("size", "embedder", "vae", "unet", "batch", "lr")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -752,6 +765,10 @@ def choose_preset(args, init):
         if getattr(preset, name) not in allowed:
             raise UserError(f"--set {name}={getattr(preset, name)}",
                             f"need one of {', '.join(allowed)}", "pass one of these")
+
+    if preset.refiner_steps and preset.refiner_window < 8:
+        raise UserError(f"--set refiner_window={preset.refiner_window}", "need 8 pixels or more",
+                        "leave it out")
 
     # Ranks and parts need equally many images, because their mean gradients are averaged.
     parts = {"batch": ranks() * args.accumulate, "vae_batch": ranks(),
@@ -783,12 +800,13 @@ def train_stages(args, preset, run, model, dataset, labels, dtype):
     scale = "measure"
     if fine_tunes_unet and preset.vae == args.init:
         scale = "keep"
-    elif preset.unet == "sd15":
-        scale = 0.18215  # what this U-Net was trained with
-    measure_statistics(model, cache, scale, fine_tunes_unet and preset.embedder == args.init,
-                       preset.latent_power)
+    elif is_published(preset.unet):
+        scale = 0.18215  # what Stable Diffusion's U-Net was trained with
+    keep_tokens = fine_tunes_unet and preset.embedder == args.init
+    measure_statistics(model, cache, scale, keep_tokens, preset.latent_power)
 
-    train_unet(preset, run, model, cache, dataset, labels, args.seed, dtype, args.accumulate)
+    train_unet(preset, run, model, cache, dataset, labels, keep_tokens, args.seed, dtype,
+               args.accumulate)
     if model.refiner and preset.refiner_steps:
         train_refiner(preset, run, model, pictures, cache, dataset, labels, args.seed, dtype)
     if args.condition == "dino" and len(dataset.train) > 1:

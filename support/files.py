@@ -78,14 +78,15 @@ def append_csv(path, rows):
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def read_csv(path):
+def read_csv(path, errors="strict"):
     """Rows of a CSV file in UTF-8 as dicts, column -> text without surrounding spaces.
 
-    The delimiter may be a comma, semicolon or tab, and the file compressed (.csv.gz).
+    The delimiter may be a comma, semicolon or tab, and the file compressed (.csv.gz). errors:
+    "surrogateescape" for tables that write_csv wrote, as file names may contain any byte.
     """
     open_text = gzip.open if str(path).endswith(".gz") else open
     try:
-        with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with open_text(path, "rt", encoding="utf-8-sig", errors=errors, newline="") as file:
             delimiter = max(",;\t", key=file.readline().count)
             file.seek(0)
             reader = csv.DictReader(file, delimiter=delimiter, restval="", skipinitialspace=True)

@@ -45,7 +45,8 @@ class EmbeddingSampler(nn.Module):
         # Clusters of at least two images per dimension on average.
         distinct = scores.float().unique(dim=0).shape[0]
         k = max(1, min(components, N // (2 * rank), distinct))
-        _, assignment = kmeans2(scores.numpy(), k, iter=30, minit="++", seed=seed)
+        _, assignment = kmeans2(scores.numpy(), k, iter=30, minit="++",
+                                seed=seed % 2 ** 32)
         groups = [scores[torch.from_numpy(assignment == j)] for j in sorted(set(assignment))]
 
         # A Gaussian for each.

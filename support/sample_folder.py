@@ -41,7 +41,7 @@ def find_sources(paths, read):
         if not path.is_dir():
             sources.append((path, {}))
             continue
-        images = open_dataset(path, None)
+        images = open_dataset(path.resolve(), None)  # "cxr" is no folder of phantoms
         for i, source in enumerate(images.sources):
             labels = {name: column[i] for name, column in images.columns.items() if column[i]}
             sources.append((source, labels))

@@ -96,6 +96,7 @@ class ThreadWatch:
 
     def __init__(self, gain=0.0):
         self.gain = gain
+        self.stage = None
         self.fastest = {}  # stage -> seconds of a step
         self.steps = 0     # of this window
         self.seconds = 0.0
@@ -103,6 +104,9 @@ class ThreadWatch:
 
     def look(self, stage, steps, seconds):
         """Call it after some steps, which took these seconds altogether."""
+        if stage != self.stage:  # its steps take another time
+            self.stage = stage
+            self.steps, self.seconds, self.slow_windows = 0, 0.0, 0
         self.steps += steps
         self.seconds += seconds
         if not self.gain or torch.get_num_threads() == 1 or self.seconds < WINDOW:

@@ -71,7 +71,7 @@ def read_split(path, images):
 
     Raises UserError if it lacks the columns, or names an image that the data set does not have.
     """
-    rows = read_csv(path)
+    rows = read_csv(path, "surrogateescape")
     if not rows or not {"file", "split"} <= set(rows[0]):
         raise UserError(f"{path} has the columns {', '.join(rows[0] if rows else ())[:200]}",
                         "file and split are needed", "correct its first line")
@@ -122,7 +122,8 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
     train, test = read_split(split, images)
     known = {images.files[i] for i in [*train.tolist(), *test.tolist()]}
     for path in (Path(folder, "unreadable.csv"), Path(folder, "outliers.csv")):
-        known.update(row["file"] for row in (read_csv(path) if path.exists() else ()))
+        known.update(row["file"] for row in (
+            read_csv(path, "surrogateescape") if path.exists() else ()))
     new = [file for file in images.files if file not in known]
     if new:
         raise UserError(f"the images differ from those that {folder} began with (new: {new[0]})",

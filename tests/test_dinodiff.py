@@ -199,6 +199,11 @@ def test_slerp_keeps_angle_and_length():
     assert torch.allclose(slerp(a, a, 0.3), a, atol=1e-5) and slerp(a, -a, 0.3).isfinite().all()
 
 
+def test_embedding_sampler_takes_any_seed():
+    tokens = torch.randn(30, 2, 4, generator=torch.Generator().manual_seed(0))
+    assert EmbeddingSampler.fit(tokens, seed=2 ** 63 - 1).means.isfinite().all()
+
+
 def test_embedding_sampler_has_the_moments_of_its_data():
     """4,000 tokens in a 6-dimensional subspace of 24: mean, covariance and subspace come back
     (tolerance: the sampling error of 4,000 draws and 30 % shrinkage between clusters)."""
@@ -293,6 +298,22 @@ def test_strength_keeps_more_or_less_of_the_start(model):
     assert far[0] < far[1]
     with pytest.raises(ValueError, match="strength"):
         model.sample(tokens, [0, 1], strength=0.0)
+
+
+@pytest.mark.parametrize("steps", (1, 15))
+def test_strength_is_where_sampling_starts(model, monkeypatch, steps):
+    """The first of the steps is strength * T - 1, however few there are."""
+    called = []
+    monkeypatch.setattr(model.unet, "forward", lambda x, t, *context: (called.append(int(t[0])),
+                                                                      0 * x)[1])
+    for strength in (0.6, 0.8, 1.0):
+        called.clear()
+        model.sample(model.embed(pictures(1)), [0], steps, 1, start=pictures(1), strength=strength)
+        assert called[0] == 1000 * strength - 1 and called == sorted(called, reverse=True)
+
+
+def test_other_samplers_are_refused(model):
+    tokens = model.embed(pictures(2))
     with pytest.raises(ValueError, match="use dpm, ddim, ddpm"):
         model.sample(tokens, [0, 1], sampler="euler")
 

@@ -40,6 +40,27 @@ def test_training_starts_from_the_other_model(small_run, tmp_path):
     assert distance(before["unet"], moved["unet"]) > 0.1
 
 
+def test_stable_diffusion_is_known_by_its_file(small_run, tmp_path):
+    """A folder of diffusers trains as `sd15` by name does; a run of ours keeps the preset's v."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    for unet, prediction in (("sd15", "eps"), (tmp_path, "eps"), (small_run, "v"), ("train", "v")):
+        preset = train.choose_preset(train.parse(["--unet", str(unet), "--dry-run"]), None)
+        assert preset.prediction == prediction
+    with pytest.raises(UserError, match="no weights"):
+        (tmp_path / "empty").mkdir()
+        train.choose_preset(train.parse(["--unet", str(tmp_path / "empty"), "--dry-run"]), None)
+
+
+def test_a_colour_run_does_not_take_a_grey_refiner(small_run, tmp_path):
+    """It would make all samples grey."""
+    settings = ["refiner_steps=1", "vae_steps=1", "refiner_width=8"]
+    grey = train_from(small_run, tmp_path / "grey", settings=settings)
+    colour = train_from(tmp_path / "grey", tmp_path / "colour", "--data", "histology", "--vae",
+                        "train", settings=settings)
+    assert [x["config"]["refiner"]["out_channels"] for x in (grey, colour)] == [4, 12]
+
+
 def test_the_embedder_can_be_fine_tuned(small_run, tmp_path):
     """After a few steps it is close to that of --init; token statistics are remeasured."""
     before = load_checkpoint(small_run / "model.pt")

@@ -87,6 +87,13 @@ def test_a_run_falls_back_to_one_thread():
             watch.look("unet", 10, 10 * seconds)
         assert torch.get_num_threads() == left
 
+    # Fast steps of the stage before say nothing about this one's.
+    torch.set_num_threads(2)
+    watch = ThreadWatch(1.3)
+    for stage, seconds in [("unet", 0.045)] * 100 + [("refiner", 0.2)] * 100:
+        watch.look(stage, 1, seconds)
+    assert torch.get_num_threads() == 2
+
 
 def test_a_resumed_run_stays_with_one_thread(tmp_path, monkeypatch):
     """If it had fallen back before its state was saved."""

@@ -276,6 +276,14 @@ def test_a_resumed_prompt_run_equals_one_never_stopped(prompted, tmp_path, monke
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_fine_tuning_keeps_what_the_words_mean(prompted, tmp_path, monkeypatch):
+    """Clusters are those of --init, whatever the new images and seed."""
+    monkeypatch.setattr(train, "kmeans", None)  # a second fit would fail
+    flags = [*TINY, *PROMPTS, "--init", str(prompted), "--seed", "1", "--steps", "1"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert torch.equal(model_of(tmp_path / "run").centers, model_of(prompted).centers)
+
+
 def test_every_prompt_comes_equally_often(prompted):
     """One epoch of the balanced cache holds each prompt the same number of times, and all images
     of the commonest one."""

@@ -151,9 +151,7 @@ def seeded_noise(generators, shape, like):
     if generators is None:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
     noise = torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
-    if like.is_cuda:
-        noise = noise.pin_memory()  # so that the copy is asynchronous
-    return noise.to(like.device, like.dtype, non_blocking=True)
+    return noise.to(like.device, like.dtype)
 
 
 def predict_x0_eps(model, x, schedule, t):

@@ -20,12 +20,6 @@ WINDOW = 5.0     # seconds of steps that are judged together
 PATIENCE = 1.5   # seconds to measure a step; a slower one is measured once
 
 
-def choose_threads(timings):
-    """{threads: seconds of a step}, 1 among them -> the fastest number, or 1 if it gains little."""
-    fastest = min(timings, key=timings.get)
-    return fastest if timings[1] >= MIN_GAIN * timings[fastest] else 1
-
-
 def shortest(step):
     """Seconds of the shortest of up to four calls of step(), the first of which warms up."""
     seconds = []
@@ -78,8 +72,8 @@ def set_threads(threads, device, steps, step):
         threads = default
         if default > 1 and not is_set and steps >= MIN_STEPS:
             timings = measure_threads(step, (1, default))
-            threads = choose_threads(timings)
             gain = timings[1] / timings[default]
+            threads = default if gain >= MIN_GAIN else 1
             print(f"{threads} of {default} threads: {default} are {gain:.1f} times as fast as one, "
                   "but wait for each other beside other programs; choose with --threads N")
     if threads:

@@ -15,8 +15,8 @@ from small_run import SMALL
 from support import speed
 from support.command import UserError
 from support.run import Run
-from support.speed import (ThreadWatch, choose_threads, compile_blocks, compile_where_it_pays,
-                           measure_threads, rehearse, repeated_blocks, set_threads)
+from support.speed import (ThreadWatch, compile_blocks, compile_where_it_pays, measure_threads,
+                           rehearse, repeated_blocks, set_threads)
 from unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
@@ -40,19 +40,8 @@ def step_of(seconds):
     return lambda: time.sleep(seconds[torch.get_num_threads()])
 
 
-@pytest.mark.parametrize("timings, threads", (
-    ({1: 1.0, 2: 0.5}, 2),          # twice as fast
-    ({1: 1.25, 2: 1.0}, 2),         # just enough
-    ({1: 1.2, 2: 1.0}, 1),          # too little
-    ({1: 0.4, 2: 5.0}, 1),          # beside a busy program
-    ({1: 1.0, 2: 0.6, 8: 0.3}, 8),
-    ({1: 1.0, 2: 0.3, 8: 0.6}, 2),
-))
-def test_more_threads_must_gain_a_quarter(timings, threads):
-    assert choose_threads(timings) == threads
-
-
-@pytest.mark.parametrize("seconds, chosen", (({1: 0.01, 2: 0.1}, 1), ({1: 0.1, 2: 0.01}, 2)))
+@pytest.mark.parametrize("seconds, chosen", (
+    ({1: 0.01, 2: 0.1}, 1), ({1: 0.1, 2: 0.01}, 2), ({1: 0.1, 2: 0.095}, 1)))
 def test_the_faster_number_is_set(seconds, chosen):
     threads, gain = set_threads(0, CPU, 1000, step_of(seconds))
     assert threads == chosen == torch.get_num_threads()

@@ -21,26 +21,21 @@ def as_stored(images, **options):
     return torch.stack(stored)
 
 
-def jpeg(images, quality=90):
-    """Images (B, 3, H, W) in [-1, 1], compressed and decompressed."""
-    return as_stored(images, format="JPEG", quality=quality)
-
-
-def blur(images):
-    """The mean of each 3 x 3 square; the border is repeated."""
-    return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-
-
 def damages(model=None):
     """{name: function of images (B, 3, H, W) in [-1, 1] and B seeds}; a DinoDiffusion adds two."""
+    def compress(images, seeds):
+        return as_stored(images, format="JPEG", quality=90)
+
+    def blur(images, seeds):  # the border is repeated
+        return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+
     def decode(images, seeds):
         return model.decode(model.encode(images))
 
     def refine(images, seeds):
         return model.refine(decode(images, seeds), seeds)
 
-    by_name = {"JPEG 90": lambda images, seeds: jpeg(images),
-               "blur 3 x 3": lambda images, seeds: blur(images)}
+    by_name = {"JPEG 90": compress, "blur 3 x 3": blur}
     if model is not None:
         by_name["decoder alone"] = decode
         by_name["decoder and refiner"] = refine

@@ -33,7 +33,7 @@ from torchvision.models import inception
 from support.command import (Help, UserError, number, pick_device, print_table, run_script,
                              user_errors)
 from support.datasets import open_dataset
-from support.training_set import split_holdout
+from support.training_set import split_halves
 
 
 # ---------------------------------------------------------------- distances between feature sets
@@ -357,9 +357,8 @@ def main(argv=None):
     # Split the real images in two by patient: the floor is the distance between the halves.
     real = open_dataset(args.real, args.size)
     synthetic = open_dataset(args.synthetic, args.size)
-    real.official = None  # halves are wanted, not an official test part
     sets = zip((real, real, synthetic),
-               (*split_holdout(real, 0.5, args.seed), torch.arange(len(synthetic))))
+               (*split_halves(real, args.seed), torch.arange(len(synthetic))))
     generator = torch.Generator().manual_seed(args.seed)  # files may be sorted by class
     parts = [(images, indices[torch.randperm(len(indices), generator=generator)])
              for images, indices in sets]

@@ -182,15 +182,16 @@ def auc_within_folds(labels, logits, folds):
 
     Each array has one entry per slide. Raises ValueError if no fold has both labels.
     """
-    pairs = {}
+    aucs = []
+    pairs = []
     for fold in np.unique(folds):
-        positives = labels[folds == fold].sum()
-        pairs[fold] = positives * ((folds == fold).sum() - positives)
-    pairs = {fold: count for fold, count in pairs.items() if count}
+        y = labels[folds == fold]
+        if 0 < y.sum() < len(y):
+            aucs.append(roc_auc(y, logits[folds == fold]))
+            pairs.append(y.sum() * (len(y) - y.sum()))
     if not pairs:
         raise ValueError("no fold has slides of both labels")
-    aucs = [roc_auc(labels[folds == fold], logits[folds == fold]) for fold in pairs]
-    return float(np.average(aucs, weights=list(pairs.values())))
+    return float(np.average(aucs, weights=pairs))
 
 
 def write_results(out, scores):

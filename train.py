@@ -314,10 +314,12 @@ def build_model(preset, condition, init, prompts, vectors, is_grey, seed):
 
     # The whole model.
     torch.manual_seed(step_seed(seed, "weights") % 2 ** 31)
-    refiner = refiner_config(preset, is_grey) if preset.refiner_steps else None
-    if init and init.refiner and init.config.refiner.out_channels == (4 if is_grey else 12):
+    refiner = refiner_config(preset, is_grey)
+    if init and init.refiner and init.config.refiner.out_channels == refiner.out_channels:
         refiner = init.config.refiner
         parts["refiner"] = init.refiner
+    elif not preset.refiner_steps:
+        refiner = None
     model = DinoDiffusion(DinoDiffusionConfig(
         image_size=preset.size, vae=vae_config, unet=unet_config, vit=vit and vit.config,
         refiner=refiner, condition=condition, tokens=preset.tokens,
@@ -459,11 +461,12 @@ def derive_prompts(run, model, dataset, labels, cache, keep_centers, seed):
     if "prompts" not in run.finished:
         centers = model.centers
         cluster = torch.zeros(len(features), dtype=torch.int64)
-        if keep_centers:
-            cluster = model.cluster_of(features).cpu()
-        elif model.config.clusters:
-            with user_errors():
-                centers, cluster = kmeans(features, model.config.clusters, seed)
+        if model.config.clusters:
+            if keep_centers:
+                cluster = model.cluster_of(features)
+            else:
+                with user_errors():
+                    centers, cluster = kmeans(features, model.config.clusters, seed)
             centers, cluster = all_ranks((centers.cpu(), cluster.cpu()))[0]
         run.finish("prompts", {"centers": centers, "cluster": cluster})
     model.centers.copy_(run.finished["prompts"]["centers"])
@@ -491,8 +494,8 @@ def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dt
     """Train U-Net and projection on cached latents and tokens; the model ends with EMA weights."""
     device = model.shift.device
     if model.prompts:
-        prompt_of, texts, features = derive_prompts(
-            run, model, dataset, labels, cache, keep_tokens and model.config.clusters > 0, seed)
+        prompt_of, texts, features = derive_prompts(run, model, dataset, labels, cache,
+                                                    keep_tokens, seed)
         if preset.unet == "train" and not run.steps_done("unet") and "unet" not in run.finished:
             model.projection.start_from_images(
                 texts, features, torch.Generator().manual_seed(step_seed(seed, "words")))
@@ -735,8 +738,10 @@ def read_overrides(pairs):
 
 def is_published(unet):
     """Whether --unet names a file or folder of Stable Diffusion, and not a run of ours."""
-    if unet in ("train", *PUBLISHED["unet"]) or not Path(unet).exists():
-        return unet in PUBLISHED["unet"]
+    if unet in PUBLISHED["unet"]:
+        return True
+    if unet == "train" or not Path(unet).exists():
+        return False
     with user_errors():
         return find_weights(unet, "unet").suffix != ".pt"
 

@@ -85,7 +85,7 @@ def open_run(args, checkpoint=None):
                      choose(test, args.count))
 
 
-def find_sources(folder, samples, images):
+def match_sources(folder, samples, images):
     """For each image of a folder of sample.py: indices of the images it was made from; None if its
     samples.csv does not list it.
 

@@ -23,7 +23,7 @@ from experiments.statistics import subsample_interval
 from support.command import UserError, number, pick_device, print_table, user_errors
 from support.datasets import open_dataset
 from support.files import write_json
-from support.training_set import split_holdout
+from support.training_set import split_halves
 
 
 JUDGES = ("random", "inception", "dino", "radiomics")
@@ -93,8 +93,7 @@ def open_parts(args):
         halves = [run.train, run.test]
     else:
         real = open_dataset(args.real, args.size)
-        real.official = None  # halves are wanted, not an official test part
-        halves = split_holdout(real, 0.5, args.seed)
+        halves = split_halves(real, args.seed)
     synthetic = open_dataset(args.synthetic, args.size)
     every = torch.arange(len(synthetic))
     return [(real, choose(halves[0], args.count)), (real, choose(halves[1], args.count)),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from evaluate import correlations, describe
-from experiments.common import add_run_flags, batches_of, find_sources, open_run, refuse_vectors
+from experiments.common import add_run_flags, batches_of, match_sources, open_run, refuse_vectors
 from support.command import UserError, print_table
 from support.datasets import open_dataset
 from support.files import write_json
@@ -33,7 +33,7 @@ def summarise(x, held_out, rng):
 def open_samples(folder, images):
     """(samples, for each the indices of the images it was made from) of a folder of sample.py."""
     samples = open_dataset(folder, images.size)
-    sources = find_sources(folder, samples, images)
+    sources = match_sources(folder, samples, images)
     if None in sources:
         raise UserError(f"{folder}/samples.csv does not list {samples.files[sources.index(None)]}",
                         "the sources of all images are needed", "pass a folder that sample.py "

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import roc_auc
-from experiments.common import add_run_flags, choose, find_sources, open_run
+from experiments.common import add_run_flags, choose, match_sources, open_run
 from experiments.small_cnn import load_bytes, predict, train_classifier
 from support.command import UserError, number, pick_device, print_table
 from support.datasets import open_dataset
@@ -57,7 +57,7 @@ def main(args):
 
     # The patients of each image; a synthetic one without known sources is its own patient.
     groups = real.groups or real.files
-    sources = find_sources(args.synthetic, synthetic, real)
+    sources = match_sources(args.synthetic, synthetic, real)
     patients = [{groups[i]} for i in real_indices]
     patients += [{groups[j] for j in sources[i] or ()} or {f"sample {i}"} for i in indices]
 

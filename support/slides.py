@@ -181,12 +181,12 @@ def split_slides(slides, folds, seed):
         train = [slide for slide in slides if slide.patient not in patients]
         test = [slide for slide in slides if slide.patient in patients]
         splits.append((train, test))
-        one_label = min(len({slide.label for slide in side}) for side in (
-            train, test if len(held_out) == 1 else slides)) < 2
-        if both or one_label:
+        sides = [train, test] if len(held_out) == 1 else [train]  # a fold may have one label
+        if both or any(len({slide.label for slide in side}) < 2 for side in sides):
             raise UserError(f"patients on both sides: {', '.join(both[:3]) or 'none'}; "
                             f"{len(train)} training slides of a fold",
-                            "no patient on both sides and two labels to train on are needed",
+                            "no patient on both sides, and two labels to train and to test on, "
+                            "are needed",
                             "correct labels.csv, or add slides")
     return splits
 

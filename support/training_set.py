@@ -10,7 +10,7 @@ writes its decision to split.csv and unreadable.csv; a resumed run follows them.
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -44,6 +44,11 @@ def split_holdout(images, holdout, seed):
         raise UserError(f"--holdout {holdout} holds out all {len(groups):,} images",
                         "some must be left for training", "hold out less, or change --group-column")
     return tuple(torch.nonzero(side & readable)[:, 0] for side in (~in_test, in_test))
+
+
+def split_halves(images, seed):
+    """(first, second) indices, int64, of the halves of an ImageSet, whatever its official split."""
+    return split_holdout(replace(images, official=None), 0.5, seed)
 
 
 def draw_groups(groups, share, seed):

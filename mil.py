@@ -1,8 +1,8 @@
 """Multiple-instance learning on slides: train, compare and explain the models of regional.py.
 
-    python mil.py --data slides                  # generated slides, minutes on a laptop
+    python mil.py                                # slides made of phantoms, minutes on a laptop
+    python mil.py --patches-of FOLDER            # slides made of real labelled patches
     python mil.py --data FOLDER                  # images, whole slides, or features and coords
-    python mil.py --data mosaic --patches-of FOLDER    # slides made of real labelled patches
     python mil.py --data FOLDER --explain SLIDE  # heat map of one slide, by the finished run
 
 Mean pooling, ABMIL and regional transformers are trained on random bags of patch embeddings, and
@@ -32,8 +32,8 @@ from support.files import load_checkpoint, write_json
 from support.pictures import save_grid
 from support.run import Run
 from support.seeds import step_seed
-from support.slides import (FOCI, generated_slides, mosaic_slides, open_patches, open_slides,
-                            paint_patches, split_slides)
+from support.slides import (mosaic_slides, open_patches, open_slides, paint_patches,
+                            phantom_patches, split_slides)
 from support.tiles import Tiling
 from train import fit
 
@@ -247,13 +247,12 @@ def parse(argv=None):
     add = parser.add_argument
 
     # Slides, and how their pixels become features.
-    add("--data", default="slides", help="slides (generated), mosaic (made of --patches-of), or a "
-        "folder of images, whole slides or features, with labels.csv")
-    add("--patches-of", metavar="FOLDER", help="for mosaic: labelled patches with patients")
-    add("--positive", metavar="LABEL", help="for mosaic: the label of a focus (default: the second "
-        "value in sorted order)")
-    add("--foci", type=number(float, 1e-6, 1), nargs=2, default=FOCI, metavar=("LEAST", "LARGEST"),
-        help="for mosaic: share of the tissue that a focus takes")
+    add("--data", default="mosaic", help="mosaic (made of patches), or a folder of images, whole "
+        "slides or features, with labels.csv")
+    add("--patches-of", metavar="FOLDER", help="for mosaic: labelled patches with patients "
+        "(default: phantoms)")
+    add("--positive", metavar="LABEL", help="of --patches-of: the label of a focus (default: the "
+        "second value in sorted order)")
     add("--embedder", default="random", help="for images: random, a published DINO, or a file")
     add("--tile", type=number(int, 8), default=96, help="side of a tile in pixels")
     add("--level", type=number(int), default=0, help="of a whole slide's pyramid, 0 is the finest")
@@ -261,7 +260,7 @@ def parse(argv=None):
 
     # Models and evaluation.
     add("--folds", type=number(int, 2), default=5, help="of cross-validation, without a split")
-    add("--count", type=number(int, 10), default=1500, help="generated slides or mosaics")
+    add("--count", type=number(int, 10), default=600, help="number of mosaics")
     add("--models", nargs="+", choices=MODELS, default=["mean", "abmil", "2x2"])
     add("--patches", type=number(int, 1), default=256, help="per pass")
 
@@ -279,9 +278,9 @@ def parse(argv=None):
     args.out = args.out or f"runs/mil_{Path(args.data).resolve().stem}"
     if args.explain:
         return args
-    if (args.data == "mosaic") != (args.patches_of is not None):
-        raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "mosaic and a "
-                        "folder of labelled patches go together", "pass both or neither")
+    if args.patches_of and args.data != "mosaic":
+        raise UserError(f"--data {args.data}, --patches-of {args.patches_of}", "slides come from "
+                        "one of them", "leave the other out")
     if Path(args.out, "metrics.json").exists():
         raise UserError(f"{args.out} already contains a finished run", "a new folder is needed",
                         "pass another --out, or --explain SLIDE")
@@ -309,11 +308,12 @@ def load_embedder(args, device):
 def slide_source(args, device):
     """The function seed -> slides."""
     tiling = load_embedder(args, device)
-    if args.data == "slides":
-        return partial(generated_slides, count=args.count, embed=tiling.embed)
     if args.data == "mosaic":
-        bank = open_patches(args.patches_of, tiling.embed, args.label_column, args.positive)
-        return partial(mosaic_slides, bank, count=args.count, foci=args.foci)
+        if args.patches_of:
+            bank = open_patches(args.patches_of, tiling.embed, args.label_column, args.positive)
+        else:
+            bank = phantom_patches(tiling.embed)
+        return partial(mosaic_slides, bank, count=args.count)
     slides = open_slides(args.data, tiling, args.label_column)
     return lambda seed: slides
 

@@ -38,27 +38,8 @@ def user_errors(*parts):
         raise UserError(error, *parts) from error
 
 
-class Output:
-    """A stream that outlives its reader: `train.py | head` must not end the training."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:  # the reader is gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 def run_script(main):
     """Call main(). A UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
-    sys.stdout = Output(sys.stdout)
-    sys.stderr = Output(sys.stderr)
     try:
         return main()
     except UserError as error:

@@ -1,11 +1,10 @@
-"""Generated images with exact ground truth: chest X-rays with lung masks, H&E patches, slides.
+"""Generated images with exact ground truth: chest X-rays with lung masks, H&E patches.
 
 They replace medical images where there are none. They are cartoons: what works on them may fail on
 patients.
 
     images, masks, labels = chest_phantoms(16, size=64, seed=0)  # float32 in [-1, 1]
     images, masks, labels, morphology = histology_phantoms(16, size=96, seed=0)
-    tiles, foci, labels = slide_phantoms(16, bank, seed=0)  # bank: what the line above returned
 
 Image i depends on (seed, i, size) only: each is drawn from its own generator. Stains: Ruifrok and
 Johnston 2001, with eosin slightly pinker.
@@ -21,8 +20,7 @@ from support.seeds import step_seed
 
 CHEST_LABELS = ("cardiomegaly", "effusion", "opacity", "nodule")
 HISTOLOGY_MORPHOLOGIES = ("stroma", "lymphoid", "fat", "glands", "muscle", "mucin")
-ATYPICAL, TUMOUR = 6, 7  # kinds of patches on slides, besides the six healthy ones
-PREVALENCE = 0.35        # of each chest label, independent of the others
+PREVALENCE = 0.35  # of each chest label, independent of the others
 
 # One uniform number per image and name. Lengths in half image sides before scaling, y points down;
 # brightness from 0 (air) to 1. From -1 to 1: the sign is the side, -1 is the patient's right.
@@ -327,68 +325,3 @@ def histology_phantoms(n, size=96, seed=0):
     (n,) int64: the healthy tissue, an index into HISTOLOGY_MORPHOLOGIES, independent of the label.
     """
     return _draw(_histology, n, size, seed)
-
-
-# ---- slides ------------------------------------------------------------------------------------
-
-def _slide(pools, seed, number, side):
-    """One slide: patch indices (side, side), -1 outside the tissue; foci (side, side); label."""
-    g = _generator("slide", seed, number)
-    cancer = torch.rand((), generator=g) < 0.5
-    outline, *fields = _noise(g, 5, side, 7)
-    x, y = _axes(side)
-    tissue = torch.hypot(x, y) < 0.85 + 0.12 * outline.clamp(-2, 2)
-    kind = torch.stack(fields).argmax(0)  # healthy tissues lie side by side
-    stroma, lymphoid = map(HISTOLOGY_MORPHOLOGIES.index, ("stroma", "lymphoid"))
-    mixed = torch.where(torch.rand(side, side, generator=g) < 0.5, lymphoid, stroma)
-
-    def count(low, high):
-        return int(torch.randint(low, high + 1, (), generator=g))
-
-    def distance():
-        """From each cell to a random cell of the tissue, in patches."""
-        row, column = torch.nonzero(tissue)[count(0, int(tissue.sum()) - 1)] + 0.5
-        return torch.hypot((x + 1) * side / 2 - column, (y + 1) * side / 2 - row)
-
-    for _ in range(count(3, 6)):  # lymphoid aggregates
-        kind = torch.where(distance() < _uniform(g, 1, 3, 1), lymphoid, kind)
-
-    # Reactions, discs of lymphoid tissue and stroma mixed, lie around foci, and elsewhere too.
-    healthy = count(0, 3)
-    sick = count(1, 2)
-    area = _uniform(g, 0.003, 0.009, 1) * tissue.sum()  # of all foci, in patches
-    radius = (area / (math.pi * sick)).sqrt()
-    foci = torch.zeros_like(tissue)
-    for has_focus in [False] * healthy + [True] * sick * bool(cancer):
-        away = distance()
-        kind = torch.where(away < radius + _uniform(g, 2.5, 4, 1), mixed, kind)
-        foci |= tissue & (away < radius) & has_focus
-    kind[torch.rand(side, side, generator=g) < 0.003] = ATYPICAL
-    kind[foci] = TUMOUR
-
-    tiles = torch.full((side, side), -1)
-    for k, pool in enumerate(pools):
-        cells = (kind == k) & tissue
-        tiles[cells] = pool[torch.randint(len(pool), (int(cells.sum()),), generator=g)]
-    return tiles, foci, cancer.long()
-
-
-def slide_phantoms(n, bank, side=64, seed=0):
-    """Slides, mosaics of patches: tiles (n, side, side) int64, indices into the bank or -1 outside
-    the tissue; foci (n, side, side) bool; labels (n,) int64.
-
-    bank: what histology_phantoms returned, a few hundred patches. A tumour slide has one or two
-    round foci in under 1 % of its tissue, of patches that are more than a quarter tumour. All have
-    lymphoid aggregates, scattered patches with tumour at the rim only, and up to three reactions;
-    every focus is surrounded by one more. This design is ours: only neighbours show the mixture.
-    Raises ValueError for a bank that lacks a kind of patch.
-    """
-    _, masks, labels, morphology = bank
-    kinds = torch.where(masks.flatten(1).any(1), ATYPICAL, morphology)
-    full = masks.flatten(1).float().mean(1) > 0.25
-    kinds = torch.where(labels == 1, torch.where(full, TUMOUR, -1), kinds)
-    pools = [torch.nonzero(kinds == k)[:, 0] for k in range(TUMOUR + 1)]
-    if not all(map(len, pools)):
-        raise ValueError(f"got a bank of {len(labels)} patches, {[*map(len, pools)]} of each kind: "
-                         "need every kind: pass a bank of 200 or more")
-    return _draw(partial(_slide, pools), n, side, seed)

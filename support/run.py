@@ -103,9 +103,11 @@ class Run:
 
         # The saved state.
         path = self.folder / "state.pt"
+        log_bytes = 0
         if resume and path.exists():
-            saved = load_checkpoint(path, ("finished", "state"),
+            saved = load_checkpoint(path, ("finished", "state", "log_bytes"),
                                     "restore it, or delete it and lose its steps")
+            log_bytes = saved["log_bytes"]
             self.finished = saved["finished"]
             self.state = saved["state"]
             self.thread_watch.gain = saved.get("thread_gain", 0.0)
@@ -114,24 +116,15 @@ class Run:
             if self.state:
                 print(f"{self.state['stage']}: resumes after step {self.state['step']}")
 
-        # The settings, and the log up to the saved step.
+        # The settings, and the log as it was then.
         if self.writes:
             write_text_atomic(self.folder / "config.json", json.dumps(config, indent=2))
-            rows = [row for row in self.rows() if self.is_done(row)]
-            write_text_atomic(self.folder / "log.jsonl",
-                              "".join(json.dumps(row) + "\n" for row in rows))
+            with open(self.folder / "log.jsonl", "ab") as file:
+                file.truncate(log_bytes)
 
     def steps_done(self, stage):
         """The number of saved steps of a stage in progress."""
         return self.state["step"] if self.state and self.state["stage"] == stage else 0
-
-    def is_done(self, row):
-        """Whether a resumed run keeps this row of the log. What was measured on held-out images
-        after the saved step is measured again."""
-        stage = row["stage"].removesuffix(self.HELD_OUT)
-        is_repeated = stage != row["stage"] and row["step"] == self.steps_done(stage)
-        return stage in self.finished or (
-            row["step"] <= self.steps_done(stage) and not is_repeated)
 
     # ---- during a stage
 
@@ -178,6 +171,7 @@ class Run:
         if self.writes:
             save_atomic(self.folder / "state.pt", {
                 "version": CHECKPOINT_VERSION, "finished": self.finished, "state": self.state,
+                "log_bytes": os.path.getsize(self.folder / "log.jsonl"),
                 "threads": torch.get_num_threads(), "thread_gain": self.thread_watch.gain})
 
     @contextmanager

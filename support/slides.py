@@ -1,8 +1,9 @@
-"""Slides: bags of patch features with grid positions and one label, from three sources.
+"""Slides: bags of patch features with grid positions and one label, read or made.
 
-    open_slides(folder, tiling)               # a folder and its labels.csv
-    generated_slides(seed, count, embed)      # mosaics of histology phantoms
-    mosaic_slides(bank, seed, count)          # mosaics of real labelled patches, patients apart
+    open_slides(folder, tiling)            # a folder and its labels.csv
+    mosaic_slides(bank, seed, count)       # made of patches of either:
+    open_patches(folder, embed, ...)       # ... real labelled patches, patients apart
+    phantom_patches(embed)                 # ... histology phantoms
 
 A folder holds images, whole slides (tiled by support/tiles.py) or feature files (.h5, .npz) of
 features (N, D), coords (N, 2), x and y, and optionally step, the distance between neighbours.
@@ -20,11 +21,10 @@ from support.command import UserError
 from support.datasets import open_dataset
 from support.files import read_csv
 from support.images import IMAGE_SUFFIXES, is_inside
-from support.phantoms import histology_phantoms, slide_phantoms
+from support.phantoms import histology_phantoms
 from support.seeds import step_seed
 from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
 
-BANK = 2000          # patches that the generated slides of one part are made of
 PICTURE_SIDE = 1024  # pixels of a slide in heat maps
 GRID_SIDE = 4000     # cells of a grid's side, at most
 FEATURE_SUFFIXES = {".h5", ".npz"}
@@ -33,7 +33,8 @@ MOSAIC_SIDE = 48     # cells of a mosaic's side; at least half of them are tissu
 MOSAIC_PATCH = 64    # pixels of a patch's side, as it is embedded
 TESTED = 0.3         # share of the patients whose patches make the test mosaics
 FIELDS = 5           # patients of a mosaic's healthy tissue, at most
-FOCI = [0.003, 0.03]  # least and largest share of a mosaic's tissue in the focus
+FOCI = (0.03, 0.3)   # least and largest share of a mosaic's tissue in the focus
+PHANTOMS = 2000      # patches that mosaics of phantoms are made of
 
 
 @dataclass(eq=False)
@@ -110,7 +111,7 @@ def open_slides(folder, tiling, label_column="label"):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no data set {folder}", "a folder of slides is needed",
-                        "pass --data slides, mosaic or FOLDER")
+                        "pass --data mosaic or FOLDER")
     files = [path for path in sorted(folder.rglob("*"))
              if path.is_file() and is_inside(path, folder)]
     paths = ([path for path in files if path.suffix in FEATURE_SUFFIXES]
@@ -121,7 +122,7 @@ def open_slides(folder, tiling, label_column="label"):
     row_of = {Path(row.get("file", "")).stem: row for row in read_csv(table)}
     if not paths or len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{folder} has {len(paths)} slides", "slides, images or feature files with "
-                        "different names are needed", "pass --data slides, mosaic or FOLDER")
+                        "different names are needed", "pass --data mosaic or FOLDER")
 
     slides = []
     left_out = []
@@ -191,47 +192,30 @@ def split_slides(slides, folds, seed):
     return splits
 
 
-# ---- generated slides and mosaics --------------------------------------------------------------
-
-def generated_slides(seed, count, embed):
-    """Mosaics of histology phantoms; a fifth is for testing, with a patch bank of its own.
-
-    embed: images (n, 3, 64, 64) in [-1, 1] -> features (n, D).
-    """
-    slides = []
-    for part, number, part_seed in (("train", count - count // 5, 2 * seed),
-                                    ("test", count // 5, 2 * seed + 1)):
-        bank = histology_phantoms(BANK, 64, part_seed)
-        patches = embed_patches(bank[0].split(64), embed)
-        phantoms = zip(*slide_phantoms(number, bank, seed=part_seed))
-        slides += [slide_of_tiles(part, i, int(label), tiles, foci, patches)
-                   for i, (tiles, foci, label) in enumerate(phantoms)]
-    return slides
-
-
-def slide_of_tiles(part, i, label, tiles, foci, bank):
-    """A Slide of tiles and foci (side, side): rows of the bank, -1 outside the tissue."""
-    tissue = tiles >= 0
-    name = f"{part}_{i:04d}"
-    return Slide(name, label, name, part == "test", torch.nonzero(tissue), tiles[tissue],
-                 lambda: (bank.features, bank.pictures), foci[tissue])
-
+# ---- mosaics -----------------------------------------------------------------------------------
 
 @dataclass
 class Patches:
-    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB); of real patches, cancer (N,) bool,
-    patients (N,), and those of the official test part, if there is one."""
+    """A bank: features (N, D), pictures (N, 3, THUMB, THUMB), cancer (N,) bool, patients (N,), and
+    those of the official test part, if there is one."""
     features: torch.Tensor
     pictures: torch.Tensor
-    cancer: np.ndarray = None
-    patients: np.ndarray = None
+    cancer: np.ndarray
+    patients: np.ndarray
     test_patients: tuple = ()
 
 
 def embed_patches(images, embed, **known):
-    """The Patches of batches of images (n, 3, 64, 64)."""
+    """The Patches of batches of images (n, 3, MOSAIC_PATCH, MOSAIC_PATCH)."""
     parts = [(embed(batch), F.adaptive_avg_pool2d(batch, THUMB)) for batch in images]
     return Patches(*map(torch.cat, zip(*parts)), **known)
+
+
+def phantom_patches(embed):
+    """The Patches of histology phantoms; every 40 stand for a patient."""
+    images, _, labels, _ = histology_phantoms(PHANTOMS, MOSAIC_PATCH)
+    return embed_patches(images.split(64), embed, cancer=labels.numpy() == 1,
+                         patients=np.arange(PHANTOMS) // 40)
 
 
 def open_patches(folder, embed, label_column, positive=None):
@@ -253,12 +237,11 @@ def open_patches(folder, embed, label_column, positive=None):
                          patients=np.array(images.groups), test_patients=tuple(sorted(tested)))
 
 
-def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
+def draw_mosaic(healthy, cancer, label, rng):
     """Rows of the bank (side, side), -1 outside the tissue, and the focus (side, side) bool.
 
-    healthy, cancer: for each patient the rows of their patches. foci: least and largest share of
-    the tissue. Each field of healthy tissue is of one patient, and so is the round focus: nothing
-    but the focus shows where to look (our design).
+    healthy, cancer: for each patient the rows of their patches. Each field of healthy tissue is of
+    one patient, and so is the round focus: nothing but the focus shows where to look (our design).
     """
     # Smooth random fields: the first shapes the outline, the largest of the others the patient.
     coarse = torch.from_numpy(rng.standard_normal((1, 1 + FIELDS, 5, 5)))
@@ -276,7 +259,7 @@ def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
     focus = np.zeros_like(tissue)
     if label:
         places = np.argwhere(tissue)
-        least, largest = foci
+        least, largest = FOCI
         size = max(1, round(len(places) * least * (largest / least) ** rng.random()))
         away = np.linalg.norm(places - places[rng.integers(len(places))], axis=1)
         focus[tuple(places[np.argsort(away, kind="stable")[:size]].T)] = True
@@ -284,7 +267,7 @@ def draw_mosaic(healthy, cancer, label, rng, foci=FOCI):
     return tiles, focus
 
 
-def mosaic_slides(bank, seed, count, foci=FOCI):
+def mosaic_slides(bank, seed, count):
     """`count` Slides, every second one with a focus; a fifth, of other patients, is for testing:
     of the bank's test patients, or else of TESTED of all."""
     rng = np.random.default_rng(step_seed(seed, "mosaic"))
@@ -304,8 +287,12 @@ def mosaic_slides(bank, seed, count, foci=FOCI):
                             f"{len(cancer)} with cancer patches", "one of each is needed",
                             "bring patches of more patients")
         for i in range(number):
-            tiles, focus = map(torch.from_numpy, draw_mosaic(healthy, cancer, i % 2, rng, foci))
-            slides.append(slide_of_tiles(part, i, i % 2, tiles, focus, bank))
+            tiles, focus = map(torch.from_numpy, draw_mosaic(healthy, cancer, i % 2, rng))
+            tissue = tiles >= 0
+            name = f"{part}_{i:04d}"
+            slides.append(Slide(name, i % 2, name, part == "test", torch.nonzero(tissue),
+                                tiles[tissue], lambda: (bank.features, bank.pictures),
+                                focus[tissue]))
     return slides
 
 

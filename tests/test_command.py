@@ -1,6 +1,4 @@
 """support/command.py: one-line errors."""
-import sys
-
 import pytest
 import torch
 
@@ -16,22 +14,18 @@ from support.command import UserError
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed"), 2, "--batch"),
     (PermissionError(13, "Permission denied", "/x"), 2, "writable"),
     (KeyboardInterrupt(), 130, "")])
-def test_errors_of_users_and_machines_are_one_line(monkeypatch, capsys, error, code, words):
+def test_errors_of_users_and_machines_are_one_line(capsys, error, code, words):
     """User errors, a full memory or disk are one line and code 2; Ctrl-C is 130."""
     def main():
         raise error
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
     with pytest.raises(SystemExit) as end:
         command.run_script(main)
     text = capsys.readouterr().err
     assert end.value.code == code and words in text and text.count("\n") == (code == 2)
 
 
-def test_bugs_keep_their_traceback(monkeypatch):
+def test_bugs_keep_their_traceback():
     """Other errors keep theirs, unless user_errors() converts them."""
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
     with pytest.raises(ValueError):
         command.run_script(lambda: int("x"))
     with pytest.raises(RuntimeError, match="shape"):

@@ -247,11 +247,11 @@ def test_models_of_several_folds_are_not_compared():
 
 # ---- whole runs ----
 
-def test_run_on_generated_slides_and_explain(drawn_once, tmp_path, monkeypatch):
+def test_run_on_phantoms_and_explain(drawn_once, tmp_path, monkeypatch):
     """A run with two steps writes metrics and heat maps; --explain draws one slide by the
     finished run, which is not trained again; a second run in its folder is refused."""
     vit = VisionTransformer(ViTConfig(16, 12, 4, 3, image_size=64)).eval()
-    monkeypatch.setattr(support_slides, "BANK", 200)
+    monkeypatch.setattr(support_slides, "PHANTOMS", 200)
     monkeypatch.setattr(phantoms, "_histology", drawn_once["_histology"])
     monkeypatch.setattr(mil, "load_dino", lambda name: vit)
     monkeypatch.setattr(mil, "bootstrap_interval", partial(bootstrap_interval, rounds=20))

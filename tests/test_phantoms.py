@@ -6,7 +6,7 @@ from torch.nn.functional import max_pool2d
 
 from support import phantoms
 from support.phantoms import (CHEST_LABELS, HISTOLOGY_MORPHOLOGIES, chest_phantoms,
-                              histology_phantoms, slide_phantoms)
+                              histology_phantoms)
 
 BOTH = pytest.mark.parametrize("draw", [chest_phantoms, histology_phantoms])
 
@@ -82,29 +82,3 @@ def test_histology_labels():
         (labels, morphology), torch.ones(240), accumulate=True)
     assert (table.sum(1) - 120).abs().max() < 31  # 4 standard deviations of sqrt(240 / 4) = 7.7
     assert (table - 20).abs().max() < 18 and table.min() > 0  # sqrt(240 * 11 / 144) = 4.3
-
-
-@pytest.fixture(scope="module")
-def bank():
-    """Patches to make slides of: enough that every kind is there."""
-    return histology_phantoms(260, 16, seed=9)
-
-
-def test_slide_depends_on_seed_and_index_only(bank):
-    """The start of a set of slides equals that part of the whole; the seed changes it."""
-    whole = slide_phantoms(5, bank, 40, seed=3)
-    assert equal([x[:2] for x in whole], slide_phantoms(2, bank, 40, seed=3))
-    assert not torch.equal(whole[0][:1], slide_phantoms(1, bank, 40, seed=4)[0])
-    assert not torch.equal(whole[0][0], whole[0][1])
-
-
-def test_foci_are_small_and_only_in_tumour_slides(bank):
-    """Tumour patches lie in the foci and nowhere else; foci fill under 2 % of the tissue."""
-    tiles, foci, labels = slide_phantoms(60, bank, seed=1)
-    tissue = tiles >= 0
-    assert tiles.shape == (60, 64, 64) and tiles.dtype == labels.dtype == torch.int64
-    assert torch.equal(foci, tissue & (bank[2][tiles] == 1))
-    share = foci.flatten(1).sum(1) / tissue.flatten(1).sum(1)
-    assert torch.equal(share > 0, labels == 1) and share.max() < 0.02
-    assert abs(labels.float().mean() - 0.5) < 0.26  # 4 standard deviations of sqrt(1 / 4 / 60)
-    assert {int(ndimage.label(x)[1]) for x in foci[labels == 1].numpy()} <= {1, 2, 3}  # 3: one cut

@@ -132,19 +132,3 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path):
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     assert [(row["step"], row["loss"], row["lr"], row["kl"]) for row in run.rows()] == [
         (1, 1.0, 0.1, 1.0), (2, 1.0, 0.1, 1.0)]
-
-
-def test_a_resumed_run_keeps_what_was_measured_before_the_saved_step(tmp_path):
-    """A row of held-out images at the saved step itself is dropped, because the run is about to
-    measure it again; that of a finished stage stays."""
-    run = Run(tmp_path, {})
-    run.finish("vae", {})
-    for stage in ("vae, held out", "unet, held out"):
-        for step in (1, 2, 3):
-            run.log(stage=stage, step=step, loss=1.0)
-    run.save("unet", 2, *network(), None)
-    run.close()
-    again = Run(tmp_path, {}, resume=True)
-    assert [(row["stage"], row["step"]) for row in again.rows()] == [
-        ("vae, held out", 1), ("vae, held out", 2), ("vae, held out", 3), ("unet, held out", 1)]
-    again.close()

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.fast import attention
+from support.speed import attention
 from support.weights import load_model
 
 TOKEN_KINDS = ("global", "cls", "cls4+mean", "patch")

@@ -30,9 +30,9 @@ from scipy.stats import mannwhitneyu
 from torch import nn
 from torchvision.models import inception
 
-from support.command import (Help, UserError, number, pick_device, print_table, run_script,
-                             user_errors)
+from support.command import Help, UserError, number, print_table, run_script, user_errors
 from support.datasets import open_dataset
+from support.ranks import pick_device
 from support.training_set import split_halves
 
 

@@ -26,10 +26,10 @@ from dino import VISION_TRANSFORMERS, VisionTransformer, conditioning_tokens, lo
 from evaluate import bootstrap_interval, roc_auc
 from regional import MILConfig, RegionalMIL, draw_regions, predict
 from support.cache import fingerprint
-from support.command import (Help, UserError, number, pick_device, print_table, run_script,
-                             user_errors)
+from support.command import Help, UserError, number, print_table, run_script, user_errors
 from support.files import load_checkpoint, write_json
 from support.pictures import save_grid
+from support.ranks import pick_device
 from support.run import Run
 from support.seeds import step_seed
 from support.slides import (mosaic_slides, open_patches, open_slides, paint_patches,

@@ -29,11 +29,10 @@ import torch
 from dinodiff import DEFAULT_STEPS, SAMPLERS, DinoDiffusion, prototypes, slerp
 from prompts import find_prompt
 from support.cache import read_vectors
-from support.command import (Help, StatusLine, UserError, autocast_dtype, number, pick_device,
-                             run_script, user_errors)
+from support.command import Help, StatusLine, UserError, number, run_script, user_errors
 from support.files import BOX, load_checkpoint, next_folder, note_colour, resolve_checkpoint
 from support.images import load_image
-from support.ranks import all_ranks, join_ranks, rank, ranks
+from support.ranks import all_ranks, autocast_dtype, join_ranks, pick_device, rank, ranks
 from support.sample_folder import Request, SampleFolder, find_sources, read_training_tokens
 from support.seeds import step_seed
 from support.speed import compile_where_it_pays, rehearse

@@ -40,19 +40,17 @@ from dinodiff import DinoDiffusion, DinoDiffusionConfig, EmbeddingSampler
 from prompts import balance, kmeans, labels_for_prompts, plan_prompts, prompt_numbers
 from support.cache import (Latents, Pictures, build_cache, decode_once, fingerprint, loader,
                            read_vectors)
-from support.command import (Help, Stopped, UserError, autocast_dtype, number, pick_device,
-                             run_script, user_errors)
+from support.command import Help, Stopped, UserError, number, run_script, user_errors
 from support.files import load_checkpoint, resolve_checkpoint
 from support.held_out import HeldOut, draw_held_out
-from support.outliers import drop_outliers
 from support.pictures import save_grid
-from support.ranks import (all_ranks, average_gradients, join_ranks, rank, ranks, rows_of_rank,
-                           share_batch_norm)
+from support.ranks import (all_ranks, autocast_dtype, average_gradients, join_ranks, pick_device,
+                           rank, ranks, rows_of_rank, share_batch_norm)
 from support.run import Run, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
 from support.speed import compile_blocks, compile_where_it_pays, rehearse, set_threads
-from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples,
-                                  write_prompts)
+from support.training_set import (draw_clusters, drop_outliers, open_training_set, write_choice,
+                                  write_examples, write_prompts)
 from support.weights import PUBLISHED, find_weights
 from unet import UNet, UNetConfig
 from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support.fast import attention
+from support.speed import attention
 from support.weights import load_model
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.fast import attention
+from support.speed import attention
 from support.weights import load_model
 
 

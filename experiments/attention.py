@@ -5,7 +5,7 @@
 """
 import torch
 
-from support.fast import attention_weights
+from support.speed import attention_weights
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ import numpy as np
 from experiments.common import add_run_flags, choose, open_run
 from experiments.small_cnn import load_bytes, predict, strong_augment, train_classifier
 from experiments.statistics import mean_auc
-from support.command import UserError, number, pick_device, print_table
+from support.command import UserError, number, print_table
 from support.datasets import label_matrix, open_dataset
 from support.files import write_json
+from support.ranks import pick_device
 
 
 def add_flags(parser):

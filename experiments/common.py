@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from dinodiff import DinoDiffusion
-from support.command import UserError, number, pick_device, user_errors
+from support.command import UserError, number, user_errors
 from support.datasets import ImageSet, label_matrix, open_dataset
 from support.files import BOX, load_checkpoint, read_csv, resolve_checkpoint
 from support.phantoms import CHEST_LABELS
+from support.ranks import pick_device
 from support.training_set import read_split
 
 

@@ -34,9 +34,10 @@ from scipy.stats import t as student
 from experiments.common import add_run_flags, batches_of, open_run, read_labels, refuse_vectors
 from experiments.small_cnn import from_bytes, predict, strong_augment, to_bytes, train_classifier
 from experiments.statistics import mean_auc, ridge_scores
-from support.command import StatusLine, UserError, autocast_dtype, number, print_table
+from support.command import StatusLine, UserError, number, print_table
 from support.files import write_json
 from support.pictures import save_grid
+from support.ranks import autocast_dtype
 from support.seeds import step_seed
 
 

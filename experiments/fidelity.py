@@ -20,9 +20,10 @@ from experiments.common import add_run_flags, choose, open_run
 from experiments.ladder import damages, ladder
 from experiments.radiomics import radiomic_features, z_score
 from experiments.statistics import subsample_interval
-from support.command import UserError, number, pick_device, print_table, user_errors
+from support.command import UserError, number, print_table, user_errors
 from support.datasets import open_dataset
 from support.files import write_json
+from support.ranks import pick_device
 from support.training_set import split_halves
 
 

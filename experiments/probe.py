@@ -16,8 +16,9 @@ from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
 from evaluate import bootstrap_interval, describe
 from experiments.common import add_run_flags, batches_of, open_run, read_labels, refuse_vectors
 from experiments.statistics import label_aucs, mean_auc, ridge_scores
-from support.command import number, pick_device, print_table
+from support.command import number, print_table
 from support.files import write_json
+from support.ranks import pick_device
 
 
 def add_flags(parser):

@@ -32,7 +32,7 @@ from evaluate import bootstrap_interval, dice
 from experiments.common import add_run_flags, open_run
 from prompts import kmeans
 from support.command import UserError, number, print_table, user_errors
-from support.fast import attention_weights
+from support.speed import attention_weights
 from support.files import write_json
 from support.pictures import save_grid
 

@@ -15,9 +15,10 @@ import numpy as np
 from evaluate import roc_auc
 from experiments.common import add_run_flags, choose, match_sources, open_run
 from experiments.small_cnn import load_bytes, predict, train_classifier
-from support.command import UserError, number, pick_device, print_table
+from support.command import UserError, number, print_table
 from support.datasets import open_dataset
 from support.files import write_json
+from support.ranks import pick_device
 
 LEAST = 6  # real, and synthetic, images in each half
 

@@ -1,16 +1,10 @@
-"""What every script needs: one-line errors, number flags, the device, tables, progress."""
+"""What every script needs: one-line errors, number flags, tables, progress."""
 import argparse
-import os
 import re
 import sys
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
-
-import torch
-
-from support.ranks import ranks
 
 
 def one_line(text):
@@ -77,38 +71,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         hidden = action.default is None or action.default is False
         return action.help if hidden else super()._get_help_string(action)
-
-
-def pick_device(name="auto"):
-    """The torch.device of that name; "auto" prefers CUDA, then MPS, then the CPU."""
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available() and ranks() == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and ranks() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process takes its own GPU
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {name!r} ({str(error).splitlines()[0]})",
-                        "a device of this machine is needed",
-                        "pass --device auto, or start fewer processes") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def autocast_dtype(device, dtype="auto"):
-    """torch.bfloat16 or torch.float32; "auto" is bfloat16 where the hardware supports it."""
-    if dtype != "auto":
-        return {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
-    is_native = False
-    cpu = Path("/proc/cpuinfo")  # torch does not tell this about CPUs
-    if device.type == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and cpu.exists():
-        is_native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu.read_text().split())
-    return torch.bfloat16 if is_native else torch.float32
 
 
 def print_table(rows):

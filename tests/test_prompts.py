@@ -10,7 +10,7 @@ from prompts import (BASELINE, ENRICHED, UNLABELLED, PromptEncoder, all_prompts,
                      plan_prompts, prompt_numbers, vocabulary_of)
 from support.command import UserError
 from support.datasets import ImageSet, open_dataset
-from support.outliers import drop_outliers, find_outliers
+from support.training_set import drop_outliers, find_outliers
 
 # Inertia of sklearn.cluster.KMeans(12, n_init=10, random_state=0), scikit-learn 1.9.1, numpy 2.4.6,
 # on reference_data(kind).

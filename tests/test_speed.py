@@ -1,10 +1,11 @@
-"""Tests of support/speed.py: threads that earn their place, and compiled blocks."""
+"""support/speed.py: threads that earn their place, compiled blocks, attention."""
 import json
 import time
 
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 import train
@@ -15,8 +16,8 @@ from small_run import SMALL
 from support import speed
 from support.command import UserError
 from support.run import Run
-from support.speed import (ThreadWatch, compile_blocks, compile_where_it_pays, measure_threads,
-                           rehearse, repeated_blocks, set_threads)
+from support.speed import (ThreadWatch, attention, compile_blocks, compile_where_it_pays,
+                           measure_threads, rehearse, repeated_blocks, set_threads)
 from unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
@@ -208,3 +209,17 @@ def test_blocks_are_compiled_where_it_pays(monkeypatch, counter, wanted, device,
     assert chosen == compiled
     assert all((block._compiled_call_impl is not None) == compiled
                for block in repeated_blocks(unet))
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.03)))
+def test_attention_equals_the_fused_kernel(dtype, tolerance):
+    """Values and gradients, with a mask, in both formats."""
+    q, k, v = inputs(0, (2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4))
+    mask = torch.tensor([True, True, False, True, True, True, False]).view(1, 1, 1, 7)
+    results = []
+    for kind, function in ((dtype, attention), (torch.float32, F.scaled_dot_product_attention)):
+        parts = [part.to(kind).requires_grad_() for part in (q, k, v)]
+        h = function(*parts, mask)
+        results.append((h, *torch.autograd.grad(h.float().square().sum(), parts)))
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours.float(), expected, rtol=tolerance, atol=tolerance)

@@ -32,7 +32,7 @@ from dinodiff import NoiseSchedule, ddim_sample, guided
 from evaluate import frechet_distance
 from make_diffusers import diffusers_unet, diffusers_vae, fill_parameters, inputs
 from prompts import inertia, kmeans
-from support.command import autocast_dtype
+from support.ranks import autocast_dtype
 from train import PRESETS
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig

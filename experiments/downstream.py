@@ -6,6 +6,7 @@ CNN is trained on each arm and tested on real images of other patients:
 
     real                        the pool
     augmented                   the pool, augmented differently in each batch
+    blurred                     the pool, blurred 3 x 3: what softness alone would cost
     duplicates                  the pool, and R plain copies of each image
     synthetic                   the pool, and R reconstructions of each image
     synthetic first             3/4 of the steps on reconstructions, then the pool at a third of
@@ -78,6 +79,12 @@ def surest_third(scores):
     return rows, (scores[rows] > 0).astype(float)
 
 
+def blurred(images):
+    """Means over 3 x 3 pixels of images (N, 3, H, W) uint8."""
+    x = F.pad(from_bytes(images), (1, 1, 1, 1), mode="replicate")
+    return to_bytes(F.avg_pool2d(x, 3, stride=1))
+
+
 def arms_of(pool, made, named, made_of_named, steps):
     """{arm: stages [(images, labels, steps), ...]}, as train_classifier takes them.
 
@@ -91,6 +98,7 @@ def arms_of(pool, made, named, made_of_named, steps):
     copies = tuple(np.repeat(x, len(made[0]) // len(pool[0]), axis=0) for x in pool)
     return {"real": together(pool),
             "augmented": together(pool),
+            "blurred": together((blurred(pool[0]), pool[1])),
             "duplicates": together(pool, copies),
             "synthetic": together(pool, made),
             "synthetic first": [(*made, steps - steps // 4), (*pool, steps // 4)],

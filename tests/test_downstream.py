@@ -52,7 +52,7 @@ def test_arms_take_equal_steps_and_inherit_labels():
 
     pool, made, named, made_of_named = pair(0, 1, 2), pair(*range(10, 16)), pair(20, 21), pair(30)
     arms = arms_of(pool, made, named, made_of_named, 10)
-    wanted = {"real": [[0, 1, 2]], "augmented": [[0, 1, 2]],
+    wanted = {"real": [[0, 1, 2]], "augmented": [[0, 1, 2]], "blurred": [[0, 1, 2]],
               "duplicates": [[0, 1, 2, 0, 0, 1, 1, 2, 2]],
               "synthetic": [[0, 1, 2, *range(10, 16)]],
               "synthetic first": [[*range(10, 16)], [0, 1, 2]],
@@ -85,7 +85,7 @@ def test_command(labelled_run, monkeypatch):
                  "2", "--ratio", "2", "--folds", "2"])
     result = json.loads((labelled_run / "downstream.json").read_text())
     assert list(result["arms"])[:3] == ["ridge on tokens", "ridge, all labels", "real"]
-    assert len(result["arms"]) == 9
+    assert len(result["arms"]) == 10
     assert all(len(values) == 2 for values in result["pool by pool"].values())
 
 

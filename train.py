@@ -744,6 +744,14 @@ def is_published(unet):
         return find_weights(unet, "unet").suffix != ".pt"
 
 
+def prediction_of(unet):
+    """What a trained U-Net predicts: Stable Diffusion's eps, or as in its run."""
+    if is_published(unet):
+        return "eps"
+    with user_errors():
+        return load_checkpoint(find_weights(unet, "unet"))["config"]["prediction"]
+
+
 def choose_preset(args, init):
     """The Preset, changed by --init and then by flags; UserError if settings are contradictory."""
     preset = PRESETS[args.preset]
@@ -755,8 +763,8 @@ def choose_preset(args, init):
                      "size": init.config.image_size, "prediction": init.config.prediction,
                      "tokens": init.config.tokens,
                      "guidance_scale": init.config.guidance_scale}
-    if args.unet and is_published(args.unet):
-        inherited["prediction"] = "eps"  # its weights were trained with it
+    if args.unet not in (None, "train"):
+        inherited["prediction"] = prediction_of(args.unet)
     names = ("size", "embedder", "vae", "unet", "batch", "lr")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     preset = replace(preset, **capped | inherited | read_overrides(args.set) | given)
@@ -856,8 +864,9 @@ def main(argv=None):
     with user_errors():
         prompts = plan_prompts(labels and [labels[i] for i in rows], len(dataset.train),
                                args.condition, preset.clusters, preset.template)
-        previews = images.batch(dataset.examples)
-        is_grey = bool((previews.amax(1) - previews.amin(1)).mean() < 0.01)
+        spread = torch.linspace(0, len(dataset.train) - 1, min(64, len(dataset.train))).long()
+        some = images.batch(dataset.train[spread].tolist())
+        is_grey = bool((some.amax(1) - some.amin(1)).mean() < 0.01)
         model = build_model(preset, args.condition, init, prompts, vectors, is_grey, args.seed)
         if vectors:
             model.embedder.tokens(torch.zeros(0), [images.files[i] for i in rows])

@@ -10,7 +10,7 @@ import sample
 import train
 from dinodiff import DinoDiffusion
 from support.command import UserError
-from support.files import BOX, load_checkpoint
+from support.files import BOX, load_checkpoint, save_atomic
 
 FLAGS = ["--data", "phantoms", "--count", "12", "--batch", "2", "--device", "cpu"]
 SET = ["--set", "unet_steps=2", "vae_batch=2", "previews=1", "refiner_steps=0"]
@@ -41,10 +41,14 @@ def test_training_starts_from_the_other_model(small_run, tmp_path):
 
 
 def test_stable_diffusion_is_known_by_its_file(small_run, tmp_path):
-    """A folder of diffusers trains as `sd15` by name does; a run of ours keeps the preset's v."""
+    """A folder of diffusers trains as `sd15` by name does; a run of ours keeps what it predicts."""
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
-    for unet, prediction in (("sd15", "eps"), (tmp_path, "eps"), (small_run, "v"), ("train", "v")):
+    content = load_checkpoint(small_run / "model.pt")
+    content["config"]["prediction"] = "eps"
+    save_atomic(tmp_path / "eps.pt", content)
+    for unet, prediction in (("sd15", "eps"), (tmp_path, "eps"), (small_run, "v"), ("train", "v"),
+                             (tmp_path / "eps.pt", "eps")):
         preset = train.choose_preset(train.parse(["--unet", str(unet), "--dry-run"]), None)
         assert preset.prediction == prediction
     with pytest.raises(UserError, match="no weights"):

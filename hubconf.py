@@ -5,25 +5,11 @@
     model = torch.hub.load(REPO, "dinodiff", checkpoint="runs/cxr")      # the model.pt of a run
     vit = torch.hub.load(REPO, "dino_vit", name_or_path="dino_vits16")   # a frozen DiNO ViT
 """
-import sys
-from pathlib import Path
-
 dependencies = ["torch", "torchvision", "numpy", "scipy", "PIL"]
-
-
-def refuse_namesakes():
-    """ImportError if the caller has imported a module with the name of one of ours."""
-    here = Path(__file__).resolve().parent
-    for name in ("dinodiff", "dino", "unet", "vae", "prompts", "support"):
-        path = getattr(sys.modules.get(name), "__file__", None)
-        if path and not Path(path).resolve().is_relative_to(here):
-            raise ImportError(f"your module {name} ({path}) hides ours of the same name: rename "
-                              "yours, or load this model in another process")
 
 
 def dinodiff(checkpoint):
     """The DinoDiffusion of a run's folder or model.pt, on the CPU: .embed, .sample, .encode ..."""
-    refuse_namesakes()
     from dinodiff import DinoDiffusion
     from support.files import load_checkpoint, resolve_checkpoint
     return DinoDiffusion.from_checkpoint(load_checkpoint(resolve_checkpoint(checkpoint)))
@@ -31,7 +17,6 @@ def dinodiff(checkpoint):
 
 def dino_vit(name_or_path):
     """The VisionTransformer of a published name, a file of weights or a run: see dino.load_dino."""
-    refuse_namesakes()
     from dino import load_dino
     return load_dino(name_or_path)
 

@@ -1,13 +1,9 @@
 """hubconf.py: what torch.hub loads from a clone."""
-import sys
-import types
 from pathlib import Path
 
-import pytest
 import torch
 
 import dinodiff
-import hubconf
 from dino import VisionTransformer
 ROOT = str(Path(__file__).parent.parent)
 
@@ -21,12 +17,3 @@ def test_entry_points_give_working_models(small_run):
     vit = torch.hub.load(ROOT, "dino_vit", source="local", name_or_path=str(small_run / "model.pt"))
     assert isinstance(vit, VisionTransformer) and not vit.training
     assert not any(p.requires_grad for p in vit.parameters())
-
-
-def test_a_module_of_the_same_name_is_refused(monkeypatch, tmp_path):
-    """A caller's own unet.py hides ours: the error says which, and what to do."""
-    module = types.ModuleType("unet")
-    module.__file__ = str(tmp_path / "unet.py")
-    monkeypatch.setitem(sys.modules, "unet", module)
-    with pytest.raises(ImportError, match="your module unet .*rename yours"):
-        hubconf.cxr128()

@@ -53,8 +53,6 @@ BAD_LINES = [
 def desk(tmp_path, monkeypatch):
     """A working folder with what the command lines name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, getattr(sys, name))  # run_script() replaces them
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "samples.csv").write_text("file\n")

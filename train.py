@@ -78,7 +78,7 @@ class Preset:
     vae: str = "train"
     vae_config: VAEConfig = VAEConfig(base_channels=16, channel_multipliers=(1, 2, 4),
                                       layers_per_block=1)
-    vae_steps: int = 1200             # the refiner makes up for a softer decoder
+    vae_steps: int = 1100             # the refiner makes up for a softer decoder
     vae_batch: int = 4                # small batches train faster
     vae_lr: float = 3e-3
     kl_weight: float = 1e-6
@@ -104,7 +104,7 @@ class Preset:
 
     # Stage 5, the refiner: with 0 steps there is none.
     refiner_width: int = 48           # channels of its first level
-    refiner_steps: int = 400
+    refiner_steps: int = 300
     refiner_batch: int = 8
     refiner_window: int = 96          # side in pixels of its training crops
     refiner_lr: float = 1e-3

@@ -33,7 +33,7 @@ from torchvision.models import inception
 from support.command import Help, UserError, number, print_table, run_script, user_errors
 from support.datasets import open_dataset
 from support.ranks import pick_device
-from support.training_set import split_halves
+from support.training_set import choose, split_halves
 
 
 # ---------------------------------------------------------------- distances between feature sets
@@ -274,27 +274,11 @@ class FIDInception(inception.Inception3):
 # ---------------------------------------------------------------- two sets of images
 
 @torch.no_grad()
-def describe(batches, extractor, device):
-    """Features (N, D) and pixel rows (N, P) on the CPU of an iterator of image batches."""
-    features = []
-    pixels = []
-    for x in batches:
-        features.append(extractor(x.to(device)).flatten(1).cpu())
-        pixels.append(pixel_rows(x).cpu())
-    return torch.cat(features), torch.cat(pixels)
-
-
-@torch.no_grad()
-def measure(images, indices, judge, device, batch):
-    """Features (N, D), brightness (N,) and sharpness (N,), on the CPU, of images of an ImageSet."""
-    if len(indices) < 6:
-        raise UserError(f"got {len(indices)} images in a part of {images.name}",
-                        "6 are needed, for five neighbours each", "add images")
-    parts = []
-    for rows in indices.split(batch):
-        x = images.batch(rows.tolist())
-        parts.append((judge(x.to(device)).flatten(1).cpu(), brightness(x), sharpness(x)))
-    return [torch.cat(column) for column in zip(*parts)]
+def describe(batches, device, *functions):
+    """The values (N, D) of each function of images, on the CPU, over an iterator of batches."""
+    values = [[function(x).reshape(len(x), -1).cpu() for function in functions]
+              for x in (batch.to(device) for batch in batches)]
+    return [torch.cat(column) for column in zip(*values)]
 
 
 def fidelity(parts, name, judge, device, batch=64):
@@ -309,7 +293,13 @@ def fidelity(parts, name, judge, device, batch=64):
         raise UserError(f"got images of {sorted(sides)} pixels a side",
                         "one side of 32 pixels or more is needed",
                         f"pass --size {max(32, min(sides))}")
-    features, grey, sharp = zip(*[measure(*part, judge, device, batch) for part in parts])
+    for images, indices in parts:
+        if len(indices) < 6:
+            raise UserError(f"got {len(indices)} images in a part of {images.name}",
+                            "6 are needed, for five neighbours each", "add images")
+    features, grey, sharp = zip(*[
+        describe(images.batches(indices, batch), device, judge, brightness, sharpness)
+        for images, indices in parts])
 
     # Distances at equal counts between real images, and to synthetic ones; then of all images.
     half, other, fake = features
@@ -357,11 +347,9 @@ def main(argv=None):
     # Split the real images in two by patient: the floor is the distance between the halves.
     real = open_dataset(args.real, args.size)
     synthetic = open_dataset(args.synthetic, args.size)
-    sets = zip((real, real, synthetic),
-               (*split_halves(real, args.seed), torch.arange(len(synthetic))))
-    generator = torch.Generator().manual_seed(args.seed)  # files may be sorted by class
-    parts = [(images, indices[torch.randperm(len(indices), generator=generator)])
-             for images, indices in sets]
+    first, second = split_halves(real, args.seed)
+    parts = [(real, choose(first)), (real, choose(second)),  # files may be sorted by class
+             (synthetic, choose(range(len(synthetic))))]
     device = pick_device(args.device)
     fidelity(parts, RandomFeatures.NAME, RandomFeatures().to(device), device, args.batch)
 

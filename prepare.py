@@ -153,7 +153,7 @@ def prepare(name, folder, uncertain="ignore"):
     """Write folder/labels.csv for the images that are there; returns (rows written, left out)."""
     try:
         table = merge(SETS[name](folder), UNCERTAIN[uncertain])
-    except (LookupError, TypeError, ValueError, ImportError) as error:
+    except (LookupError, TypeError, ValueError, SyntaxError, ImportError) as error:
         raise UserError(f"{folder} is not {name} as its owners ship it ({error!r})",
                         "its own tables are needed", "compare the list in prepare.py") from error
     root = image_root(folder)

@@ -30,7 +30,7 @@ from dinodiff import DEFAULT_STEPS, SAMPLERS, DinoDiffusion, prototypes, slerp
 from prompts import find_prompt
 from support.cache import read_vectors
 from support.command import Help, StatusLine, UserError, number, run_script, user_errors
-from support.files import BOX, load_checkpoint, next_folder, note_colour, resolve_checkpoint
+from support.files import BOX, load_checkpoint, next_folder, resolve_checkpoint
 from support.images import load_image
 from support.ranks import all_ranks, autocast_dtype, join_ranks, pick_device, rank, ranks
 from support.sample_folder import Request, SampleFolder, find_sources, read_training_tokens
@@ -131,7 +131,7 @@ def plan(args, model, sources, labels, names):
     if model.prompts:
         for i, prompt in enumerate(choose_prompts(args, model)):
             add("prompt", i // (args.each_prompt or 8), prompt=prompt,
-                labels=label_of_prompt(prompt, model), label_rule="of the prompt")
+                labels=label_of_prompt(prompt, model))
 
     # Without a source image.
     elif args.random:
@@ -149,8 +149,7 @@ def plan(args, model, sources, labels, names):
         strategy = "img2img" if args.strength < 1 else "reconstruct"
         for i in range(len(sources) * args.count):
             row = i // args.count
-            add(strategy, row, sources=(sources[row],), labels=labels[row],
-                label_rule="of the source")
+            add(strategy, row, sources=(sources[row],), labels=labels[row])
     else:
         for strip in range(args.count):  # all frames of a strip share their noise
             for frame in range(args.frames):
@@ -302,8 +301,9 @@ def main(argv=None):
     if args.animate and len(requests) > 32:
         raise UserError(f"--animate with {len(requests)} images", "at most 32 are animated",
                         "ask for fewer, or leave it out")
-    if checkpoint == BOX:
-        note_colour(read_sources(requests[0]))
+    shown = read_sources(requests[0]) if checkpoint == BOX else ()
+    if any((x.amax(0) - x.amin(0)).max() > 0.1 for x in shown):
+        print("note: the source has colours; the bundled model renders any input as a chest X-ray")
 
     # The output folder, shared by all ranks.
     parent = Path() if checkpoint == BOX else checkpoint.parent

@@ -15,7 +15,7 @@ Stages, each a loss of a few lines around `fit`:
 
 A run's folder: config.json, split.csv, log.jsonl, curves.png, noise_levels.png, grid_STEP.png,
 model.pt (for sample.py), state.pt (for --resume), cache/, held_out/ (a few sources to try); with
-prompts also prompts.csv and morphologies.png; unreadable.csv if images were left out.
+prompts also prompts.csv and morphologies.png; unreadable.csv, outliers.csv if images were left out.
 All randomness derives from (seed, stage, step), so a resumed run equals an uninterrupted one (bit
 for bit on a CPU with as many threads, and under torchrun on the same number of processes).
 """
@@ -25,7 +25,6 @@ import math
 import shlex
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -41,23 +40,21 @@ from prompts import balance, kmeans, labels_for_prompts, plan_prompts, prompt_nu
 from support.cache import (Latents, Pictures, build_cache, decode_once, fingerprint, loader,
                            read_vectors)
 from support.command import Help, Stopped, UserError, number, run_script, user_errors
-from support.files import load_checkpoint, resolve_checkpoint
-from support.held_out import HeldOut, draw_held_out
+from support.files import load_checkpoint, resolve_checkpoint, write_csv
+from support.held_out import HeldOut
 from support.pictures import save_grid
 from support.ranks import (all_ranks, autocast_dtype, average_gradients, join_ranks, pick_device,
-                           rank, ranks, rows_of_rank, share_batch_norm)
-from support.run import Run, print_end, print_start, resume_flags
+                           rank, ranks, rows_of_rank)
+from support.run import Progress, Run, print_end, print_start, resume_flags
 from support.seeds import batch_rows, step_seed
 from support.speed import compile_blocks, compile_where_it_pays, rehearse, set_threads
-from support.training_set import (draw_clusters, drop_outliers, open_training_set, write_choice,
-                                  write_examples, write_prompts)
+from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples)
 from support.weights import PUBLISHED, find_weights
 from unet import UNet, UNetConfig
 from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,
                  start_from_patches, vae_loss)
 
 STAGES = ("embedder", "vae", "unet", "refiner")
-CURVES = (*STAGES, "unet" + Run.HELD_OUT)  # the losses in curves.png
 
 
 # ---------------------------------------------------------------------------- presets
@@ -189,7 +186,7 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
     optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay,
                                   fused=device.type != "mps")
     upto = upto or steps
-    progress = (run or Run()).begin(stage, steps, upto, model, optimizer, ema)
+    progress = Progress(run or Run(), stage, steps, upto, model, optimizer, ema)
 
     # The images of each step; every epoch is shuffled differently.
     order = step_seed(seed, stage, "order")
@@ -233,17 +230,6 @@ def load_trained(model, weights):
     """Copy weights, name -> tensor, into the model's trainable parameters."""
     for name, p in trainable(model).items():
         p.copy_(weights[name])
-
-
-@contextmanager
-def swapped(model, ema):
-    """Inside, the model holds the EMA weights."""
-    raw = {name: p.detach().clone() for name, p in trainable(model).items()}
-    load_trained(model, ema)
-    try:
-        yield
-    finally:
-        load_trained(model, raw)
 
 
 # ---------------------------------------------------------------------------- the model
@@ -350,7 +336,9 @@ def train_embedder(preset, run, model, pictures, seed, dtype, from_init, compile
         if from_init:
             for network in (dino.student, dino.teacher):
                 network["backbone"].load_state_dict(model.embedder.vit.state_dict())
-        dino = share_batch_norm(dino.to(device))
+        dino = dino.to(device)
+        if ranks() > 1 and device.type == "cuda":  # statistics of the whole batch
+            dino = torch.nn.SyncBatchNorm.convert_sync_batchnorm(dino)
         if compiled:
             compile_blocks(dino)
 
@@ -480,8 +468,10 @@ def derive_prompts(run, model, dataset, labels, cache, keep_centers, seed):
         print(f"{(model.prompt_counts > 0).sum()} of {len(model.prompts)} prompts in use, e.g. "
               f"{texts[0]!r}; balanced; {run.folder / 'prompts.csv'}")
         files = [dataset.images.files[i] for i in dataset.train]
-        write_prompts(run.folder / "prompts.csv", files, train_labels,
-                      cluster.tolist() if config.clusters else None, texts)
+        blank = [""] * len(files)
+        rows = zip(files, train_labels or blank, cluster.tolist() if config.clusters else blank,
+                   texts)
+        write_csv(run.folder / "prompts.csv", [["file", "label", "cluster", "prompt"], *rows])
         if config.clusters:
             draw_clusters(run.folder / "morphologies.png", dataset.images, dataset.train, cluster,
                           seed)
@@ -519,7 +509,9 @@ def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dt
         previews = {max(1, steps * k // preset.previews) for k in range(1, preset.previews + 1)}
         held_out = None
         if steps and run.writes and len(dataset.test):
-            indices = draw_held_out(dataset.test, seed)
+            generator = torch.Generator().manual_seed(step_seed(seed, "held out"))
+            order = torch.randperm(len(dataset.test), generator=generator)
+            indices = dataset.test[order[:64]]
             held_out = HeldOut(model, *conditions_of(model, dataset, labels, indices), seed)
         for upto in sorted(previews) if steps else []:
             if upto < run.steps_done("unet"):
@@ -529,11 +521,13 @@ def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dt
                 ema_decay=warmed_up(preset.ema), dtype=dtype, weight_decay=preset.weight_decay,
                 accumulate=accumulate)
             if run.writes:
-                with swapped(trained, ema):
-                    samples = preview(run, model, dataset, labels, upto)
-                    if held_out:
-                        held_out.measure(run, model, cache, samples, upto, upto == steps)
-                run.draw_curves(CURVES)
+                raw = {name: p.detach().clone() for name, p in trainable(trained).items()}
+                load_trained(trained, ema)
+                samples = preview(run, model, dataset, labels, upto)
+                if held_out:
+                    held_out.measure(run, model, cache, samples, upto, upto == steps)
+                load_trained(trained, raw)
+                run.draw_curves()
         run.finish("unet", ema)
     load_trained(model.trained, run.finished["unet"])
     model.unet.to(memory_format=torch.channels_last)
@@ -624,7 +618,7 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
             refiner.measure(draw_pairs(256))
         refiner.unet.to(memory_format=memory_format(device, dtype))
         multiple = 2 * model.config.refiner.factor
-        side = min(preset.refiner_window, preset.size) // multiple * multiple
+        side = max(1, min(preset.refiner_window, preset.size) // multiple) * multiple
 
         def loss_fn(batch, step, generator):
             image, mean, std = batch
@@ -736,10 +730,8 @@ def read_overrides(pairs):
 
 def is_published(unet):
     """Whether --unet names a file or folder of Stable Diffusion, and not a run of ours."""
-    if unet in PUBLISHED["unet"]:
-        return True
-    if unet == "train" or not Path(unet).exists():
-        return False
+    if unet in ("train", *PUBLISHED["unet"]):
+        return unet != "train"
     with user_errors():
         return find_weights(unet, "unet").suffix != ".pt"
 
@@ -763,11 +755,16 @@ def choose_preset(args, init):
                      "size": init.config.image_size, "prediction": init.config.prediction,
                      "tokens": init.config.tokens,
                      "guidance_scale": init.config.guidance_scale}
-    if args.unet not in (None, "train"):
-        inherited["prediction"] = prediction_of(args.unet)
+    overrides = read_overrides(args.set)
+    unet = args.unet or overrides.get("unet", "train")
+    if init and unet not in ("train", args.init):
+        raise UserError(f"--init {args.init} and --unet {unet}", "one U-Net is fine-tuned",
+                        "leave one of them out")
+    if unet != "train":
+        inherited["prediction"] = prediction_of(unet)
     names = ("size", "embedder", "vae", "unet", "batch", "lr")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    preset = replace(preset, **capped | inherited | read_overrides(args.set) | given)
+    preset = replace(preset, **capped | inherited | overrides | given)
 
     if not preset.unet_steps and preset.unet == "train":
         raise UserError("--set unet_steps=0 leaves the U-Net untrained",
@@ -776,10 +773,6 @@ def choose_preset(args, init):
         if getattr(preset, name) not in allowed:
             raise UserError(f"--set {name}={getattr(preset, name)}",
                             f"need one of {', '.join(allowed)}", "pass one of these")
-
-    if preset.refiner_steps and preset.refiner_window < 8:
-        raise UserError(f"--set refiner_window={preset.refiner_window}", "need 8 pixels or more",
-                        "leave it out")
 
     # Ranks and parts need equally many images, because their mean gradients are averaged.
     parts = {"batch": ranks() * args.accumulate, "vae_batch": ranks(),
@@ -845,16 +838,10 @@ def main(argv=None):
     device = pick_device(args.device)
     dataset = open_training_set(
         Path(args.out), args.resume, preset.size, data=args.data, holdout=args.holdout,
-        seed=args.seed, table=args.table, file_column=args.file_column,
+        seed=args.seed, condition=args.condition, table=args.table, file_column=args.file_column,
         group_column=args.group_column, patient_from=args.patient_from, count=args.count)
     images = dataset.images
 
-    # Without outliers; a resumed run knows them.
-    is_resumed = args.resume and Path(args.out, "split.csv").exists()
-    outliers = [] if is_resumed else drop_outliers(images, args.condition)
-    left_out = torch.tensor([i for i, _ in outliers], dtype=torch.int64)
-    dataset.train = dataset.train[~torch.isin(dataset.train, left_out)]
-    dataset.test = dataset.test[~torch.isin(dataset.test, left_out)]
     rows = torch.cat([dataset.train, dataset.test]).tolist()
 
     # Labels, prompts, vectors, and the model.
@@ -885,7 +872,7 @@ def main(argv=None):
     run = Run(args.out, config | {"depth": images.depth}, args.resume, thread_gain)
     try:
         with run.signals_caught():
-            write_choice(run, dataset, outliers)
+            write_choice(run, dataset)
             print_start(preset, run, model, dataset, device)
             train_stages(args, preset, run, model, dataset, labels, dtype)
     except Stopped as stopped:
@@ -895,7 +882,7 @@ def main(argv=None):
     # Outputs.
     if run.writes:
         run.write_model(model.to_checkpoint())
-        run.draw_curves(CURVES)
+        run.draw_curves()
         example = write_examples(run.folder / "held_out", dataset)
         run.close()
         print_end(run, model, example, (time.time() - began) / 60)

@@ -15,7 +15,6 @@ from experiments.statistics import mean_auc
 from support.command import UserError, number, print_table
 from support.datasets import label_matrix, open_dataset
 from support.files import write_json
-from support.ranks import pick_device
 
 
 def add_flags(parser):
@@ -30,7 +29,7 @@ def add_flags(parser):
 
 def main(args):
     run = open_run(args)
-    device = pick_device(args.device)
+    device = run.model.shift.device
     column = args.label_column
 
     # The sets, and their labels: all are checked before the first training.

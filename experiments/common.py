@@ -2,7 +2,7 @@
 
     add_run_flags(parser)               # --checkpoint --data --batch --device --count --train-limit
     run = open_run(args)                # .folder .model .images .train .test
-    for x in batches_of(run.images, run.test, args.batch): ...   # (B, 3, H, W) in [-1, 1]
+    for x in run.images.batches(run.test, args.batch): ...   # (B, 3, H, W) in [-1, 1]
 """
 from dataclasses import dataclass
 from itertools import takewhile
@@ -17,7 +17,7 @@ from support.datasets import ImageSet, label_matrix, open_dataset
 from support.files import BOX, load_checkpoint, read_csv, resolve_checkpoint
 from support.phantoms import CHEST_LABELS
 from support.ranks import pick_device
-from support.training_set import read_split
+from support.training_set import choose, read_split
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,6 @@ def add_run_flags(parser, count=5000, train_limit=None):
         help="at most this many held-out images, or images of each set")
     add("--train-limit", type=number(int, 1), default=train_limit,
         help="at most this many training images")
-
-
-def choose(indices, count):
-    """At most `count` of the indices (None: all), shuffled, always in the same way: int64 (N,)."""
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-    return torch.as_tensor(indices)[order[:count]]
-
-
-def batches_of(images, indices, batch):
-    """Iterator of the images with these indices, in batches (B, 3, H, W) in [-1, 1]."""
-    return (images.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(batch))
 
 
 def load_model(path, device):

@@ -13,7 +13,7 @@ CNN is trained on each arm and tested on real images of other patients:
                                 the learning rate
     pseudo-labels               the pool, and the third of the unlabelled images that a ridge
                                 regression on the pool's tokens is surest of, as it labels them
-                                (too often as positive, where few images are)
+                                (too often as positive where few images are positive)
     pseudo-labels, synthetic    the same, and R reconstructions of each of these images
 
 All arms of a pool start from the same weights and take the same number of steps. The baseline is
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import t as student
 
-from experiments.common import add_run_flags, batches_of, open_run, read_labels, refuse_vectors
+from experiments.common import add_run_flags, open_run, read_labels, refuse_vectors
 from experiments.small_cnn import from_bytes, predict, strong_augment, to_bytes, train_classifier
 from experiments.statistics import mean_auc, ridge_scores
 from support.command import StatusLine, UserError, number, print_table
@@ -135,8 +135,8 @@ def add_flags(parser):
     add("--n", type=number(int, 5), default=50, help="real images in a pool")
     add("--pools", type=number(int, 2), default=5, help="how many pools to draw")
     add("--ratio", type=number(int, 1), default=10, help="reconstructions of each image")
-    add("--folds", type=number(int), default=0, help="test on folds by patient of all labelled "
-        "images, one a pool in turn (0: on the run's held-out images)")
+    add("--folds", type=number(int), default=0, help="split all labelled images by patient into "
+        "this many folds; each pool is tested on one, in turn (0: on the run's held-out images)")
     add("--label-column", nargs="+", help="of labels.csv (default: the findings)")
     add("--least", type=number(int, 1), default=20, help="leave out labels with fewer images on "
         "either side, in training or held-out images")
@@ -175,7 +175,7 @@ def main(args):
         return to_bytes(F.interpolate(x, size, mode="area"))
 
     # Pixels and tokens of each row; reconstructions are made when a pool first needs them.
-    pixels = np.concatenate([shrink(x) for x in batches_of(images, indices, args.batch)])
+    pixels = np.concatenate([shrink(x) for x in images.batches(indices, args.batch)])
     tokens = torch.cat([
         model.embed(images.batch(part.tolist()).to(device), [images.files[i] for i in part]).cpu()
         for part in indices.split(args.batch)])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.common import batches_of, load_model
+from experiments.common import load_model
 from support.command import UserError, number
 from support.datasets import open_dataset
 from support.files import atomic_file, resolve_checkpoint
@@ -34,10 +34,13 @@ def main(args):
     if len(images) < 2 or not model.config.vit:
         raise UserError(f"{len(images)} images, {'a ViT' if model.config.vit else 'no ViT'}",
                         "2 images and a ViT are needed", "add images, or pass --checkpoint box")
+    path = Path(args.out or f"{Path(args.data).resolve().stem}.npz")
+    if path.resolve() == Path(args.data).resolve():
+        raise UserError(f"{path} is the data set itself", "another file is needed",
+                        "pass --out FILE")
 
     tokens = torch.cat([model.embedder.tokens(x.to(model.shift.device)).cpu()
-                        for x in batches_of(images, torch.arange(len(images)), args.batch)])
-    path = Path(args.out or f"{Path(args.data).resolve().stem}.npz")
+                        for x in images.batches(range(len(images)), args.batch)])
     with atomic_file(path) as file:
         np.savez(file, files=np.array(images.files), tokens=tokens.numpy())
     x = model.cpu().standardise(tokens).flatten(1)

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from experiments.common import batches_of, choose, load_model
+from experiments.common import choose, load_model
 from support.command import StatusLine, UserError, number
 from support.datasets import open_dataset
-from support.files import make_folder, resolve_checkpoint, write_text_atomic
+from support.files import resolve_checkpoint, write_text_atomic
 from support.pictures import COLOURS, to_picture
 from support.training_set import read_split
 
@@ -45,7 +45,7 @@ def read_images(args, path, flags, model):
         raise UserError(f"{len(indices)} images", "3 are needed for a plane", "add images")
     tokens, thumbnails = map(torch.cat, zip(*(
         (model.embed(x.to(model.shift.device)).cpu(), F.interpolate(x, 64, mode="area"))
-        for x in batches_of(images, indices, 32))))
+        for x in images.batches(indices, 32))))
 
     # The column with most values that shapes can tell apart; without a table: the folder.
     columns = {"image": [""] * len(images), **images.columns}
@@ -93,7 +93,7 @@ def main(args):
     if model.config.condition != "dino" or not model.config.vit:
         raise UserError(f"{path} does not follow the tokens of an image",
                         "a model with a ViT is needed", "pass another run, or box")
-    make_folder(Path(args.out).parent)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     # The dots: images, or samples of the K-means centres that the bundled model brings along.
     if args.data or "prototypes" not in checkpoint:

@@ -6,7 +6,6 @@ z-scored by REAL's first half. Distances between all images get 95 % intervals b
 
 Writes SYNTHETIC/fidelity.json.
 """
-import hashlib
 from functools import cache, partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from experiments.common import add_run_flags, choose, open_run
 from experiments.ladder import damages, ladder
 from experiments.radiomics import radiomic_features, z_score
 from experiments.statistics import subsample_interval
+from support.cache import fingerprint
 from support.command import UserError, number, print_table, user_errors
 from support.datasets import open_dataset
 from support.files import write_json
@@ -74,11 +74,9 @@ def feature_extractor(kind, weights, device):
         rule = f"CLS, antialiased bicubic to {net.input_side} px"
         extract = partial(conditioning_tokens, net, kind="cls")
 
-    digest = hashlib.sha256()
-    for value in net.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
+    digest = fingerprint(net.state_dict().values())[:8]
     net.eval().to(device)
-    return f"{kind} {digest.hexdigest()[:8]}, {rule}", extract
+    return f"{kind} {digest}, {rule}", extract
 
 
 def open_parts(args):
@@ -121,7 +119,9 @@ def main(args):
     name, judge = feature_extractor(args.features, args.weights, device)
     parts, reconstructor = open_parts(args)
     if args.features == "radiomics":  # one scale for all parts, measured when sizes are checked
-        reference = cache(partial(evaluate.measure, *parts[0], judge, device, args.batch))
+        images, indices = parts[0]
+        reference = cache(partial(evaluate.describe, images.batches(indices, args.batch), device,
+                                  judge))
 
         def judge(x):
             return z_score(reference()[0], radiomic_features(x))

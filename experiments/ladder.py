@@ -8,23 +8,19 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from evaluate import frechet_distance
 from experiments.radiomics import frd
+from experiments.small_cnn import from_bytes, to_bytes
 from support.pictures import to_picture
-
-
-def as_stored(images, **options):
-    """Images (B, 3, H, W) in [-1, 1] after Pillow's save(**options) and open, on the CPU."""
-    stored = []
-    for image in images:
-        file = io.BytesIO()
-        to_picture(image).save(file, **options)
-        stored.append(pil_to_tensor(Image.open(file)) / 127.5 - 1)
-    return torch.stack(stored)
 
 
 def damages(model=None):
     """{name: function of images (B, 3, H, W) in [-1, 1] and B seeds}; a DinoDiffusion adds two."""
     def compress(images, seeds):
-        return as_stored(images, format="JPEG", quality=90)
+        stored = []
+        for image in images:
+            file = io.BytesIO()
+            to_picture(image).save(file, format="JPEG", quality=90)
+            stored.append(pil_to_tensor(Image.open(file)) / 127.5 - 1)
+        return torch.stack(stored)
 
     def blur(images, seeds):  # the border is repeated
         return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -58,7 +54,7 @@ def ladder(by_name, part, features, judge, device, batch):
         measured = []
         for rows in indices[:count].split(batch):
             x = damage(images.batch(rows.tolist()).to(device), rows.tolist())
-            x = as_stored(x, format="PNG").to(device)  # 256 levels, as the other images have
+            x = from_bytes(to_bytes(x)).to(device)  # 256 levels, as the other images have
             measured.append(judge(x).flatten(1).cpu())
         rungs[name] = torch.cat(measured)
     rungs["synthetic"] = fake

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import correlations, describe
-from experiments.common import add_run_flags, batches_of, match_sources, open_run, refuse_vectors
+from evaluate import correlations, describe, pixel_rows
+from experiments.common import add_run_flags, match_sources, open_run, refuse_vectors
 from support.command import UserError, print_table
 from support.datasets import open_dataset
 from support.files import write_json
@@ -53,8 +53,7 @@ def main(args):
 
     def features_of(images, indices):
         """Tokens and pixels of these images."""
-        return describe(batches_of(images, indices, args.batch),
-                        lambda x: run.model.embed(x).flatten(1), device)
+        return describe(images.batches(indices, args.batch), device, run.model.embed, pixel_rows)
 
     # The training images, and the sets whose nearest neighbours are looked up.
     training = features_of(run.images, run.train)

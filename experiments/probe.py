@@ -14,11 +14,10 @@ import torch.nn.functional as F
 
 from dino import TOKEN_KINDS, VisionTransformer, conditioning_tokens
 from evaluate import bootstrap_interval, describe
-from experiments.common import add_run_flags, batches_of, open_run, read_labels, refuse_vectors
+from experiments.common import add_run_flags, open_run, read_labels, refuse_vectors
 from experiments.statistics import label_aucs, mean_auc, ridge_scores
 from support.command import number, print_table
 from support.files import write_json
-from support.ranks import pick_device
 
 
 def add_flags(parser):
@@ -36,7 +35,7 @@ def main(args):
     refuse_vectors(run.model)
     names, train, test, labels = read_labels(run.images, args.label_column, run.train, run.test,
                                              args.least)
-    device = pick_device(args.device)
+    device = run.model.shift.device
 
     # Feature extractors, each a function of images (B, 3, H, W).
     networks = {"embedder": run.model.embedder.vit}
@@ -50,8 +49,8 @@ def main(args):
 
     table = {}
     for name, extract in features.items():
-        train_x, _ = describe(batches_of(run.images, train, args.batch), extract, device)
-        test_x, _ = describe(batches_of(run.images, test, args.batch), extract, device)
+        train_x, test_x = (describe(run.images.batches(part, args.batch), device, extract)[0]
+                           for part in (train, test))
         scores = ridge_scores(train_x, labels[train], test_x)
         aucs = label_aucs(labels[test], scores)
         table[name] = {"mean": float(np.mean(aucs)),

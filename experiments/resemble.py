@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import (RandomFeatures, brightness, correlations, describe, frechet_distance,
-                      off_diagonal_mean, psnr, sharpness)
-from experiments.common import add_run_flags, batches_of, open_run
+                      off_diagonal_mean, pixel_rows, psnr, sharpness)
+from experiments.common import add_run_flags, open_run
 from support.command import UserError, number, print_table, user_errors
 from support.files import write_json
 from support.pictures import save_grid
@@ -34,14 +34,14 @@ def resemblance(model, sources, training, seeds, judge, refine=True, batch=64):
     seed. Distances are of the judge's features to the training images.
     """
     device = next(model.buffers()).device
-    train_features, _ = describe(training, judge, device)
+    train_features, = describe(training, device, judge)
 
     def in_batches(function, images):
         return torch.cat([function(x.to(device)).cpu() for x in images.split(batch)])
 
     def describe_set(images):
         """Pixel rows of a set of images, and their distance to the training images."""
-        features, pixels = describe(images.split(batch), judge, device)
+        features, pixels = describe(images.split(batch), device, judge, pixel_rows)
         return pixels, frechet_distance(features, train_features)
 
     # References: real images, the autoencoder, a blur.
@@ -97,7 +97,7 @@ def main(args):
                         "run python -m experiments fidelity on its samples")
     judge = RandomFeatures().to(next(model.buffers()).device)
     sources = run.images.batch(run.test.tolist())
-    training = batches_of(run.images, run.train, args.batch)
+    training = run.images.batches(run.train, args.batch)
     with user_errors():
         reference, results, pictures = resemblance(model, sources, training, args.seeds, judge,
                                                    not args.no_refine, args.batch)

@@ -11,9 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 
-from experiments.common import batches_of
 from support.seeds import step_seed
 from train import fit
 
@@ -30,10 +28,10 @@ def from_bytes(array):
 
 def load_bytes(images, indices):
     """The images of an ImageSet at these indices, as a uint8 array (N, 3, H, W)."""
-    return np.concatenate([to_bytes(x) for x in batches_of(images, indices, 256)])
+    return np.concatenate([to_bytes(x) for x in images.batches(indices, 256)])
 
 
-class Labelled(Dataset):
+class Labelled:
     """uint8 images (N, 3, H, W) with labels (N, L), read by `fit`."""
 
     def __init__(self, images, labels):

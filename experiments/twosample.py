@@ -47,8 +47,8 @@ def main(args):
         run = open_run(args, args.real)
         real, real_indices = run.images, run.test
     else:
-        size = open_dataset(args.real, None)[0].shape[-1]
-        real = open_dataset(args.real, size)
+        real = open_dataset(args.real, None)
+        real.size = real[0].shape[-1]
         real_indices = choose(range(len(real)), args.count)
     synthetic = open_dataset(args.synthetic, real.size)
     indices = choose(range(len(synthetic)), args.count)

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from support.command import StatusLine, Stopped, UserError, user_errors
-from support.files import make_folder, write_text_atomic
+from support.files import write_text_atomic
 from support.ranks import all_ranks, rank, ranks, rows_of_rank
 
 
@@ -116,7 +116,7 @@ def build_cache(folder, arrays, dataset, encode, made_by, run, batch=64,
     if all_ranks(complete.exists() and complete.read_text() == made_by)[0]:
         return
     if not rank():
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         complete.unlink(missing_ok=True)
         need = sum(n * math.prod(shape) * np.dtype(dtype).itemsize
                    for shape, dtype in arrays.values())
@@ -175,7 +175,7 @@ def read_vectors(path):
 
     if tokens.ndim == 2:
         tokens = tokens[:, None]  # (N, D) -> (N, 1, D)
-    if tokens.ndim != 3 or len(tokens) != len(names) or not tokens.isfinite().all():
+    if tokens.ndim != 3 or not names or len(tokens) != len(names) or not tokens.isfinite().all():
         raise UserError(f"{path} has tokens of shape {tuple(tokens.shape)} for {len(names)} names, "
                         "or not finite", need, "write one vector for each name")
     if len(set(names)) < len(names):

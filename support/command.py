@@ -41,7 +41,7 @@ def run_script(main):
         text = str(error).rpartition("support.command.UserError: ")[2].strip()
     except OSError as error:
         text = one_line(f"{error}: a writable folder with free space is needed: make space, or "
-                        "choose another folder")
+                        "pass another --out")
     except (MemoryError, RuntimeError) as error:
         no_memory = r"out of memory|allocate memory|DataLoader worker \(pid"
         if isinstance(error, RuntimeError) and not re.search(no_memory, str(error)):
@@ -53,12 +53,12 @@ def run_script(main):
     sys.exit(2)
 
 
-def number(kind, low=0, high=float("inf")):
+def number(kind, low=0, high=2 ** 63 - 1):
     """A type for argparse: `kind` (int or float) from low to high."""
     def parse(text):
-        with suppress(ValueError, OverflowError):
+        with suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and abs(value) < float("inf"):
+            if low <= value <= high:
                 return value
         need = "whole number" if kind is int else "number"
         raise argparse.ArgumentTypeError(f"{text!r}: need a {need} from {low:g} to {high:g}")

@@ -54,6 +54,7 @@ class ImageSet:
     depth: dict = field(default_factory=lambda: dict(EIGHT_BITS))  # of deep grey, see images.py
     problems: list = field(default_factory=list)    # lines for the user
     unreadable: dict = field(default_factory=dict)  # file -> why it is not used
+    outliers: dict = field(default_factory=dict)    # the same of those that drop_outliers found
     cache: dict = field(default_factory=dict)  # index -> image
 
     def __len__(self):
@@ -70,6 +71,10 @@ class ImageSet:
     def batch(self, indices):
         """(B, 3, size, size) of the images with these indices."""
         return torch.stack([self[i] for i in indices])
+
+    def batches(self, indices, count):
+        """Iterator of the images with these indices, `count` at a time."""
+        return (self.batch(rows.tolist()) for rows in torch.as_tensor(indices).split(count))
 
     def mask(self, i, kind="masks"):
         """(1, size, size) bool, or None: at least half of the largest value, so 0/1 works too."""

@@ -17,15 +17,6 @@ CHECKPOINT_VERSION = 4
 BOX = Path(__file__).resolve().parent.parent / "weights" / "cxr128.pt"
 
 
-def make_folder(path):
-    """Create a folder and its parents; UserError if that is not possible."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be created ({error.strerror})",
-                        "a writable folder is needed", "pass another --out") from error
-
-
 def next_folder(parent, name):
     """The first of parent/name, parent/name_2, parent/name_3, ... that does not exist."""
     paths = (Path(parent, f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
@@ -36,9 +27,9 @@ def next_folder(parent, name):
 def atomic_file(path, sync=True):
     """A binary file that replaces `path` once it is complete; sync: and on the disk."""
     path = Path(path)
-    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -103,20 +94,9 @@ def write_json(path, result):
     print(f"wrote {path}")
 
 
-def append_jsonl(path, row):
-    """Add a dict as one line of JSON."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def read_jsonl(path):
-    """The rows of such a file; [] if it is missing; truncated lines are skipped."""
-    rows = []
-    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
+    """The rows of a file with one JSON object a line."""
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
 def load_checkpoint(path, needs=(), do="make one with: python train.py --data cxr"):
@@ -157,9 +137,3 @@ def resolve_checkpoint(argument=None, root="runs"):
         raise UserError(f"there is no checkpoint {path}", "a trained model is needed",
                         "make one with: python train.py --data cxr")
     return path
-
-
-def note_colour(images):
-    """Print a note if an image (3, H, W) in [-1, 1] has colours: the box knows only X-rays."""
-    if any((x.amax(0) - x.amin(0)).max() > 0.1 for x in images):
-        print("note: the source has colours; the bundled model renders any input as a chest X-ray")

@@ -12,12 +12,6 @@ from support.pictures import line_chart
 from support.seeds import step_seed
 
 
-def draw_held_out(test, seed, most=64):
-    """At most that many of the held-out indices, at random."""
-    generator = torch.Generator().manual_seed(step_seed(seed, "held out"))
-    return test[torch.randperm(len(test), generator=generator)[:most]]
-
-
 def token_distances(a, b):
     """Root of the mean squared difference of each row of (N, D) and each of (M, D): (N, M)."""
     exact = "donot_use_mm_for_euclid_dist"  # the matrix product loses small distances
@@ -68,7 +62,7 @@ class HeldOut:
     def measure(self, run, model, cache, samples, step, is_last):
         """Print and log the loss and the share; at the end, the loss by noise level too."""
         last = model.schedule.num_train_timesteps - 1
-        row = {"stage": "unet" + run.HELD_OUT, "step": step, "loss": self.loss(model, 0, last)}
+        row = {"stage": "unet, held out", "step": step, "loss": self.loss(model, 0, last)}
         text = f"held-out loss {row['loss']:.4f} at step {step}"
         if model.config.vit:  # else samples have no tokens
             row["near"] = self.share_near(model, cache, samples)

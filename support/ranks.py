@@ -55,13 +55,6 @@ def average_gradients(parameters):
             parameter.grad.copy_(mean / ranks())
 
 
-def share_batch_norm(model):
-    """The model; on several GPUs, with batch norms over the whole batch."""
-    if ranks() > 1 and next(model.parameters()).is_cuda:
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
 def pick_device(name="auto"):
     """The torch.device of that name; "auto" prefers CUDA, then MPS, then the CPU."""
     if name == "auto":

@@ -2,7 +2,7 @@
 
     run = Run("runs/mine", config, resume=True)   # locks the folder
     with run.signals_caught():                    # Ctrl-C and SIGTERM save first
-        progress = run.begin("vae", steps, upto, model, optimizer, ema)   # loads the saved state
+        progress = Progress(run, "vae", steps, upto, model, optimizer, ema)  # loads what was saved
         progress.after_step(loss, norm, rate, images, logs)   # logs, saves, stops; refuses NaN
         run.finish("vae", model.state_dict())
     run.close()
@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from support.command import StatusLine, Stopped, UserError, user_errors
-from support.files import (CHECKPOINT_VERSION, append_jsonl, load_checkpoint, make_folder,
-                           read_jsonl, save_atomic, write_text_atomic)
+from support.files import (CHECKPOINT_VERSION, load_checkpoint, read_jsonl,
+                           save_atomic, write_text_atomic)
 from support.pictures import line_chart
 from support.ranks import all_ranks, rank
 from support.speed import ThreadWatch
@@ -83,8 +83,6 @@ class Run:
     folder cannot be created or is in use, or if its state is damaged.
     """
 
-    HELD_OUT = ", held out"  # ends the stage's name in rows about held-out images
-
     def __init__(self, folder=None, config=None, resume=False, thread_gain=0.0):
         """thread_gain: see support.speed.ThreadWatch."""
         self.config = config
@@ -97,7 +95,7 @@ class Run:
             return
         self.folder = Path(folder)
         if self.writes:
-            make_folder(self.folder / "cache")
+            Path(self.folder, "cache").mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder)
         all_ranks()
 
@@ -128,18 +126,11 @@ class Run:
 
     # ---- during a stage
 
-    def begin(self, stage, steps, upto, model, optimizer, ema):
-        """Begin or resume a stage: its Progress."""
-        return Progress(self, stage, steps, upto, model, optimizer, ema)
-
-    def rows(self):
-        """The rows of log.jsonl."""
-        return read_jsonl(self.folder / "log.jsonl")
-
     def log(self, **row):
         """Add a row to log.jsonl."""
         if self.writes:
-            append_jsonl(self.folder / "log.jsonl", row)
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def save(self, stage, step, model, optimizer, ema):
         """Save everything that the stage needs to resume after this step."""
@@ -198,13 +189,14 @@ class Run:
             save_atomic(self.folder / "model.pt", {
                 "version": CHECKPOINT_VERSION, **checkpoint, "training": self.config})
 
-    def draw_curves(self, stages):
+    def draw_curves(self):
         """curves.png: the loss of each stage."""
         if self.writes:
-            rows = self.rows()
-            series = {stage: ([row["step"] for row in rows if row["stage"] == stage],
-                              [row["loss"] for row in rows if row["stage"] == stage])
-                      for stage in dict.fromkeys(row["stage"] for row in rows) if stage in stages}
+            series = {}
+            for row in read_jsonl(self.folder / "log.jsonl"):
+                xs, ys = series.setdefault(row["stage"], ([], []))
+                xs.append(row["step"])
+                ys.append(row["loss"])
             line_chart(self.folder / "curves.png", series, "training loss", "step", "loss", True)
 
     def close(self):

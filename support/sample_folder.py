@@ -12,7 +12,8 @@ import torch
 
 from support.command import UserError, user_errors
 from support.datasets import open_dataset
-from support.files import append_csv, make_folder
+from support.files import append_csv
+from support.images import image_root
 from support.pictures import draw_grid, save_gif, save_png
 from support.ranks import all_ranks, rank
 
@@ -31,7 +32,6 @@ class Request:
     index: int = -1        # of the prototype or vector
     prompt: str = ""
     labels: dict = field(default_factory=dict)  # that the image inherits
-    label_rule: str = ""   # where they come from
 
 
 def find_sources(paths, read):
@@ -45,6 +45,7 @@ def find_sources(paths, read):
         for i, source in enumerate(images.sources):
             labels = {name: column[i] for name, column in images.columns.items() if column[i]}
             sources.append((source, labels))
+        sources += [(image_root(path) / file, {}) for file in images.unreadable]
 
     readable = []
     problems = []
@@ -87,7 +88,7 @@ class SampleFolder:
         if (folder / "samples.csv").exists():
             raise UserError(f"{folder} already contains samples", "a new folder is needed",
                             "pass another --out")
-        make_folder(folder / "images")
+        (folder / "images").mkdir(parents=True, exist_ok=True)
         self.label_names = sorted({name for request in requests for name in request.labels})
 
         # Which requests the grid shows: {row: [indices]}.
@@ -127,9 +128,10 @@ class SampleFolder:
         request = self.requests[i]
         weights = ["", "1", f"{1 - request.weight:.3f}|{request.weight:.3f}"][len(request.sources)]
         labels = [request.labels.get(name, "") for name in self.label_names]
-        rule = request.label_rule if request.labels else ""
+        rule = "of the prompt" if request.prompt else "of the source"
         return [self.file(i), request.strategy, "|".join(map(str, request.sources)), weights,
-                request.prompt, request.seed, *self.settings.values(), rule, *labels]
+                request.prompt, request.seed, *self.settings.values(),
+                rule if request.labels else "", *labels]
 
     def draw(self, images, read_sources, with_prompts):
         """The first rows as one picture, each behind its source; a second source ends its row.

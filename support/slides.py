@@ -112,14 +112,20 @@ def open_slides(folder, tiling, label_column="label"):
     if not folder.is_dir():
         raise UserError(f"there is no data set {folder}", "a folder of slides is needed",
                         "pass --data mosaic or FOLDER")
-    files = [path for path in sorted(folder.rglob("*"))
-             if path.is_file() and is_inside(path, folder)]
+    ours = {path.with_name("features").resolve() for path in folder.rglob("config.json")}
+    ours.add(Path(tiling.folder).resolve())  # features that runs have made are no data
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()
+             and is_inside(path, folder) and path.parent.resolve() not in ours]
     paths = ([path for path in files if path.suffix in FEATURE_SUFFIXES]
              or [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | SLIDE_SUFFIXES])
     table = folder / "labels.csv"
     if not table.is_file():
         table = folder.resolve().parent / "labels.csv"
-    row_of = {Path(row.get("file", "")).stem: row for row in read_csv(table)}
+    rows = read_csv(table)
+    row_of = {Path(row.get("file", "")).stem: row for row in rows}
+    if len(row_of) < len(rows):
+        raise UserError(f"{table} names a slide twice, or has no column file",
+                        "one row per slide is needed", "merge them")
     if not paths or len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{folder} has {len(paths)} slides", "slides, images or feature files with "
                         "different names are needed", "pass --data mosaic or FOLDER")
@@ -166,7 +172,8 @@ def open_slides(folder, tiling, label_column="label"):
 def split_slides(slides, folds, seed):
     """(train, test) lists: by the column split if it is used, else cross-validated by patient.
 
-    Raises UserError for a patient on both sides, or a training part with one label only.
+    Raises UserError for a patient on both sides, for a training part with one label only, and if
+    no test part has both.
     """
     held_out = [{slide.patient for slide in slides if slide.is_test}]  # of each fold
     both = sorted(held_out[0] & {slide.patient for slide in slides if not slide.is_test})
@@ -177,18 +184,15 @@ def split_slides(slides, folds, seed):
         held_out = [{patients[i] for i in order[fold::folds]}
                     for fold in range(min(folds, len(patients)))]
 
-    splits = []
-    for patients in held_out:
-        train = [slide for slide in slides if slide.patient not in patients]
-        test = [slide for slide in slides if slide.patient in patients]
-        splits.append((train, test))
-        sides = [train, test] if len(held_out) == 1 else [train]  # a fold may have one label
-        if both or any(len({slide.label for slide in side}) < 2 for side in sides):
-            raise UserError(f"patients on both sides: {', '.join(both[:3]) or 'none'}; "
-                            f"{len(train)} training slides of a fold",
-                            "no patient on both sides, and two labels to train and to test on, "
-                            "are needed",
-                            "correct labels.csv, or add slides")
+    splits = [([slide for slide in slides if slide.patient not in patients],
+               [slide for slide in slides if slide.patient in patients]) for patients in held_out]
+    trainable, testable = zip(*[[len({slide.label for slide in side}) == 2 for side in split]
+                                for split in splits])
+    if both or not all(trainable) or not any(testable):
+        raise UserError(f"patients on both sides: {', '.join(both[:3]) or 'none'}; both labels to "
+                        f"train on in {sum(trainable)} of {len(splits)} folds, to test on in "
+                        f"{sum(testable)}", "none, all, and one or more are needed",
+                        "correct labels.csv, add slides, or pass fewer --folds")
     return splits
 
 
@@ -231,9 +235,8 @@ def open_patches(folder, embed, label_column, positive=None):
                         f"{positive}, patients {'un' * (images.groups is None)}known",
                         "two labels, one of them positive, and a patient per patch are needed",
                         "complete labels.csv, or pass --label-column or --positive")
-    batches = (images.batch(rows.tolist()) for rows in torch.arange(len(images)).split(64))
     tested = {group for group, side in zip(images.groups, images.official or ()) if side == "test"}
-    return embed_patches(batches, embed, cancer=labels == positive,
+    return embed_patches(images.batches(range(len(images)), 64), embed, cancer=labels == positive,
                          patients=np.array(images.groups), test_patients=tuple(sorted(tested)))
 
 

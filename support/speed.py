@@ -32,17 +32,6 @@ def shortest(step):
     return min(seconds)
 
 
-def measure_threads(step, counts):
-    """{threads: seconds of step()}; 1 first, because others may be very slow. PyTorch's random
-    state stays as it was."""
-    timings = {}
-    with torch.random.fork_rng(devices=[]):
-        for count in counts:
-            torch.set_num_threads(count)
-            timings[count] = shortest(step)
-    return timings
-
-
 def rehearse(model, batch, dtype, backward=True):
     """Forward and backward pass of model.unet on `batch` random latents; leaves no gradients."""
     config = model.config
@@ -73,8 +62,11 @@ def set_threads(threads, device, steps, step):
     if not threads and device.type == "cpu":
         threads = default
         if default > 1 and not is_set and steps >= MIN_STEPS:
-            timings = measure_threads(step, (1, default))
-            gain = timings[1] / timings[default]
+            with torch.random.fork_rng(devices=[]):  # PyTorch's random state stays as it was
+                torch.set_num_threads(1)  # first, because more may be very slow
+                alone = shortest(step)
+                torch.set_num_threads(default)
+                gain = alone / shortest(step)
             threads = default if gain >= MIN_GAIN else 1
             print(f"{threads} of {default} threads: {default} are {gain:.1f} times as fast as one, "
                   "but wait for each other beside other programs; choose with --threads N")
@@ -127,8 +119,7 @@ def compile_blocks(model, **options):
     """
     # Blocks share their code, compiled once per width: allow more than the default of 8 versions.
     config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, limit, max(64, getattr(config, limit)))
+    config.cache_size_limit = max(64, config.cache_size_limit)  # recompile_limit has this alias
     for block in repeated_blocks(model):
         block.compile(**options)
 

@@ -41,16 +41,23 @@ def split_holdout(images, holdout, seed):
         held_out = draw_groups(groups, holdout, seed)
 
     in_test = torch.tensor([group in held_out for group in groups])
-    readable = torch.tensor([file not in images.unreadable for file in images.files])
+    left_out = images.unreadable | images.outliers
+    used = torch.tensor([file not in left_out for file in images.files])
     if in_test.all():
         raise UserError(f"--holdout {holdout} holds out all {len(groups):,} images",
                         "some must be left for training", "hold out less, or change --group-column")
-    return tuple(torch.nonzero(side & readable)[:, 0] for side in (~in_test, in_test))
+    return tuple(torch.nonzero(side & used)[:, 0] for side in (~in_test, in_test))
 
 
 def split_halves(images, seed):
     """(first, second) indices, int64, of the halves of an ImageSet, whatever its official split."""
     return split_holdout(replace(images, official=None), 0.5, seed)
+
+
+def choose(indices, count=None):
+    """At most `count` of the indices (None: all), shuffled, always in the same way: int64 (N,)."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    return torch.as_tensor(indices)[order[:count]]
 
 
 def draw_groups(groups, share, seed):
@@ -106,7 +113,8 @@ class TrainingSet:
         return (self.test if len(self.test) else self.train)[:8]
 
 
-def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **options):
+def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0,
+                      condition="dino", **options):
     """The TrainingSet of the run in `folder`; options go to open_dataset.
 
     Rank 0 decides and prints the first lines. Raises UserError if more than a tenth of the images
@@ -124,6 +132,7 @@ def open_training_set(folder, resume, size, data="cxr", holdout=0.15, seed=0, **
     if not rank():
         print(images.note, *(f"  note: {problem}" for problem in images.problems), sep="\n")
     if not is_resumed:
+        images.outliers = drop_outliers(images, condition)
         return TrainingSet(images, *split_holdout(images, holdout, seed))
 
     train, test = read_split(split, images)
@@ -182,49 +191,45 @@ def find_outliers(images):
 
 
 def drop_outliers(images, condition):
-    """(index, reason) of the patches of an ImageSet that a run with prompts leaves out.
+    """{file: reason} of the patches of an ImageSet that a run with prompts leaves out.
 
     Only colour images are examined. If more than half would be left out, none is: they are
     probably not histology.
     """
     if condition not in ("prompts", "labels"):
-        return []
+        return {}
 
     # Medians, so that a coloured mark on a grey X-ray does not count.
     rows = torch.tensor([i for i, file in enumerate(images.files) if file not in images.unreadable])
     sample = rows[torch.linspace(0, len(rows) - 1, min(64, len(rows))).long()].tolist()
     colour = torch.stack([(images[i].amax(0) - images[i].amin(0)).median() for i in sample])
     if colour.median() <= 0.1:
-        return []
+        return {}
 
-    outliers = []
+    outliers = {}
     status = StatusLine(len(rows), "outliers")
     for k, part in enumerate(rows.split(64), 1):
         reasons = find_outliers(images.batch(part.tolist()))
-        outliers += [(i, reason) for i, reason in zip(part.tolist(), reasons) if reason]
+        outliers |= {images.files[i]: reason for i, reason in zip(part, reasons) if reason}
         status.update(min(64 * k, len(rows)), images=len(part))
     status.close()
     if 2 * len(outliers) > len(rows):
         print(f"note: {len(outliers)} of {len(rows)} images look empty or out of focus, too many "
               "to be outliers: all are used")
-        return []
+        return {}
     return outliers
 
 
-def write_choice(run, training_set, outliers=()):
-    """Write unreadable.csv and outliers.csv, then split.csv, which a resumed run follows.
-
-    outliers: (index, reason) of images that are left out.
-    """
+def write_choice(run, training_set):
+    """Write unreadable.csv and outliers.csv, then split.csv, which a resumed run follows."""
     if not run.writes or (run.config["resume"] and (run.folder / "split.csv").exists()):
         return
     images = training_set.images
     if images.unreadable:
         write_csv(run.folder / "unreadable.csv", [["file", "why"], *images.unreadable.items()])
-    if outliers:
-        rows = [[images.files[i], reason] for i, reason in outliers]
-        write_csv(run.folder / "outliers.csv", [["file", "reason"], *rows])
-        print(f"{len(outliers)} outliers left out: {run.folder / 'outliers.csv'}")
+    if images.outliers:
+        write_csv(run.folder / "outliers.csv", [["file", "reason"], *images.outliers.items()])
+        print(f"{len(images.outliers)} outliers left out: {run.folder / 'outliers.csv'}")
     write_split(run.folder / "split.csv", images, training_set.train, training_set.test)
 
 
@@ -240,19 +245,12 @@ def write_examples(folder, training_set):
     return path
 
 
-def write_prompts(path, files, labels, clusters, prompts):
-    """CSV of the label, cluster and prompt of each training image; labels, clusters may be None."""
-    blank = [""] * len(files)
-    rows = zip(files, labels or blank, blank if clusters is None else clusters, prompts)
-    write_csv(path, [["file", "label", "cluster", "prompt"], *map(list, rows)])
-
-
 def draw_clusters(path, images, indices, assignment, seed):
     """A grid with ten random images of each cluster; indices, assignment: (N,) int64."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     captions = []
-    for k in range(int(assignment.max()) + 1):
+    for k in assignment.unique().tolist():
         members = indices[assignment == k]
         order = torch.randperm(len(members), generator=generator)
         rows.append(images.batch(members[order[:10]].tolist()))

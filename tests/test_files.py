@@ -61,7 +61,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"a": 1}
     for name in ("x", "x_2", "x_3"):
         assert files.next_folder(tmp_path, "x") == tmp_path / name
-        files.make_folder(tmp_path / name)
+        (tmp_path / name).mkdir()
     assert sorted(os.listdir(tmp_path)) == ["x", "x.pt", "x_2", "x_3"]
 
 

@@ -51,6 +51,8 @@ def test_stable_diffusion_is_known_by_its_file(small_run, tmp_path):
                              (tmp_path / "eps.pt", "eps")):
         preset = train.choose_preset(train.parse(["--unet", str(unet), "--dry-run"]), None)
         assert preset.prediction == prediction
+    assert train.choose_preset(train.parse(["--set", "unet=sd15", "--dry-run"]),
+                               None).prediction == "eps"
     with pytest.raises(UserError, match="no weights"):
         (tmp_path / "empty").mkdir()
         train.choose_preset(train.parse(["--unet", str(tmp_path / "empty"), "--dry-run"]), None)

@@ -30,6 +30,7 @@ BAD_LINES = [
     (train, "--set nonsense=1", "nonsense"), (train, "--set vae_steps=x", "vae_steps"),
     (train, "--set tokens=all", "tokens"), (train, "--set unet_steps=0", "--init RUN"),
     (train, "--set vae_batch=0", "more than 0"),
+    (train, "--init RUN --unet sd15", "one U-Net"), (train, "--seed 1" + 30 * "0", "--seed"),
     (train, "--device tpu", "pass --device auto"),
     (train, "--data RUN/held_out --patient-from (", "--patient-from"),
     (train, "--out TEXT", "--out"), (train, "--out RUN", "--resume"),

@@ -263,8 +263,11 @@ def test_run_on_phantoms_and_explain(drawn_once, tmp_path, monkeypatch):
     assert len(result["table"]) == 3 + 4 and len(result["scores"]) == 7 * 4
     for name in ("heat_2x2.png", "log.jsonl", "config.json"):
         assert (tmp_path / "a" / name).stat().st_size > 0
-    with pytest.raises(UserError, match="already contains a finished run.*--explain"):
-        mil.main([*flags, *out])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "split.csv").touch()  # of a run of train.py
+    for folder in "ab":
+        with pytest.raises(UserError, match="already contains a finished run.*--explain"):
+            mil.main([*flags, "--out", str(tmp_path / folder)])
 
     monkeypatch.setattr(mil, "fit", None)  # nothing may be trained
     mil.main([*out, "--explain", "test_0003"])

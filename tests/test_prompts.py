@@ -163,8 +163,8 @@ def test_patches_that_show_nothing():
                      torch.nn.functional.avg_pool2d(tissue[:1], 25, 1, 12), fat])
     assert find_outliers(odd) == ["black", "blank", "out of focus", ""]
     both = in_memory(torch.cat([tissue, odd]))
-    assert drop_outliers(both, "labels") == [(40, "black"), (41, "blank"), (42, "out of focus")]
-    assert drop_outliers(both, "dino") == []
+    assert drop_outliers(both, "labels") == {"40": "black", "41": "blank", "42": "out of focus"}
+    assert drop_outliers(both, "dino") == {}
 
 
 def test_grey_images_are_never_dropped():
@@ -172,7 +172,7 @@ def test_grey_images_are_never_dropped():
     grey = torch.nn.functional.interpolate(torch.rand(30, 1, 4, 4), 64, mode="bilinear") * 2 - 1
     grey = grey.repeat(1, 3, 1, 1)
     assert "out of focus" in find_outliers(grey)
-    assert drop_outliers(in_memory(grey), "prompts") == []
+    assert drop_outliers(in_memory(grey), "prompts") == {}
 
 
 def test_balance_draws_every_prompt_equally_often():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from support.command import Stopped, UserError
-from support.run import Run, resume_flags
+from support.files import read_jsonl
+from support.run import Progress, Run, resume_flags
 
 ONE = torch.tensor(1.0)
 
@@ -45,7 +46,8 @@ def test_a_saved_state_comes_back(tmp_path):
     again = Run(tmp_path / "run", {"size": 1}, resume=True)
     assert again.finished["vae"]["w"].tolist() == [1, 1]
     assert again.steps_done("unet") == 1 and again.steps_done("vae") == 0
-    assert [(row["stage"], row["step"]) for row in again.rows()] == [("vae", 9), ("unet", 1)]
+    rows = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert [(row["stage"], row["step"]) for row in rows] == [("vae", 9), ("unet", 1)]
     other, its_optimizer = network()
     loaded = {"w": torch.zeros(3)}
     assert again.restore("unet", other, its_optimizer, loaded) == 1
@@ -107,7 +109,7 @@ def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     """`fit` may be called without a run: losses are still watched."""
     monkeypatch.chdir(tmp_path)
     conv, optimizer = network()
-    progress = Run().begin("test", 3, 3, conv, optimizer, None)
+    progress = Progress(Run(), "test", 3, 3, conv, optimizer, None)
     progress.after_step(ONE, ONE, 0.1, 4, {})
     with pytest.raises(UserError, match="test: the loss .* is nan at step .*learning rate"):
         progress.after_step(torch.tensor(float("nan")), ONE, 0.1, 4, {})
@@ -119,7 +121,7 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path):
     After the last step nothing is raised. The handlers of before are restored."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run = Run(tmp_path / "run", {})
-    progress = run.begin("vae", 2, 2, *network(), None)
+    progress = Progress(run, "vae", 2, 2, *network(), None)
     with run.signals_caught():
         signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -130,5 +132,6 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path):
         assert (state["stage"], state["step"]) == ("vae", 1)
         progress.after_step(ONE, ONE, 0.1, 4, {"kl": ONE})
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    assert [(row["step"], row["loss"], row["lr"], row["kl"]) for row in run.rows()] == [
+    rows = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert [(row["step"], row["loss"], row["lr"], row["kl"]) for row in rows] == [
         (1, 1.0, 0.1, 1.0), (2, 1.0, 0.1, 1.0)]

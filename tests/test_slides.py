@@ -110,13 +110,16 @@ def test_slides_left_out_are_counted_and_named(tmp_path, capsys):
 
 
 def test_bad_folders_are_refused(tmp_path):
-    """Two widths, three labels, no table, a patient on both sides: one line."""
+    """Two widths, three labels, two rows, no table, a patient on both sides: one line."""
     folder = write_features(tmp_path / "w", ["a", "b"])
     np.savez(folder / "b.npz", features=np.ones((2, 5)), coords=[[0, 0], [0, 1]])
     with pytest.raises(UserError, match="width .5, 6."):
         open_slides(folder, tiling_of())
     with pytest.raises(UserError, match="labels .'x', 'y', 'z'.*two labels"):
         open_slides(write_features(tmp_path / "l", "abc", labels="xyz"), tiling_of())
+    (folder / "labels.csv").write_text("file,label\na.npz,x\na.svs,y\n")
+    with pytest.raises(UserError, match="names a slide twice"):
+        open_slides(folder, tiling_of())
     (folder / "labels.csv").unlink()
     with pytest.raises(UserError, match="labels.csv"):
         open_slides(folder, tiling_of())

@@ -15,9 +15,10 @@ from make_diffusers import inputs
 from small_run import SMALL
 from support import speed
 from support.command import UserError
-from support.run import Run
-from support.speed import (ThreadWatch, attention, compile_blocks, compile_where_it_pays,
-                           measure_threads, rehearse, repeated_blocks, set_threads)
+from support.files import read_jsonl
+from support.run import Progress, Run
+from support.speed import (ThreadWatch, attention, compile_blocks, compile_where_it_pays, rehearse,
+                           repeated_blocks, set_threads)
 from unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
@@ -91,12 +92,12 @@ def test_a_resumed_run_stays_with_one_thread(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW(net.parameters())
     monkeypatch.setattr(speed, "WINDOW", 0.01)
     run = Run(tmp_path, {"threads": 2}, thread_gain=1.6)
-    progress = run.begin("unet", 30, 30, net, optimizer, None)
+    progress = Progress(run, "unet", 30, 30, net, optimizer, None)
     for step in range(30):
         time.sleep(0.002 if step < 10 else 0.02)
         progress.after_step(torch.tensor(1.0), torch.tensor(1.0), 1e-3, 1, {})
     run.close()
-    assert [row["threads"] for row in run.rows()][::29] == [2, 1]
+    assert [row["threads"] for row in read_jsonl(tmp_path / "log.jsonl")][::29] == [2, 1]
 
     torch.set_num_threads(2)
     again = Run(tmp_path, {"threads": 2}, resume=True)
@@ -117,9 +118,10 @@ def test_a_rehearsal_leaves_no_trace(condition):
         p.register_hook(lambda gradient, name=name: gradients.add(name))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    measure_threads(lambda: rehearse(model, 2, torch.bfloat16, backward=False), (1,))
+    set_threads(0, CPU, 1000, lambda: rehearse(model, 2, torch.bfloat16, backward=False))
     assert not gradients
-    measure_threads(lambda: rehearse(model, 2, torch.bfloat16), (1,))
+    torch.set_num_threads(2)
+    set_threads(0, CPU, 1000, lambda: rehearse(model, 2, torch.bfloat16))
     assert torch.equal(torch.get_rng_state(), state)
     assert gradients == {name for name, _ in model.unet.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
@@ -132,19 +134,19 @@ def test_a_resumed_run_takes_the_same_number(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "MIN_STEPS", 1)
     counts = []
 
-    def timings(step, tried):
+    def shortest(step):
         step()
-        counts.append(tried)
-        return {1: 0.1, 2: 1.0}
+        counts.append(torch.get_num_threads())
+        return 0.1 * len(counts)  # two threads are slower
 
-    monkeypatch.setattr(speed, "measure_threads", timings)
+    monkeypatch.setattr(speed, "shortest", shortest)
     flags = [*TINY, "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["threads"] == 1
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert train.main([*flags, "--resume"]) == 0
-    assert torch.get_num_threads() == 1 and counts == [(1, 2)]
+    assert torch.get_num_threads() == 1 and counts == [1, 2]
     with pytest.raises(UserError, match="--threads 2 differs from the run's 1"):
         train.main([*flags, "--resume", "--threads", "2"])
 

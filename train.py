@@ -664,7 +664,7 @@ def flags():
     flag("--init", help="a run, a model.pt, or box, whose U-Net is fine-tuned; --embedder tiny "
          "and --vae train fine-tune those parts too")
     flag("--embedder", help="tiny, random, a file of vectors (.npz), a path, or one of: "
-         + ", ".join(VISION_TRANSFORMERS))
+         + ", ".join(PUBLISHED["vit"]))
     flag("--vae", help="train, a path, or a published name")
     flag("--unet", help="train, a path, or sd15")
     flag("--condition", choices=("dino", "prompts", "labels", "none"), default="dino",

@@ -27,7 +27,8 @@ def first_share(similarity):
     return (similarity.diagonal() > others).double().mean().item()
 
 
-def resemblance(model, sources, training, seeds, judge, refine=True, batch=64):
+def resemblance(model, sources, training, seeds, judge, refine=True, batch=64,
+                guidance_scale=None):
     """The figures: (dict of references, list of one dict per seed, rows of pictures).
 
     sources (N, 3, H, W) held out; training: iterator of image batches. One sample per source and
@@ -64,7 +65,8 @@ def resemblance(model, sources, training, seeds, judge, refine=True, batch=64):
     condition = None if model.config.condition == "none" else tokens
     for seed in seeds:
         noise_seeds = [seed * 1_000_003 + i for i in range(len(sources))]
-        samples = model.sample(condition, noise_seeds, batch=batch, refine=refine).cpu()
+        samples = model.sample(condition, noise_seeds, guidance_scale=guidance_scale, batch=batch,
+                               refine=refine).cpu()
         pixels, distance = describe_set(samples)
         by_pixels = correlations(pixels, source_pixels)  # (N, N)
         again = F.normalize(in_batches(model.embed, samples).flatten(1), dim=1)
@@ -86,6 +88,7 @@ def add_flags(parser):
     add_run_flags(parser, count=256, train_limit=2000)
     add = parser.add_argument
     add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="of the samples")
+    add("--guidance-scale", type=number(float, 0), help="(default: the model's)")
     add("--no-refine", action="store_true", help="the decoder alone")
 
 
@@ -100,7 +103,8 @@ def main(args):
     training = run.images.batches(run.train, args.batch)
     with user_errors():
         reference, results, pictures = resemblance(model, sources, training, args.seeds, judge,
-                                                   not args.no_refine, args.batch)
+                                                   not args.no_refine, args.batch,
+                                                   args.guidance_scale)
 
     # A column for real images, then the mean and the deviation over the seeds.
     print(f"{len(sources)} held-out sources, one sample each for {len(results)} seeds; "

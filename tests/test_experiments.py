@@ -127,7 +127,7 @@ class Copier(nn.Module):
     def embed(self, x):
         return nn.functional.adaptive_avg_pool2d(x, 8).flatten(2)
 
-    def sample(self, tokens, seeds, batch, refine):
+    def sample(self, tokens, seeds, guidance_scale, batch, refine):
         if tokens is None:
             tokens = torch.stack([normal(3, 64, seed=s).float() for s in seeds])
         return nn.functional.interpolate(tokens.view(-1, 3, 8, 8), size=64, mode="bilinear")

@@ -9,8 +9,9 @@ In both, labels at two fixed points of the image are lung.
 
 K-means masks are as coarse as the latents. So a border step follows (ours): the distance to the
 lung clusters is a soft score, which is enlarged and snapped to edges by a guided filter; the
-largest piece on each side stays. Among thresholds, and among K, those are chosen whose contours lie
-on the strongest edges of training images. No mask is used.
+largest piece on each side stays. Of the thresholds, the one is chosen whose contours lie on the
+strongest edges of training images; of the K, the one with the largest product of that strength and
+the agreement (mean Dice) of its masks with those of the other K. No true mask is used.
 
 Images are (B, 3, H, W) in [-1, 1], square; `model` is a DinoDiffusion; masks are (B, H, W) bool.
 Differences: DiffSeg uses only the finest self-attention, is conditioned by the image's own
@@ -233,8 +234,14 @@ def edge_strength(masks, grey):
     return gradient[contours(masks)].mean().nan_to_num(0).item()
 
 
+def mean_dice(masks, others):
+    """Mean Dice of two sets of masks (B, H, W) of the same images."""
+    return np.mean([dice(*pair) for pair in zip(masks, others)])
+
+
 def masks_by_kmeans(model, args, training, images):
-    """{K: (edge strength, threshold, {step: masks of the images})}, each step after the previous.
+    """{K: {step: masks of the images}}, each step after the previous; and {K: {"threshold",
+    "strength" of edges, "agreement"}}, on training images.
 
     A K is missing if none or all of its clusters are lung.
     """
@@ -251,6 +258,8 @@ def masks_by_kmeans(model, args, training, images):
                               for x in (features, own_features))
 
     results = {}
+    edges = {}
+    training_masks = {}
     for k in args.clusters:
         with user_errors():
             centers, labels = kmeans(features.permute(0, 2, 3, 1).flatten(0, 2), k, args.seed, 3)
@@ -260,19 +269,27 @@ def masks_by_kmeans(model, args, training, images):
 
         # The threshold, by edges of the training images.
         score = guided_filter(lung_score(features, centers, lungs, grey.shape[-1]), grey)
-        strengths = {threshold: edge_strength(largest_pieces(score > threshold), grey)
-                     for threshold in THRESHOLDS}
+        masks = {threshold: largest_pieces(score > threshold) for threshold in THRESHOLDS}
+        strengths = {threshold: edge_strength(x, grey) for threshold, x in masks.items()}
         threshold = max(strengths, key=strengths.get)
+        edges[k] = {"threshold": threshold, "strength": strengths[threshold]}
+        training_masks[k] = masks[threshold]
 
         # The masks of the images.
         score = lung_score(own_features, centers, lungs, grey.shape[-1])
         filtered = guided_filter(score, own_grey)
-        results[k] = strengths[threshold], threshold, {
+        results[k] = {
             f"K-means {k}": score > 0.5,
             f"K-means {k} + guided filter": filtered > 0.5,
             f"K-means {k} + largest pieces": largest_pieces(filtered > 0.5),
             f"K-means {k} + threshold {threshold:g}": largest_pieces(filtered > threshold)}
-    return results
+
+    # How far the masks of a K agree with those of the others.
+    for k in results:
+        others = [mean_dice(training_masks[k], masks)
+                  for other, masks in training_masks.items() if other != k]
+        edges[k]["agreement"] = float(np.mean(others or [1.0]))
+    return results, edges
 
 
 # ---- the question ------------------------------------------------------------------------------
@@ -317,15 +334,15 @@ def main(args):
           f"{len(run.test) - len(images)} without a mask left out; clusters and thresholds of "
           f"{len(training)} training images, no mask used; seed {args.seed}")
 
-    # Masks of each K, of which edges choose one.
-    by_k = masks_by_kmeans(run.model, args, training, images)
+    # Masks of each K, of which edges and agreement choose one.
+    by_k, edges = masks_by_kmeans(run.model, args, training, images)
     if not by_k:
         raise UserError(f"--clusters {args.clusters}: none or all clusters lie on the lungs",
                         "some of them must", "pass other --clusters")
-    best = max(by_k, key=lambda k: by_k[k][0])
-    ours = [*by_k[best][2].values()][-1]
-    rows = {name: masks for _, _, steps in by_k.values() for name, masks in steps.items()}
-    rows[f"K by edges: {best}"] = ours
+    best = max(by_k, key=lambda k: edges[k]["strength"] * edges[k]["agreement"])
+    ours = [*by_k[best].values()][-1]
+    rows = {name: masks for steps in by_k.values() for name, masks in steps.items()}
+    rows[f"K by edges and agreement: {best}"] = ours
 
     # The paper's way, and the floor: one mask for all.
     rows["DiffSeg"] = masks_by_diffseg(run.model, args, images)
@@ -347,6 +364,4 @@ def main(args):
     save_grid(run.folder / "segment.png", pictures, ["best", "", "middle", "", "worst", ""])
     print(f"wrote {run.folder / 'segment.png'}")
     write_json(run.folder / "segment.json", {
-        "images": len(images), "dice": table, "settings": vars(args),
-        "edges": {k: {"strength": strength, "threshold": threshold}
-                  for k, (strength, threshold, _) in by_k.items()}})
+        "images": len(images), "dice": table, "settings": vars(args), "edges": edges})

@@ -163,7 +163,7 @@ def test_command(command, chests, tmp_path, capsys):
     assert rows["floor, mean of training masks"]["Dice"] == pytest.approx(
         np.mean([dice(mean, mask) for mask in truth]))
     threshold = result["edges"]["3"]["threshold"]
-    assert rows[f"K-means 3 + threshold {threshold}"] == rows["K by edges: 3"]
+    assert rows[f"K-means 3 + threshold {threshold}"] == rows["K by edges and agreement: 3"]
     for row in rows.values():
         assert row["95 %"][0] <= row["Dice"] <= row["95 %"][1]
     assert {"K-means 3", "DiffSeg"} <= set(rows)

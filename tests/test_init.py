@@ -49,10 +49,9 @@ def test_stable_diffusion_is_known_by_its_file(small_run, tmp_path):
     save_atomic(tmp_path / "eps.pt", content)
     for unet, prediction in (("sd15", "eps"), (tmp_path, "eps"), (small_run, "v"), ("train", "v"),
                              (tmp_path / "eps.pt", "eps")):
-        preset = train.choose_preset(train.parse(["--unet", str(unet), "--dry-run"]), None)
-        assert preset.prediction == prediction
-    assert train.choose_preset(train.parse(["--set", "unet=sd15", "--dry-run"]),
-                               None).prediction == "eps"
+        for flags in (["--unet", str(unet)], ["--set", f"unet={unet}"]):
+            preset = train.choose_preset(train.parse([*flags, "--dry-run"]), None)
+            assert preset.prediction == prediction
     with pytest.raises(UserError, match="no weights"):
         (tmp_path / "empty").mkdir()
         train.choose_preset(train.parse(["--unet", str(tmp_path / "empty"), "--dry-run"]), None)

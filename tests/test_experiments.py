@@ -99,9 +99,12 @@ def test_resemble_command(labelled_run):
 
 def test_embed_command(labelled_run, tmp_path):
     """Names and raw tokens of all images, in the order of the data."""
-    front_door.main(["embed", str(labelled_run.parent), "--checkpoint", str(labelled_run),
-                     "--device", "cpu", "--out", str(tmp_path / "x.npz")])
-    images = open_dataset(labelled_run.parent, 32)
+    data = str(labelled_run.parent)
+    flags = ["embed", data, "--checkpoint", str(labelled_run), "--device", "cpu", "--out"]
+    front_door.main([*flags, str(tmp_path / "x.npz")])
+    with pytest.raises(UserError, match="is the data set itself"):
+        front_door.main([*flags, data])
+    images = open_dataset(data, 32)
     _, model = common.load_model(labelled_run / "model.pt", "cpu")
     with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
         assert arrays["files"].tolist() == images.files

@@ -10,7 +10,7 @@ from prompts import (BASELINE, ENRICHED, UNLABELLED, PromptEncoder, all_prompts,
                      plan_prompts, prompt_numbers, vocabulary_of)
 from support.command import UserError
 from support.datasets import ImageSet, open_dataset
-from support.training_set import drop_outliers, find_outliers
+from support.training_set import draw_clusters, drop_outliers, find_outliers
 
 # Inertia of sklearn.cluster.KMeans(12, n_init=10, random_state=0), scikit-learn 1.9.1, numpy 2.4.6,
 # on reference_data(kind).
@@ -146,14 +146,12 @@ def test_prompts_are_numbered_by_label_and_cluster():
     assert prompt_numbers((), None, 2, torch.tensor([1, 0])).tolist() == [1, 0]
 
 
-# ---- Outliers
-
 def in_memory(images):
     return ImageSet("patches", "", images.shape[-1], list(map(str, range(len(images)))), {},
                     cache=dict(enumerate(images)))
 
 
-def test_patches_that_show_nothing():
+def test_patches_that_show_nothing(tmp_path):
     """Each phantom is tissue; black, blank and blurred ones are named; pale fat is tissue."""
     tissue = open_dataset("histology", 96, count=40).batch(range(40))
     assert find_outliers(tissue) == [""] * 40
@@ -165,6 +163,7 @@ def test_patches_that_show_nothing():
     both = in_memory(torch.cat([tissue, odd]))
     assert drop_outliers(both, "labels") == {"40": "black", "41": "blank", "42": "out of focus"}
     assert drop_outliers(both, "dino") == {}
+    draw_clusters(tmp_path / "x.png", both, torch.arange(3), torch.tensor([0, 2, 0]), 0)  # no 1
 
 
 def test_grey_images_are_never_dropped():

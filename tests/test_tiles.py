@@ -56,7 +56,7 @@ def test_plain_images(tmp_path, monkeypatch):
 
 def test_folders_of_images_are_tiled_once(tmp_path, capsys):
     """Slides of a folder get features, places and pictures; a second run reads the stored ones;
-    another tile side does not; an image of paper only is named."""
+    another tile side does not, and none takes them for data; an image of paper only is named."""
     (tmp_path / "x").mkdir()
     for name in "ab":
         Image.fromarray(tissue_pixels()).save(tmp_path / f"x/{name}.png")
@@ -71,7 +71,7 @@ def test_folders_of_images_are_tiled_once(tmp_path, capsys):
 
     def patches(side):
         read_features.cache_clear()
-        slides = open_slides(tmp_path / "x", Tiling(embed, "colour", tmp_path / "out", side))
+        slides = open_slides(tmp_path / "x", Tiling(embed, "colour", tmp_path / "x/features", side))
         assert [slide.patient for slide in slides] == ["p", "q"]
         assert slides[0].read()[1].shape == (len(slides[0].grid), 3, 8, 8)
         return len(slides[0].grid)

@@ -46,9 +46,9 @@ from support.pictures import save_grid
 from support.ranks import (all_ranks, autocast_dtype, average_gradients, join_ranks, pick_device,
                            rank, ranks, rows_of_rank)
 from support.run import Progress, Run, print_end, print_start, resume_flags
-from support.seeds import batch_rows, step_seed
+from support.seeds import batch_rows, spaced_rows, step_seed
 from support.speed import compile_blocks, compile_where_it_pays, rehearse, set_threads
-from support.training_set import (draw_clusters, open_training_set, write_choice, write_examples)
+from support.training_set import draw_clusters, open_training_set, write_choice, write_examples
 from support.weights import PUBLISHED, find_weights
 from unet import UNet, UNetConfig
 from vae import (AutoencoderKL, VAEConfig, channel_importance, latent_statistics,
@@ -371,8 +371,7 @@ def train_vae(preset, run, model, pictures, seed, dtype, from_init):
     if "vae" not in run.finished:
         model.vae.requires_grad_(True)
         if model.vae.config.linear and not from_init:
-            rows = torch.linspace(0, len(pictures) - 1, min(300, len(pictures))).long()
-            (images,) = pictures.__getitems__(rows.tolist())
+            (images,) = pictures.__getitems__(spaced_rows(len(pictures), 300).tolist())
             start_from_patches(model.vae, images)  # on the CPU: MPS lacks float64
         model.vae.to(memory_format=memory_format(device, dtype))
 
@@ -608,8 +607,7 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
     def draw_pairs(count):
         """Batches of (image, decoded) from that many training images, evenly spaced."""
         generator = torch.Generator(device).manual_seed(step_seed(seed, "residuals"))
-        rows = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).long()
-        for part in rows.split(16):
+        for part in spaced_rows(len(pairs), count).split(16):
             image, mean, std = (x.to(device) for x in pairs.__getitems__(part.tolist()))
             yield image, decode_noisy(mean, std, generator)
 
@@ -841,7 +839,6 @@ def main(argv=None):
         seed=args.seed, condition=args.condition, table=args.table, file_column=args.file_column,
         group_column=args.group_column, patient_from=args.patient_from, count=args.count)
     images = dataset.images
-
     rows = torch.cat([dataset.train, dataset.test]).tolist()
 
     # Labels, prompts, vectors, and the model.
@@ -851,8 +848,7 @@ def main(argv=None):
     with user_errors():
         prompts = plan_prompts(labels and [labels[i] for i in rows], len(dataset.train),
                                args.condition, preset.clusters, preset.template)
-        spread = torch.linspace(0, len(dataset.train) - 1, min(64, len(dataset.train))).long()
-        some = images.batch(dataset.train[spread].tolist())
+        some = images.batch(dataset.train[spaced_rows(len(dataset.train), 64)].tolist())
         is_grey = bool((some.amax(1) - some.amin(1)).mean() < 0.01)
         model = build_model(preset, args.condition, init, prompts, vectors, is_grey, args.seed)
         if vectors:

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from scipy.stats import t as student
 
 from experiments.common import add_run_flags, open_run, read_labels, refuse_vectors
+from experiments.ladder import blur
 from experiments.small_cnn import from_bytes, predict, strong_augment, to_bytes, train_classifier
 from experiments.statistics import mean_auc, ridge_scores
 from support.command import StatusLine, UserError, number, print_table
@@ -79,12 +80,6 @@ def surest_third(scores):
     return rows, (scores[rows] > 0).astype(float)
 
 
-def blurred(images):
-    """Means over 3 x 3 pixels of images (N, 3, H, W) uint8."""
-    x = F.pad(from_bytes(images), (1, 1, 1, 1), mode="replicate")
-    return to_bytes(F.avg_pool2d(x, 3, stride=1))
-
-
 def arms_of(pool, made, named, made_of_named, steps):
     """{arm: stages [(images, labels, steps), ...]}, as train_classifier takes them.
 
@@ -98,7 +93,7 @@ def arms_of(pool, made, named, made_of_named, steps):
     copies = tuple(np.repeat(x, len(made[0]) // len(pool[0]), axis=0) for x in pool)
     return {"real": together(pool),
             "augmented": together(pool),
-            "blurred": together((blurred(pool[0]), pool[1])),
+            "blurred": together((to_bytes(blur(from_bytes(pool[0]))), pool[1])),
             "duplicates": together(pool, copies),
             "synthetic": together(pool, made),
             "synthetic first": [(*made, steps - steps // 4), (*pool, steps // 4)],

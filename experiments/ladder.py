@@ -12,6 +12,11 @@ from experiments.small_cnn import from_bytes, to_bytes
 from support.pictures import to_picture
 
 
+def blur(images):
+    """Means over 3 x 3 pixels of images (B, 3, H, W); the border is repeated."""
+    return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+
+
 def damages(model=None):
     """{name: function of images (B, 3, H, W) in [-1, 1] and B seeds}; a DinoDiffusion adds two."""
     def compress(images, seeds):
@@ -22,16 +27,13 @@ def damages(model=None):
             stored.append(pil_to_tensor(Image.open(file)) / 127.5 - 1)
         return torch.stack(stored)
 
-    def blur(images, seeds):  # the border is repeated
-        return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-
     def decode(images, seeds):
         return model.decode(model.encode(images))
 
     def refine(images, seeds):
         return model.refine(decode(images, seeds), seeds)
 
-    by_name = {"JPEG 90": compress, "blur 3 x 3": blur}
+    by_name = {"JPEG 90": compress, "blur 3 x 3": lambda images, seeds: blur(images)}
     if model is not None:
         by_name["decoder alone"] = decode
         by_name["decoder and refiner"] = refine

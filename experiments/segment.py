@@ -234,9 +234,9 @@ def edge_strength(masks, grey):
     return gradient[contours(masks)].mean().nan_to_num(0).item()
 
 
-def mean_dice(masks, others):
-    """Mean Dice of two sets of masks (B, H, W) of the same images."""
-    return np.mean([dice(*pair) for pair in zip(masks, others)])
+def dice_each(masks, others):
+    """Dice of each pair of masks (B, H, W): (B,)."""
+    return np.array([dice(*pair) for pair in zip(masks, others)])
 
 
 def masks_by_kmeans(model, args, training, images):
@@ -286,7 +286,7 @@ def masks_by_kmeans(model, args, training, images):
 
     # How far the masks of a K agree with those of the others.
     for k in results:
-        others = [mean_dice(training_masks[k], masks)
+        others = [dice_each(training_masks[k], masks).mean()
                   for other, masks in training_masks.items() if other != k]
         edges[k]["agreement"] = float(np.mean(others or [1.0]))
     return results, edges
@@ -350,12 +350,12 @@ def main(args):
 
     table = {}
     for name, masks in rows.items():
-        scores = np.array([dice(*pair) for pair in zip(masks, truth)])
+        scores = dice_each(masks, truth)
         table[name] = {"Dice": scores.mean().item(), "95 %": bootstrap_interval(np.mean, scores)}
     print_table(table)
 
     # The best, the middle and the worst five.
-    order = np.argsort([-dice(*pair) for pair in zip(ours, truth)])
+    order = np.argsort(-dice_each(ours, truth))
     middle = max(0, len(order) // 2 - 2)
     pictures = []
     for chosen in (order[:5], order[middle:middle + 5], order[-5:]):

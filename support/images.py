@@ -175,6 +175,11 @@ def image_root(folder):
     return images if images.is_dir() and is_inside(images, folder) else Path(folder)
 
 
+def is_run(names):
+    """Whether a folder with files of these names is a run of this project."""
+    return "config.json" in names and not {"log.jsonl", "split.csv"}.isdisjoint(names)
+
+
 def scan_folder(folder):
     """(images, masks beside them as NAME_mask, links that leave the folder), sorted paths.
 
@@ -185,8 +190,7 @@ def scan_folder(folder):
     masks = []
     links = []
     for place, folders, files in os.walk(root):
-        is_run = "config.json" in files and {"log.jsonl", "split.csv"} & set(files)
-        if is_run and Path(place) != root:
+        if is_run(files) and Path(place) != root:
             folders.clear()
             continue
         folders[:] = [name for name in folders

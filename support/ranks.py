@@ -1,7 +1,7 @@
 """The device, and several processes, called ranks, that train or sample together by torchrun.
 
-Each computes its share of every batch; gradients are averaged before each step, so that all ranks
-have the same weights. With one process these functions do nothing.
+Each rank computes its share of every batch; gradients are averaged before each step, so that all
+have the same weights. With one process the functions about ranks do nothing.
 """
 import atexit
 import os

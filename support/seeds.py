@@ -1,4 +1,4 @@
-"""Random seeds, and the order of the training data."""
+"""Random seeds, the order of the training data, and evenly spaced rows of it."""
 import hashlib
 from functools import lru_cache
 
@@ -15,6 +15,11 @@ def epoch_order(n, seed, epoch):
     """The rows 0..n-1 in the random order of one epoch, (n,) int64."""
     generator = torch.Generator().manual_seed(step_seed(seed, epoch))
     return torch.randperm(n, generator=generator)
+
+
+def spaced_rows(n, most):
+    """At most `most` of the rows 0..n-1, evenly spaced, int64."""
+    return torch.linspace(0, n - 1, min(most, n)).long()
 
 
 def batch_rows(step, batch, n, seed):

@@ -9,6 +9,7 @@ A folder holds images, whole slides (tiled by support/tiles.py) or feature files
 features (N, D), coords (N, 2), x and y, and optionally step, the distance between neighbours.
 labels.csv has the columns file, a label, and optionally patient and split.
 """
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from support.command import UserError
 from support.datasets import open_dataset
 from support.files import read_csv
-from support.images import IMAGE_SUFFIXES, is_inside
+from support.images import IMAGE_SUFFIXES, is_inside, is_run
 from support.phantoms import histology_phantoms
 from support.seeds import step_seed
 from support.tiles import SLIDE_SUFFIXES, THUMB, tile_image
@@ -112,7 +113,8 @@ def open_slides(folder, tiling, label_column="label"):
     if not folder.is_dir():
         raise UserError(f"there is no data set {folder}", "a folder of slides is needed",
                         "pass --data mosaic or FOLDER")
-    ours = {path.with_name("features").resolve() for path in folder.rglob("config.json")}
+    ours = {path.with_name("features").resolve() for path in folder.rglob("config.json")
+            if is_run(os.listdir(path.parent))}
     ours.add(Path(tiling.folder).resolve())  # features that runs have made are no data
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()
              and is_inside(path, folder) and path.parent.resolve() not in ours]

@@ -23,6 +23,7 @@ from support.datasets import ImageSet, leave_out, match_names, official_sides, o
 from support.files import read_csv, write_csv
 from support.pictures import save_grid, save_png
 from support.ranks import all_ranks, rank
+from support.seeds import spaced_rows
 
 
 # ---- the split ---------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def drop_outliers(images, condition):
 
     # Medians, so that a coloured mark on a grey X-ray does not count.
     rows = torch.tensor([i for i, file in enumerate(images.files) if file not in images.unreadable])
-    sample = rows[torch.linspace(0, len(rows) - 1, min(64, len(rows))).long()].tolist()
+    sample = rows[spaced_rows(len(rows), 64)].tolist()
     colour = torch.stack([(images[i].amax(0) - images[i].amin(0)).median() for i in sample])
     if colour.median() <= 0.1:
         return {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support import cache
-from support.cache import Arrays, build_cache, loader
+from support.cache import Arrays, build_cache, fingerprint, loader
 from support.command import Stopped, UserError
 from support.run import Run
 
@@ -78,3 +78,10 @@ def test_the_loader_follows_its_plan(workers):
     plan = [[3, 1], [2], [0, 4, 5]]
     batches = loader(Numbers(6), plan, workers=workers)
     assert [x[:, 0].tolist() for (x,) in batches] == plan
+
+
+def test_fingerprints_depend_on_values_alone():
+    """The same for equal tensors in any layout, another for other values."""
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert fingerprint([x]) == fingerprint([x.to(memory_format=torch.channels_last)])
+    assert fingerprint([x]) != fingerprint([x + 1])

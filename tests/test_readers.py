@@ -20,14 +20,18 @@ from support.pictures import save_png
 
 @pytest.fixture
 def folders(tmp_path):
-    """Real images with metadata; synthetic ones in RGB with a tint."""
+    """Real images with metadata, of two file types; synthetic ones in RGB with a tint."""
     images, _, _ = chest_phantoms(20, size=32, seed=0)
     (tmp_path / "real").mkdir()
     note = PngImagePlugin.PngInfo()
     note.add_text("Patient", "REAL PERSON")
     for i, image in enumerate(images[:12, 0]):
         picture = Image.fromarray(((image + 1) * 127.5).round().byte().numpy())
-        picture.save(tmp_path / "real" / f"person_{i}.png", pnginfo=note)
+        name = tmp_path / "real" / f"person_{i}"
+        if i % 2:
+            picture.save(f"{name}.png", pnginfo=note)
+        else:
+            picture.save(f"{name}.jpg", quality=95)
     tint = torch.tensor([0.02, 0, -0.02]).view(3, 1, 1)
     for i, image in enumerate(images[12:]):
         save_png(tmp_path / "fake" / f"sampled_{i}.png", image + tint)

@@ -4,14 +4,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import gpu_check
 
 
+@pytest.fixture
+def precision():
+    """gpu_check sets it, as train.py does."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.slow
-def test_smoke_runs_every_kind_of_section(capsys):
+def test_smoke_runs_every_kind_of_section(precision, capsys):
     """In the main process, without a failure: each row has a time and as many cells as the head."""
     assert gpu_check.main(["--smoke"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]

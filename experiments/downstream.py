@@ -2,12 +2,12 @@
 
 Several pools of N labelled images are drawn, patient by patient; the other training images count as
 unlabelled. The run's model makes R reconstructions of an image, which inherit its label. A small
-CNN is trained on each arm and tested on real images of other patients:
+CNN (or the run's ViT) is trained on each arm and tested on real images of other patients:
 
     real                        the pool
     augmented                   the pool, augmented differently in each batch
     blurred                     the pool, blurred 3 x 3: what softness alone would cost
-    duplicates                  the pool, and R plain copies of each image
+    duplicates                  the pool, and plain copies of its images, R times as many
     synthetic                   the pool, and R reconstructions of each image
     synthetic first             3/4 of the steps on reconstructions, then the pool at a third of
                                 the learning rate
@@ -83,14 +83,14 @@ def surest_third(scores):
 def arms_of(pool, made, named, made_of_named, steps):
     """{arm: stages [(images, labels, steps), ...]}, as train_classifier takes them.
 
-    Each argument is a pair: images (N, 3, H, W) uint8 and labels (N, L). made, made_of_named: R
-    reconstructions of each image of pool and named, one image after the other.
+    Each argument is a pair: images (N, 3, H, W) uint8 and labels (N, L). made, made_of_named:
+    reconstructions of the images of pool and named, which take turns.
     """
     def together(*sets):
         images, labels = map(np.concatenate, zip(*sets))
         return [(images, labels, steps)]
 
-    copies = tuple(np.repeat(x, len(made[0]) // len(pool[0]), axis=0) for x in pool)
+    copies = tuple(x[np.arange(len(made[0])) % len(x)] for x in pool)
     return {"real": together(pool),
             "augmented": together(pool),
             "blurred": together((to_bytes(blur(from_bytes(pool[0]))), pool[1])),
@@ -129,12 +129,15 @@ def add_flags(parser):
     add = parser.add_argument
     add("--n", type=number(int, 5), default=50, help="real images in a pool")
     add("--pools", type=number(int, 2), default=5, help="how many pools to draw")
-    add("--ratio", type=number(int, 1), default=10, help="reconstructions of each image")
+    add("--ratio", type=number(float, 0), default=10, help="reconstructions per image; 0.25: of "
+        "every fourth image")
     add("--folds", type=number(int), default=0, help="split all labelled images by patient into "
         "this many folds; each pool is tested on one, in turn (0: on the run's held-out images)")
     add("--label-column", nargs="+", help="of labels.csv (default: the findings)")
     add("--least", type=number(int, 1), default=20, help="leave out labels with fewer images on "
         "either side, in training or held-out images")
+    add("--classifier", choices=("cnn", "vit"), default="cnn",
+        help="a small CNN, or the run's ViT, fine-tuned at a tenth of the CNN's learning rate")
     add("--cnn-size", type=number(int, 8), default=64, help="pixels a side that the CNN sees")
     add("--cnn-steps", type=number(int, 4), default=300, help="steps of each arm, batch 32")
     add("--sample-steps", type=number(int, 1), default=10, help="of the sampler")
@@ -148,6 +151,7 @@ def main(args):
         raise UserError(f"this model was trained with --condition {model.config.condition}",
                         "one that follows images is needed", "pass another --checkpoint")
     refuse_vectors(model)
+    vit = model.embedder.vit if args.classifier == "vit" else None
 
     # All labelled images, by row: the run's training part, then its held-out part.
     names, train, test, labels = read_labels(images, args.label_column, run.train, run.test,
@@ -175,23 +179,23 @@ def main(args):
         model.embed(images.batch(part.tolist()).to(device), [images.files[i] for i in part]).cpu()
         for part in indices.split(args.batch)])
     features = tokens.flatten(1)
-    made = {}
+    made = {}  # (row, k) -> its k-th reconstruction
 
     def reconstruct(rows, rows_labels):
-        """R reconstructions of each row, with its label: (images, labels)."""
-        missing = [row for row in rows if row not in made]
+        """R reconstructions per row, rows taking turns, with their labels: (images, labels)."""
+        turns = np.arange(max(1, round(args.ratio * len(rows))))
+        keys = [(int(rows[turn % len(rows)]), int(turn // len(rows))) for turn in turns]
+        missing = [key for key in keys if key not in made]
         status = StatusLine(len(made) + len(missing), "images reconstructed", len(made))
-        at_once = max(1, args.batch // args.ratio)
-        for first in range(0, len(missing), at_once):
-            part = missing[first:first + at_once]
-            seeds = [step_seed("downstream", row, k) for row in part for k in range(args.ratio)]
-            x = model.sample(tokens[part].repeat_interleave(args.ratio, dim=0), seeds,
+        for first in range(0, len(missing), args.batch):
+            part = missing[first:first + args.batch]
+            x = model.sample(tokens[[row for row, _ in part]],
+                             [step_seed("downstream", row, k) for row, k in part],
                              args.sample_steps, batch=args.batch, dtype=autocast_dtype(device))
-            made.update(zip(part, np.split(shrink(x), len(part))))
+            made.update(zip(part, shrink(x)))
             status.update(len(made), images=len(x))
         status.close()
-        return (np.concatenate([made[row] for row in rows]),
-                np.repeat(rows_labels, args.ratio, axis=0))
+        return np.stack([made[key] for key in keys]), rows_labels[turns % len(rows)]
 
     aucs = {}
     for pool_seed in range(args.pools):
@@ -219,18 +223,21 @@ def main(args):
                        args.cnn_steps)
         for arm, stages in arms.items():
             augment = strong_augment if arm == "augmented" else None
-            net = train_classifier(stages, pool_seed, device, augment, f"pool {pool_seed}, {arm}")
+            net = train_classifier(stages, pool_seed, device, augment, f"pool {pool_seed}, {arm}",
+                                   vit)
             scores = predict(net, pixels[test], device, args.batch)
             aucs.setdefault(arm, []).append(mean_auc(labels[test], scores))
         print("AUC: " + ", ".join(f"{arm} {values[-1]:.3f}" for arm, values in aucs.items()))
 
     rows = summarise(aucs)
     print(f"AUC of {', '.join(names)}: mean and sd over {args.pools} pools of {args.n}; "
-          f"1:{args.ratio}, {args.cnn_steps} CNN steps; differences with 95 % over pools")
+          f"1:{args.ratio:g}, {args.cnn_steps} CNN steps; differences with 95 % over pools")
     print_table(rows)
     shown = list(made)[:8]
     save_grid(run.folder / "downstream.png", [
-        from_bytes(pixels[shown]), from_bytes(np.stack([made[row][0] for row in shown]))])
+        from_bytes(pixels[[row for row, _ in shown]]),
+        from_bytes(np.stack([made[key] for key in shown]))])
     write_json(run.folder / "downstream.json",
                {"n": args.n, "pools": args.pools, "ratio": args.ratio, "folds": args.folds,
+                "classifier": args.classifier,
                 "labels": names, "pool by pool": aucs, "arms": rows})

@@ -6,6 +6,7 @@
 Images are uint8 arrays (N, 3, H, W), which take a quarter of the memory. Labels are (N, L), 0 or 1.
 """
 import math
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -82,14 +83,23 @@ class SmallCNN(nn.Sequential):
                          nn.Linear(channels[-1], labels))
 
 
-def train_classifier(stages, seed, device, augment=None, name="classifier"):
+def train_classifier(stages, seed, device, augment=None, name="classifier", vit=None):
     """Train a SmallCNN in stages (images, labels, steps), batch 32 -> the network in eval mode.
 
     Each stage has a third of the learning rate of the previous one. augment(images, generator) is
-    applied to each batch. The initial weights depend only on the seed.
+    applied to each batch. vit: a VisionTransformer, of which a copy with a linear layer on its
+    global tokens is fine-tuned instead. The initial weights depend only on the seed (and vit).
     """
     torch.manual_seed(step_seed(seed, "classifier") % 2 ** 31)
-    net = SmallCNN(np.shape(stages[0][1])[1]).to(device)
+    labels = np.shape(stages[0][1])[1]
+    if vit:
+        width = (1 + vit.config.registers) * vit.config.embed_dim
+        net = nn.Sequential(deepcopy(vit), nn.Flatten(), nn.Linear(width, labels))
+        net.requires_grad_(True)
+    else:
+        net = SmallCNN(labels)
+    net = net.to(device)
+    lr = 1e-4 if vit else 1e-3
 
     def loss_fn(batch, step, generator):
         x, y = batch
@@ -98,7 +108,7 @@ def train_classifier(stages, seed, device, augment=None, name="classifier"):
 
     for stage, (images, labels, steps) in enumerate(stages):
         fit(name, net, loss_fn, Labelled(images, labels), steps=steps, batch=32,
-            lr=1e-3 / 3 ** stage, device=device, seed=seed, weight_decay=0.05)
+            lr=lr / 3 ** stage, device=device, seed=seed, weight_decay=0.05)
     return net.eval()
 
 

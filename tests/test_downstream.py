@@ -53,7 +53,7 @@ def test_arms_take_equal_steps_and_inherit_labels():
     pool, made, named, made_of_named = pair(0, 1, 2), pair(*range(10, 16)), pair(20, 21), pair(30)
     arms = arms_of(pool, made, named, made_of_named, 10)
     wanted = {"real": [[0, 1, 2]], "augmented": [[0, 1, 2]], "blurred": [[0, 1, 2]],
-              "duplicates": [[0, 1, 2, 0, 0, 1, 1, 2, 2]],
+              "duplicates": [[0, 1, 2, 0, 1, 2, 0, 1, 2]],
               "synthetic": [[0, 1, 2, *range(10, 16)]],
               "synthetic first": [[*range(10, 16)], [0, 1, 2]],
               "pseudo-labels": [[0, 1, 2, 20, 21]],
@@ -87,6 +87,14 @@ def test_command(labelled_run, monkeypatch):
     assert list(result["arms"])[:3] == ["ridge on tokens", "ridge, all labels", "real"]
     assert len(result["arms"]) == 10
     assert all(len(values) == 2 for values in result["pool by pool"].values())
+
+
+def test_command_with_the_vit(labelled_run):
+    """The run's ViT is fine-tuned instead, and fewer images are reconstructed than there are."""
+    experiments(["downstream", "--checkpoint", str(labelled_run), *FLAGS, "--n", "6", "--pools",
+                 "2", "--ratio", "0.5", "--classifier", "vit"])
+    result = json.loads((labelled_run / "downstream.json").read_text())
+    assert result["ratio"] == 0.5 and result["classifier"] == "vit"
 
 
 def test_a_pool_above_the_training_set_is_refused(labelled_run):

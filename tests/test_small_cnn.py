@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 
+from dino import ViTConfig, VisionTransformer
 from evaluate import correlations, pixel_rows, roc_auc
 from experiments.small_cnn import predict, strong_augment, to_bytes, train_classifier
 from support.phantoms import chest_phantoms
@@ -30,3 +31,16 @@ def test_the_network_learns():
     scores = [predict(net, pixels, "cpu", batch=5) for net in nets]
     assert scores[0].shape == (16, 1) and roc_auc(labels[:, 0], scores[0][:, 0]) > 0.95
     assert np.array_equal(scores[0], scores[1]) and not np.allclose(scores[0], scores[2])
+
+
+def test_a_vit_is_fine_tuned_as_a_copy():
+    """The copy learns in all its layers; the run's own network stays as it is."""
+    vit = VisionTransformer(ViTConfig(image_size=16, embed_dim=32, depth=1, num_heads=2))
+    vit.requires_grad_(False)
+    before = [p.clone() for p in vit.parameters()]
+    stages = [(np.zeros((4, 3, 16, 16), np.uint8), np.ones((4, 1)), 2)]
+    net = train_classifier(stages, 0, torch.device("cpu"), vit=vit)
+    assert predict(net, stages[0][0], "cpu").shape == (4, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, vit.parameters()))
+    moved = [not torch.equal(a, b) for a, b in zip(before, net[0].parameters())]
+    assert np.mean(moved) > 0.8

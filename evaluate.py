@@ -147,17 +147,23 @@ def cohen_kappa(a, b):
     return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
 
 
-def bootstrap_interval(metric, *arrays, rounds=1000, seed=0):
-    """95 % interval [low, high] of metric(*arrays): the metric of rows drawn with replacement.
+def bootstrap_interval(metric, *arrays, groups=None, rounds=1000, seed=0):
+    """95 % interval [low, high] of metric(*arrays): the metric of rows drawn with replacement, or
+    of all rows of drawn groups (one entry per row, e.g. its patient).
 
     Draws for which it is undefined (ValueError or NaN), such as those of one class, are skipped.
     Source: Efron 1979, percentile method.
     """
     rng = np.random.default_rng(seed)
-    n = len(arrays[0])
+    members = range(len(arrays[0]))  # the rows of each group
+    if groups is not None:
+        _, group_of = np.unique(groups, return_inverse=True)
+        members = [np.flatnonzero(group_of == k) for k in range(group_of.max() + 1)]
     values = []
     for _ in range(rounds):
-        rows = rng.integers(0, n, n)
+        rows = rng.integers(0, len(members), len(members))
+        if groups is not None:
+            rows = np.concatenate([members[k] for k in rows])
         try:
             values.append(metric(*(x[rows] for x in arrays)))
         except ValueError:

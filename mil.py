@@ -167,8 +167,8 @@ def test_model(model, trial, args):
             if slide.label and slide.foci is not None:
                 hit = bool(slide.foci[seen.flatten()[attention.argmax()]])
             rows.append({"model": trial.name, "patches": sampling, "seed": trial.seed,
-                         "fold": trial.fold, "slide": slide.name, "label": slide.label,
-                         "logit": logit, "hit": hit})
+                         "fold": trial.fold, "slide": slide.name, "patient": slide.patient,
+                         "label": slide.label, "logit": logit, "hit": hit})
     return rows
 
 
@@ -200,14 +200,15 @@ def write_results(out, scores):
     for key, rows in by_model.items():
         aucs = []
         for seed in dict.fromkeys(row["seed"] for row in rows):
-            columns = [np.array([row[name] for row in rows if row["seed"] == seed])
-                       for name in ("label", "logit", "fold")]
+            *columns, patients = [np.array([row[name] for row in rows if row["seed"] == seed])
+                                  for name in ("label", "logit", "fold", "patient")]
             aucs.append(auc_within_folds(*columns))
         several = len(aucs) > 1
         hits = [row["hit"] for row in rows if row["hit"] is not None]
         table[key] = {"AUC": float(np.mean(aucs)),
                       "sd": float(np.std(aucs, ddof=1)) if several else None,
-                      "95 %": None if several else bootstrap_interval(auc_within_folds, *columns),
+                      "95 %": None if several else bootstrap_interval(
+                          auc_within_folds, *columns, groups=patients),
                       "hits a focus": float(np.mean(hits)) if hits else None}
     print_table(table)
     write_json(out / "metrics.json", {"table": table, "scores": scores})

@@ -47,6 +47,7 @@ def main(args):
                 for name, vit in networks.items()}
     features["16x16 grey pixels"] = lambda x: F.adaptive_avg_pool2d(x.mean(dim=1), 16)
 
+    groups = [(run.images.groups or run.images.files)[i] for i in test]
     table = {}
     for name, extract in features.items():
         train_x, test_x = (describe(run.images.batches(part, args.batch), device, extract)[0]
@@ -54,7 +55,8 @@ def main(args):
         scores = ridge_scores(train_x, labels[train], test_x)
         aucs = label_aucs(labels[test], scores)
         table[name] = {"mean": float(np.mean(aucs)),
-                       "95 %": bootstrap_interval(mean_auc, labels[test], scores, rounds=200),
+                       "95 %": bootstrap_interval(mean_auc, labels[test], scores, rounds=200,
+                                                  groups=groups),
                        **dict(zip(names, aucs))}
 
     print(f"AUC of ridge on {args.tokens} tokens: {len(train)} training, {len(test)} held-out "

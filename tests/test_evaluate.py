@@ -122,6 +122,10 @@ def test_bootstrap_has_the_width_of_theory():
     low, high = bootstrap_interval(np.mean, a[:, 0].numpy())
     # the 2.5 % quantile of 1000 draws is known to a few percent
     assert high - low == pytest.approx(2 * 1.96 * a.std().item() / 20, rel=0.15)
+    # four copies of each row tell no more than one, if they are drawn together
+    copies = a[:, 0].numpy().repeat(4)
+    again = bootstrap_interval(np.mean, copies, groups=np.arange(400).repeat(4))
+    assert again == pytest.approx([low, high], abs=1e-6)
     # draws of one class only are left out
     few = np.array([0, 0, 0, 1]), np.array([0.1, 0.2, 0.9, 0.8])
     assert 0 <= bootstrap_interval(roc_auc, *few)[0] < 2 / 3 < bootstrap_interval(roc_auc, *few)[1]

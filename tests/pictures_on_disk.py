@@ -2,6 +2,9 @@
 import numpy as np
 from PIL import Image
 
+from support.datasets import open_dataset
+from support.pictures import save_png
+
 
 def write(path, array, **options):
     """Save an array as an image file, folders made on the way."""
@@ -16,3 +19,11 @@ def folder_of(tmp_path, names, side=8):
     for i, name in enumerate(names):
         write(tmp_path / name, np.full((side, side), 10 * i % 256, np.uint8))
     return tmp_path
+
+
+def write_phantoms(folder, name="phantoms", count=12, size=32):
+    """00.png, 01.png, ... of phantoms; returns their ImageSet."""
+    images = open_dataset(name, size, count=count)
+    for i in range(count):
+        save_png(folder / f"{i:02d}.png", images[i])
+    return images

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import train
+from pictures_on_disk import write_phantoms
 from dinodiff import DinoDiffusion
 from prompts import balance
 from support.cache import Latents
@@ -308,9 +309,7 @@ def test_the_same_prompt_and_seed_give_the_same_image_whatever_the_company(promp
 def test_outliers_are_left_out_and_named(tmp_path):
     """With prompts, black, blank and blurred patches are dropped and listed with a reason; a run
     that was stopped resumes without them."""
-    images = open_dataset("histology", 64, count=24)
-    for i in range(24):
-        save_png(tmp_path / f"patches/{i:02d}.png", images[i])
+    images = write_phantoms(tmp_path / "patches", "histology", 24, 64)
     save_png(tmp_path / "patches/black.png", torch.full((3, 64, 64), -0.95))
     save_png(tmp_path / "patches/white.png", torch.full((3, 64, 64), 0.95))
     save_png(tmp_path / "patches/blur.png", torch.nn.functional.avg_pool2d(
@@ -342,9 +341,7 @@ def test_outliers_are_left_out_and_named(tmp_path):
 def test_labels_that_make_no_prompts_are_refused(tmp_path, table, flags, says):
     """Missing or one-valued columns, empty cells, too many clusters, a template that does not fit:
     one clear error each, nothing written."""
-    images = open_dataset("phantoms", 32, count=12)
-    for i in range(12):
-        save_png(tmp_path / f"in/{i:02d}.png", images[i])
+    write_phantoms(tmp_path / "in")
     if table:
         (tmp_path / "in/labels.csv").write_text(table)
     with pytest.raises(UserError, match=says):
@@ -357,9 +354,7 @@ def test_a_file_of_vectors_conditions(tmp_path):
     """--embedder vectors.npz: 48 numbers an image, from another program, each image with its own;
     samples follow a row; an image without a vector is refused before a folder is there."""
     import sample
-    images = open_dataset("phantoms", 32, count=12)
-    for i in range(12):
-        save_png(tmp_path / f"in/{i:02d}.png", images[i])
+    write_phantoms(tmp_path / "in")
     names = [f"{i:02d}.png" for i in range(12)]
     vectors = np.random.default_rng(0).normal(size=(12, 48)).astype(np.float32)
     np.savez(tmp_path / "vectors.npz", files=names, tokens=vectors)
@@ -387,9 +382,7 @@ def test_a_file_of_vectors_conditions(tmp_path):
 def test_a_folder_that_moved_can_resume(tmp_path):
     """--resume --data NEW: the same names, and the run ends; another set is refused, and split.csv
     stays as it was."""
-    images = open_dataset("phantoms", 32, count=12)
-    for i in range(12):
-        save_png(tmp_path / f"old/{i:02d}.png", images[i])
+    write_phantoms(tmp_path / "old")
     run = ["--out", str(tmp_path / "run")]
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch)
@@ -412,27 +405,6 @@ def test_flags_win_over_the_preset():
     assert (chosen.embedder_steps, chosen.vae_steps, chosen.unet_steps) == (300, 900, 500)
     assert (chosen.batch, chosen.ema, chosen.lr, chosen.size) == (4, 0.9, 1e-3, 64)
     assert preset("--preset", "sd15").prediction == preset("--unet", "sd15").prediction == "eps"
-
-
-def test_fit_goes_on_where_a_run_stands(tmp_path):
-    """Five steps in one go, and in three: the same weights, bit for bit; a run that is past `upto`
-    makes no step."""
-    def fitted(*stops):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(1, 1)
-        run = Run(tmp_path / str(len(stops)), {})
-        ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-        def loss_fn(rows, step, generator):
-            noise = torch.randn(1, generator=generator)
-            return (model(*rows) - noise).square().sum()
-        for upto in stops:
-            train.fit("line", model, loss_fn, Rows(), steps=5, upto=upto, batch=2, lr=0.1,
-                      device=torch.device("cpu"), run=run, ema=ema)
-        return [*model.parameters(), *ema.values()]
-    whole = fitted(5)
-    for parts in (fitted(1, 3, 5), fitted(2, 2, 4, 5)):
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

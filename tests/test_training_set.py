@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pictures_on_disk import folder_of
+from pictures_on_disk import folder_of, write_phantoms
 from support.command import UserError
 from support.datasets import ImageSet, open_dataset
 from support.pictures import save_png
@@ -82,9 +82,7 @@ def test_the_official_test_part_is_held_out(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """Twelve chests of 16 pixels with labels a and b."""
-    images = open_dataset("phantoms", 16, count=12)
-    for i in range(12):
-        save_png(tmp_path / f"in/{i:02d}.png", images[i])
+    write_phantoms(tmp_path / "in", size=16)
     rows = "".join(f"{i:02d}.png,{'ab'[i % 2]}\n" for i in range(12))
     (tmp_path / "in/labels.csv").write_text("file,label\n" + rows)
     return tmp_path

@@ -73,14 +73,7 @@ def lloyd(x, centers):
         counts = assignment.bincount(minlength=len(centers))
         sums = torch.zeros_like(centers).index_add_(0, assignment, x)
         means = sums / counts.clamp(min=1)[:, None]
-
-        # Restart an empty cluster at the point that is farthest from any center.
-        if (counts == 0).any():
-            distance = (x - centers[assignment]).square().sum(1)
-            for empty in (counts == 0).nonzero()[:, 0]:
-                means[empty] = x[distance.argmax()]
-                distance = distance.minimum((x - means[empty]).square().sum(1))
-        centers = means
+        centers = torch.where(counts[:, None] > 0, means, centers)  # an empty one stays
     return centers, assignment
 
 
@@ -302,9 +295,7 @@ class PromptEncoder(nn.Module):
 
     def null(self, batch):
         """Ids of the empty prompt: (batch, 1 + max_words) int64."""
-        ids = torch.full((batch, 1 + self.max_words), PADDING, device=self.pos_embed.device)
-        ids[:, 0] = BEGIN
-        return ids
+        return self.tokenize([""]).expand(batch, -1)
 
     def forward(self, ids, drop=None):
         """ids (B, L) -> context (B, L, C), mask (B, L); drop: (B,) bool, rows to leave empty."""

@@ -129,9 +129,12 @@ def plan(args, model, sources, labels, names):
 
     # A model of prompts.
     if model.prompts:
+        repeated = [label for label in model.config.labels
+                    for _ in range(model.config.clusters or 1)]
+        label_of = dict(zip(model.prompts, repeated))
         for i, prompt in enumerate(choose_prompts(args, model)):
-            add("prompt", i // (args.each_prompt or 8), prompt=prompt,
-                labels=label_of_prompt(prompt, model))
+            known = {"label": label_of[prompt]} if prompt in label_of else {}
+            add("prompt", i // (args.each_prompt or 8), prompt=prompt, labels=known)
 
     # Without a source image.
     elif args.random:
@@ -175,14 +178,6 @@ def choose_prompts(args, model):
     draws = torch.multinomial(counts.double(), args.count, replacement=True,
                               generator=torch.Generator().manual_seed(args.seed))
     return [model.prompts[index] for index in draws.tolist()]
-
-
-def label_of_prompt(prompt, model):
-    """{"label": the prompt's label}, or {} if it has none."""
-    if not model.config.labels or prompt not in model.prompts:
-        return {}
-    index = model.prompts.index(prompt)
-    return {"label": model.config.labels[index // (model.config.clusters or 1)]}
 
 
 # ---------------------------------------------------------------------------- tokens

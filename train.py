@@ -87,7 +87,7 @@ class Preset:
     unet_config: UNetConfig = UNetConfig(
         base_channels=64, channel_multipliers=(1, 2, 2), layers_per_block=1,
         attention_levels=(False, True, True), context_dim=192, num_heads=4)
-    unet_steps: int = 1700
+    unet_steps: int = 1600
     batch: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -127,7 +127,7 @@ PRESETS = {
             in_channels=8, out_channels=8, base_channels=64, channel_multipliers=(1, 2, 2),
             layers_per_block=1, attention_levels=(False, True, True), context_dim=192,
             num_heads=4),
-        refiner_steps=1500),
+        unet_steps=1700, refiner_steps=1500),
     "small": Preset(  # one GPU
         size=128, embedder="dino_vits16", embedder_steps=4000, embedder_batch=128,
         vae_config=VAEConfig(base_channels=64, channel_multipliers=(1, 2, 4), layers_per_block=1),
@@ -223,13 +223,6 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
 
         progress.after_step(mean_loss, norm, rate, batch, logs)
     model.eval()
-
-
-@torch.no_grad()
-def load_trained(model, weights):
-    """Copy weights, name -> tensor, into the model's trainable parameters."""
-    for name, p in trainable(model).items():
-        p.copy_(weights[name])
 
 
 # ---------------------------------------------------------------------------- the model
@@ -521,14 +514,14 @@ def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dt
                 accumulate=accumulate)
             if run.writes:
                 raw = {name: p.detach().clone() for name, p in trainable(trained).items()}
-                load_trained(trained, ema)
+                trained.load_state_dict(ema, strict=False)
                 samples = preview(run, model, dataset, labels, upto)
                 if held_out:
                     held_out.measure(run, model, cache, samples, upto, upto == steps)
-                load_trained(trained, raw)
+                trained.load_state_dict(raw, strict=False)
                 run.draw_curves()
         run.finish("unet", ema)
-    load_trained(model.trained, run.finished["unet"])
+    model.trained.load_state_dict(run.finished["unet"], strict=False)
     model.unet.to(memory_format=torch.channels_last)
 
 
@@ -629,7 +622,7 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
         fit("refiner", refiner, loss_fn, pairs, steps=preset.refiner_steps,
             batch=preset.refiner_batch, lr=preset.refiner_lr, device=device, seed=seed, run=run,
             ema=ema, ema_decay=warmed_up(preset.ema), dtype=dtype)
-        load_trained(refiner, ema)
+        refiner.load_state_dict(ema, strict=False)
         refiner.calibrate(draw_pairs(32), model.schedule)
         run.finish("refiner", refiner.state_dict())
     refiner.load_state_dict(run.finished["refiner"])

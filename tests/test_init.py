@@ -1,4 +1,7 @@
 """train.py --init, the bundled model, and packed models."""
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -111,9 +114,10 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
 
 def test_packed_models_sample_the_same(small_run, tmp_path):
     """Half precision, no paths of the run, prototypes instead of the cache."""
-    from experiments import __main__ as experiments
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    import pack
     path = tmp_path / "p" / "model.pt"
-    experiments.main(["pack", str(small_run), str(path), "--prototypes", "6"])
+    pack.main([str(small_run), str(path), "--prototypes", "6"])
     packed = load_checkpoint(path)
     assert packed["unet"]["conv_in.weight"].dtype == torch.float16
     assert packed["prototypes"].shape == (6, 5, 12) and "data" not in packed["training"]

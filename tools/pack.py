@@ -1,26 +1,24 @@
-"""How small can a model be packed, and does it still sample the same?
+"""Pack a run's model into a small file, as the bundled model is.
 
-    python -m experiments pack runs/cxr small.pt
+    python tools/pack.py runs/cxr small.pt
 
 Writes a model.pt in half precision, without paths of the run, with K-means centres of its training
 tokens in place of the cache. Prints its size and how far its samples differ.
 """
+import argparse
+import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from dinodiff import DinoDiffusion, prototypes
-from support.command import number, print_table, user_errors
+from support.command import number, print_table, run_script, user_errors
 from support.files import CHECKPOINT_VERSION, load_checkpoint, resolve_checkpoint, save_atomic
 from support.sample_folder import read_training_tokens
 
 KEPT = ("preset", "seed", "steps", "condition", "depth", "settings", "torch")  # of the flags
-
-
-def add_flags(parser):
-    parser.add_argument("run", help="run folder or model.pt with its cache")
-    parser.add_argument("file", help="where to write")
-    parser.add_argument("--prototypes", type=number(int, 1), default=64, help="centres to keep")
 
 
 def halved(value):
@@ -31,7 +29,13 @@ def halved(value):
     return value.half() if is_float else value
 
 
-def main(args):
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="run folder or model.pt with its cache")
+    parser.add_argument("file", help="where to write")
+    parser.add_argument("--prototypes", type=number(int, 1), default=64, help="centres to keep")
+    args = parser.parse_args(argv)
+
     path = resolve_checkpoint(args.run)
     content = load_checkpoint(path, ("training",))
     with user_errors():
@@ -52,3 +56,7 @@ def main(args):
     print_table({args.file: {
         "megabytes": Path(args.file).stat().st_size / 1e6,
         "mean difference, grey levels of 255": 127.5 * (images - others).abs().mean().item()}})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -296,7 +296,8 @@ def masks_by_kmeans(model, args, training, images):
 
 def known_masks(images, indices):
     """(those of the indices that have a mask, their masks (N, side, side) bool)."""
-    masks = {i: images.mask(i) for i in indices.tolist() if images.masks.get("masks")}
+    given = images.masks.get("masks") is not None
+    masks = {i: images.mask(i) for i in indices.tolist() if given}
     masks = {i: mask.bool() for i, mask in masks.items() if mask is not None and mask.any()}
     if len(masks) < 2:
         raise UserError(f"{len(masks)} of {len(indices)} images have a mask that is not empty",

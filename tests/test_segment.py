@@ -13,7 +13,7 @@ from experiments import segment
 from experiments.__main__ import main as experiments
 from experiments.common import OpenedRun
 from experiments.segment import (decoder_features, diffseg, edge_strength, finest_attention,
-                                 guided_filter, largest_pieces, lung_score,
+                                 guided_filter, known_masks, largest_pieces, lung_score,
                                  patch_tokens, pixel_features, symmetric_kl)
 from support.command import UserError
 from support.datasets import open_dataset
@@ -171,7 +171,8 @@ def test_command(command, chests, tmp_path, capsys):
 
 
 def test_masks_that_cannot_serve(command, chests):
-    """No masks, and masks that show nothing, are refused."""
+    """No masks, and masks that show nothing, are refused; the phantoms' own serve."""
+    assert known_masks(open_dataset("phantoms", 32, count=4), torch.arange(4))[0] == [0, 1, 2, 3]
     for masks in None, [torch.zeros(1, 32, 32)] * 18:
         chests.masks["masks"] = masks
         with pytest.raises(UserError, match="0 of 8 images have a mask that is not empty"):

@@ -111,14 +111,14 @@ class Preset:
 PRESETS = {
     "tiny": Preset(),  # a laptop
     "cxr128": Preset(  # the bundled model
-        size=128, embedder_steps=500,
+        size=128,
         vae_config=VAEConfig(latent_channels=8, base_channels=16, channel_multipliers=(1, 2, 4),
                              layers_per_block=1, stem=2, linear=True),
         vae_steps=1400, vae_batch=8, vae_lr=2e-3, latent_power=0.5,
         unet_config=UNetConfig(
             in_channels=8, out_channels=8, base_channels=64, channel_multipliers=(1, 2, 2),
             layers_per_block=1, attention_levels=(True, True, True), context_dim=192, num_heads=4),
-        unet_steps=9000, guidance_scale=1.5, refiner_steps=4000),
+        unet_steps=12000, guidance_scale=1.5, refiner_steps=4000),
     "tissue64": Preset(  # colour patches
         vae_config=VAEConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 4),
                              layers_per_block=1),

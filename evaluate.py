@@ -299,6 +299,10 @@ def fidelity(parts, name, judge, device, batch=64):
         raise UserError(f"got images of {sorted(sides)} pixels a side",
                         "one side of 32 pixels or more is needed",
                         f"pass --size {max(32, min(sides))}")
+    for images, indices in parts:
+        if len(indices) < 6:
+            raise UserError(f"got {len(indices)} images in a part of {images.name}",
+                            "6 are needed, for five neighbours each", "add images")
     features, grey, sharp = zip(*[
         describe(images.batches(indices, batch), device, judge, brightness, sharpness)
         for images, indices in parts])

@@ -73,7 +73,14 @@ def lloyd(x, centers):
         counts = assignment.bincount(minlength=len(centers))
         sums = torch.zeros_like(centers).index_add_(0, assignment, x)
         means = sums / counts.clamp(min=1)[:, None]
-        centers = torch.where(counts[:, None] > 0, means, centers)  # an empty one stays
+
+        # Restart an empty cluster at the point that is farthest from any center.
+        if (counts == 0).any():
+            distance = (x - centers[assignment]).square().sum(1)
+            for empty in (counts == 0).nonzero()[:, 0]:
+                means[empty] = x[distance.argmax()]
+                distance = distance.minimum((x - means[empty]).square().sum(1))
+        centers = means
     return centers, assignment
 
 
@@ -199,12 +206,15 @@ def plan_prompts(labels, n_images, condition, clusters=None, template=None):
     return template, values, clusters
 
 
+def labels_of_prompts(labels, clusters):
+    """The label of each of `all_prompts`, a list; "" if prompts have none."""
+    return [label for label in labels or [""] for _ in range(clusters or 1)]
+
+
 def all_prompts(labels, clusters, template):
     """Every prompt, a tuple of str, in the order of its number `label * clusters + cluster`."""
-    labels = labels or [""]
-    indices = list(range(clusters or 1))
-    repeated = [label for label in labels for _ in indices]
-    return tuple(build_prompts(indices * len(labels), repeated, template))
+    indices = list(range(clusters or 1)) * len(labels or [""])
+    return tuple(build_prompts(indices, labels_of_prompts(labels, clusters), template))
 
 
 def prompt_numbers(values, labels, clusters, assignment):

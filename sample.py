@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from dinodiff import DEFAULT_STEPS, SAMPLERS, DinoDiffusion, prototypes, slerp
-from prompts import find_prompt
+from prompts import find_prompt, labels_of_prompts
 from support.cache import read_vectors
 from support.command import Help, StatusLine, UserError, number, run_script, user_errors
 from support.files import BOX, load_checkpoint, next_folder, resolve_checkpoint
@@ -129,11 +129,10 @@ def plan(args, model, sources, labels, names):
 
     # A model of prompts.
     if model.prompts:
-        repeated = [label for label in model.config.labels
-                    for _ in range(model.config.clusters or 1)]
-        label_of = dict(zip(model.prompts, repeated))
+        of_prompts = labels_of_prompts(model.config.labels, model.config.clusters)
+        label_of = dict(zip(model.prompts, of_prompts))
         for i, prompt in enumerate(choose_prompts(args, model)):
-            known = {"label": label_of[prompt]} if prompt in label_of else {}
+            known = {"label": label_of[prompt]} if label_of.get(prompt) else {}
             add("prompt", i // (args.each_prompt or 8), prompt=prompt, labels=known)
 
     # Without a source image.

@@ -225,6 +225,13 @@ def fit(stage, model, loss_fn, dataset, *, steps, batch, lr, device, upto=None, 
     model.eval()
 
 
+@torch.no_grad()
+def load_trained(model, weights):
+    """Copy weights, name -> tensor, into the model's trainable parameters."""
+    for name, p in trainable(model).items():
+        p.copy_(weights[name])
+
+
 # ---------------------------------------------------------------------------- the model
 
 def refuse_unlike(init, config):
@@ -473,6 +480,8 @@ def derive_prompts(run, model, dataset, labels, cache, keep_centers, seed):
 def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dtype, accumulate):
     """Train U-Net and projection on cached latents and tokens; the model ends with EMA weights."""
     device = model.shift.device
+
+    # Prompts in place of tokens: each comes equally often.
     if model.prompts:
         prompt_of, texts, features = derive_prompts(run, model, dataset, labels, cache,
                                                     keep_tokens, seed)
@@ -483,6 +492,7 @@ def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dt
         n = int(counts.max() * (counts > 0).sum())  # each image of the most frequent prompt once
         ids = model.prompt_ids(model.prompts).cpu()
         cache = Latents(run.folder / "cache", ids[prompt_of], balance(prompt_of.tolist(), n, seed))
+
     torch.set_float32_matmul_precision("high")  # only now: embedding needs full float32
     if model.config.condition == "none":  # uses only the projection's null context
         model.projection.requires_grad_(False).null_context.requires_grad_(True)
@@ -493,18 +503,21 @@ def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dt
             condition = model.standardise(condition)
         return model.loss(mean, std, condition, generator)
 
-    # Train in segments between previews.
     if "unet" not in run.finished:
         trained = model.trained
         ema = {name: p.detach().clone() for name, p in trainable(trained).items()}
         steps = preset.unet_steps
         previews = {max(1, steps * k // preset.previews) for k in range(1, preset.previews + 1)}
+
+        # Up to 64 held-out images, on which each preview measures the loss.
         held_out = None
         if steps and run.writes and len(dataset.test):
             generator = torch.Generator().manual_seed(step_seed(seed, "held out"))
             order = torch.randperm(len(dataset.test), generator=generator)
             indices = dataset.test[order[:64]]
             held_out = HeldOut(model, *conditions_of(model, dataset, labels, indices), seed)
+
+        # Train in segments between previews.
         for upto in sorted(previews) if steps else []:
             if upto < run.steps_done("unet"):
                 continue
@@ -512,16 +525,18 @@ def train_unet(preset, run, model, cache, dataset, labels, keep_tokens, seed, dt
                 lr=preset.lr, device=device, seed=seed, run=run, ema=ema,
                 ema_decay=warmed_up(preset.ema), dtype=dtype, weight_decay=preset.weight_decay,
                 accumulate=accumulate)
+
+            # A preview shows the EMA weights; training continues with the raw ones.
             if run.writes:
                 raw = {name: p.detach().clone() for name, p in trainable(trained).items()}
-                trained.load_state_dict(ema, strict=False)
+                load_trained(trained, ema)
                 samples = preview(run, model, dataset, labels, upto)
                 if held_out:
                     held_out.measure(run, model, cache, samples, upto, upto == steps)
-                trained.load_state_dict(raw, strict=False)
+                load_trained(trained, raw)
                 run.draw_curves()
         run.finish("unet", ema)
-    model.trained.load_state_dict(run.finished["unet"], strict=False)
+    load_trained(model.trained, run.finished["unet"])
     model.unet.to(memory_format=torch.channels_last)
 
 
@@ -622,7 +637,7 @@ def train_refiner(preset, run, model, pictures, cache, dataset, labels, seed, dt
         fit("refiner", refiner, loss_fn, pairs, steps=preset.refiner_steps,
             batch=preset.refiner_batch, lr=preset.refiner_lr, device=device, seed=seed, run=run,
             ema=ema, ema_decay=warmed_up(preset.ema), dtype=dtype)
-        refiner.load_state_dict(ema, strict=False)
+        load_trained(refiner, ema)
         refiner.calibrate(draw_pairs(32), model.schedule)
         run.finish("refiner", refiner.state_dict())
     refiner.load_state_dict(run.finished["refiner"])

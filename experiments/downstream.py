@@ -129,7 +129,7 @@ def add_flags(parser):
     add = parser.add_argument
     add("--n", type=number(int, 5), default=50, help="real images in a pool")
     add("--pools", type=number(int, 2), default=5, help="how many pools to draw")
-    add("--ratio", type=number(float, 0), default=10, help="reconstructions per image; 0.25: of "
+    add("--ratio", type=number(float, 0.01), default=10, help="reconstructions per image; 0.25: of "
         "every fourth image")
     add("--folds", type=number(int), default=0, help="split all labelled images by patient into "
         "this many folds; each pool is tested on one, in turn (0: on the run's held-out images)")
@@ -158,7 +158,7 @@ def main(args):
                                              args.least)
     indices = torch.cat([train, test])
     labels = labels[indices]
-    groups = [(images.groups or images.files)[i] for i in indices]
+    groups = [images.patients[i] for i in indices]
     splits = split_pools(groups, len(train), args.folds)
     smallest = min(len(candidates) for candidates, _ in splits)
     if args.n > smallest - 3:  # the rest counts as unlabelled
@@ -183,8 +183,8 @@ def main(args):
 
     def reconstruct(rows, rows_labels):
         """R reconstructions per row, rows taking turns, with their labels: (images, labels)."""
-        turns = np.arange(max(1, round(args.ratio * len(rows))))
-        keys = [(int(rows[turn % len(rows)]), int(turn // len(rows))) for turn in turns]
+        k, turn = np.divmod(np.arange(max(1, round(args.ratio * len(rows)))), len(rows))
+        keys = list(zip(np.asarray(rows)[turn].tolist(), k.tolist()))
         missing = [key for key in keys if key not in made]
         status = StatusLine(len(made) + len(missing), "images reconstructed", len(made))
         for first in range(0, len(missing), args.batch):
@@ -195,7 +195,7 @@ def main(args):
             made.update(zip(part, shrink(x)))
             status.update(len(made), images=len(x))
         status.close()
-        return np.stack([made[key] for key in keys]), rows_labels[turns % len(rows)]
+        return np.stack([made[key] for key in keys]), rows_labels[turn]
 
     aucs = {}
     for pool_seed in range(args.pools):

@@ -47,7 +47,7 @@ def main(args):
                 for name, vit in networks.items()}
     features["16x16 grey pixels"] = lambda x: F.adaptive_avg_pool2d(x.mean(dim=1), 16)
 
-    groups = [(run.images.groups or run.images.files)[i] for i in test]
+    groups = [run.images.patients[i] for i in test]
     table = {}
     for name, extract in features.items():
         train_x, test_x = (describe(run.images.batches(part, args.batch), device, extract)[0]

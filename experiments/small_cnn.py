@@ -96,10 +96,11 @@ def train_classifier(stages, seed, device, augment=None, name="classifier", vit=
         width = (1 + vit.config.registers) * vit.config.embed_dim
         net = nn.Sequential(deepcopy(vit), nn.Flatten(), nn.Linear(width, labels))
         net.requires_grad_(True)
+        lr = 1e-4
     else:
         net = SmallCNN(labels)
+        lr = 1e-3
     net = net.to(device)
-    lr = 1e-4 if vit else 1e-3
 
     def loss_fn(batch, step, generator):
         x, y = batch

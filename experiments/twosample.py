@@ -57,7 +57,7 @@ def main(args):
     indices = indices[:count].tolist()
 
     # The patients of each image; a synthetic one without known sources is its own patient.
-    groups = real.groups or real.files
+    groups = real.patients
     sources = match_sources(args.synthetic, synthetic, real)
     patients = [{groups[i]} for i in real_indices]
     patients += [{groups[j] for j in sources[i] or ()} or {f"sample {i}"} for i in indices]

@@ -68,6 +68,11 @@ class ImageSet:
                 self.cache[int(i)] = image
         return image.clone()
 
+    @property
+    def patients(self):
+        """The patient of each file; if they are unknown, each file stands for one."""
+        return self.groups or self.files
+
     def batch(self, indices):
         """(B, 3, size, size) of the images with these indices."""
         return torch.stack([self[i] for i in indices])

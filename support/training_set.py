@@ -35,7 +35,7 @@ def split_holdout(images, holdout, seed):
     Otherwise a hash of seed and patient decides, so images added later move no others. Patients of
     whom any image is held out are held out whole. Raises UserError if nothing is left to train on.
     """
-    groups = images.groups or images.files
+    groups = images.patients
     if holdout and "test" in (images.official or ()):
         held_out = {group for group, side in zip(groups, images.official) if side == "test"}
     else:
@@ -74,7 +74,7 @@ def draw_groups(groups, share, seed):
 
 def write_split(path, images, train, test):
     """Write who is held out."""
-    groups = images.groups or images.files
+    groups = images.patients
     rows = [["file", "split", "group"]]
     for split, indices in (("train", train), ("test", test)):
         rows += [[images.files[i], split, groups[i]] for i in indices.tolist()]

@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for scripts that tests start
-sys.path.insert(0, str(Path(__file__).parent / "reference"))
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS / "reference"), str(TESTS.parent / "tools")]
 
 import pytest
 import torch

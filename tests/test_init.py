@@ -1,7 +1,4 @@
 """train.py --init, the bundled model, and packed models."""
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +6,7 @@ from PIL import Image
 from small_run import make
 
 import hubconf
+import pack
 import sample
 import train
 from dinodiff import DinoDiffusion
@@ -114,8 +112,6 @@ def test_the_bundled_model_samples_from_a_clean_clone(monkeypatch, tmp_path, cap
 
 def test_packed_models_sample_the_same(small_run, tmp_path):
     """Half precision, no paths of the run, prototypes instead of the cache."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-    import pack
     path = tmp_path / "p" / "model.pt"
     pack.main([str(small_run), str(path), "--prototypes", "6"])
     packed = load_checkpoint(path)

@@ -1,4 +1,4 @@
-"""support/pictures.py: PNGs come back as they were; grids show their input."""
+"""support/pictures.py: PNGs come back as they were; grids and charts show their input."""
 import numpy as np
 import torch
 from PIL import Image
@@ -25,3 +25,13 @@ def test_grid(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
     assert pixels.shape == (2 + 2 * 130, 2 + 3 * 130, 3)
     assert (pixels[2:130, 2:130] == 255).all() and (pixels[132:260, 132:260] == 0).all()
+    pictures.save_grid(tmp_path / "grid.png", rows, captions=["real", "generated"])
+    assert Image.open(tmp_path / "grid.png").width > pixels.shape[1] + 40
+
+
+def test_chart(tmp_path):
+    """Lines are drawn, of degenerate series too."""
+    path = tmp_path / "chart.png"
+    for series in ({}, {"a": ([3], [5])}, {"a": ([0, 1], [0.0, 0.0])}, {"a": ([1, 2], [1, 1e9])}):
+        pictures.line_chart(path, series, "t", "x", "y", log_y=True)
+        Image.open(path).verify()

@@ -1,12 +1,8 @@
 """tools/gpu_check.py without a GPU."""
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import gpu_check
 

@@ -407,6 +407,27 @@ def test_flags_win_over_the_preset():
     assert preset("--preset", "sd15").prediction == preset("--unet", "sd15").prediction == "eps"
 
 
+def test_fit_goes_on_where_a_run_stands(tmp_path):
+    """Five steps in one go, and in three: the same weights, bit for bit; a run that is past `upto`
+    makes no step."""
+    def fitted(*stops):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        run = Run(tmp_path / str(len(stops)), {})
+        ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        def loss_fn(rows, step, generator):
+            noise = torch.randn(1, generator=generator)
+            return (model(*rows) - noise).square().sum()
+        for upto in stops:
+            train.fit("line", model, loss_fn, Rows(), steps=5, upto=upto, batch=2, lr=0.1,
+                      device=torch.device("cpu"), run=run, ema=ema)
+        return [*model.parameters(), *ema.values()]
+    whole = fitted(5)
+    for parts in (fitted(1, 3, 5), fitted(2, 2, 4, 5)):
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     """The error names step, learning rate and what to do."""
     model = torch.nn.Linear(1, 1)
